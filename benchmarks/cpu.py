@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: MIT
+"""Benchmarks on the CPU, each beside PyTorch's own part in the same run.
+
+    python benchmarks/cpu.py [--out FILE] [--only optimizer,quantize]
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from harness import Record, time_cpu
+from torch import nn
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+
+
+def parameters(n: int, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Eight parameters of `n` numbers in all, with gradients."""
+    params = [nn.Parameter((torch.randn(n // 8) * 0.02).to(dtype)) for _ in range(8)]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    return params
+
+
+def optimizer(record: Record) -> None:
+    """Steps over 33 million parameters, against torch's fused AdamW."""
+    n = 2**25
+    for dtype in (torch.float32, torch.bfloat16):
+        fused = torch.optim.AdamW(parameters(n, dtype), lr=1e-5, fused=True)
+        for cls in (bnb.optim.Adam8bit, bnb.optim.AdamW8bit, bnb.optim.Adam32bit):
+            ours = cls(parameters(n, dtype), lr=1e-5)
+            ms, reference = time_cpu(ours.step, fused.step)
+            name = f"optimizer/{str(dtype)[6:]}/{cls.__name__}"
+            record.add(name, ms, torch_fused_ms=reference, times_torch_fused=reference / ms)
+
+
+def quantize(record: Record) -> None:
+    """Blockwise quantization of 33 million numbers, against a copy of them."""
+    n = 2**25
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(n).to(dtype)
+        target = torch.empty_like(x)
+        for blocksize in (256, 4096):
+            codes, state = F.quantize_blockwise(x, blocksize=blocksize)
+            name = f"{str(dtype)[6:]}/block{blocksize}"
+            for verb, work in (
+                ("quantize", lambda b=blocksize: F.quantize_blockwise(x, blocksize=b)),  # noqa: B023
+                ("dequantize", lambda c=codes, s=state: F.dequantize_blockwise(c, s)),
+                (
+                    "dequantize(out=)",
+                    lambda c=codes, s=state: F.dequantize_blockwise(c, s, out=target),  # noqa: B023
+                ),
+            ):
+                ms, copy = time_cpu(work, lambda: target.copy_(x))  # noqa: B023
+                record.add(f"{verb}_blockwise/{name}", ms, copy_ms=copy, times_copy=copy / ms)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = Path(__file__).parent / "results" / "cpu.json"
+    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--only", default="optimizer,quantize")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    record = Record("cpu")
+    for name in args.only.split(","):
+        {"optimizer": optimizer, "quantize": quantize}[name](record)
+    record.write(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Benchmarks on one CUDA device, against its own copy bandwidth and PyTorch's fused optimizer.
+
+    python benchmarks/gpu.py [--out FILE] [--only optimizer,quantize]
+
+Every row names its floor: the bytes the work must move at least, over the measured bandwidth of a
+device-to-device copy (bytes read plus bytes written).
+"""
+
+import argparse
+import gc
+from pathlib import Path
+
+import torch
+from harness import Record, time_cuda
+from torch import nn
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+
+DEVICE = "cuda"
+BLOCK = 256
+
+
+def copy_bandwidth(record: Record) -> float:
+    """Bytes per millisecond of a copy, read plus written."""
+    source = torch.empty(2**31, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    ms = time_cuda(lambda: target.copy_(source))
+    record.add("copy", ms, GBps=2 * source.numel() / ms / 1e6)
+    return 2 * source.numel() / ms
+
+
+def llama_1b(dtype: torch.dtype) -> list[nn.Parameter]:
+    """The 201 parameters, 1.1 billion numbers, of a Llama-architecture model."""
+    layers, hidden, kv, inner, vocabulary = 22, 2048, 256, 5632, 32000
+    shapes = [(vocabulary, hidden)]
+    for _ in range(layers):
+        shapes += [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+        shapes += [(inner, hidden), (inner, hidden), (hidden, inner), (hidden,), (hidden,)]
+    shapes += [(hidden,), (vocabulary, hidden)]
+    return with_gradients(shapes, dtype)
+
+
+def small(dtype: torch.dtype) -> list[nn.Parameter]:
+    """2000 parameters of 16 thousand numbers."""
+    return with_gradients([(128, 128)] * 2000, dtype)
+
+
+def with_gradients(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn.Parameter]:
+    """Random parameters of these shapes with random gradients."""
+    params = [nn.Parameter(torch.randn(s, device=DEVICE, dtype=dtype) * 0.02) for s in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    return params
+
+
+def optimizer(record: Record, bandwidth: float) -> None:
+    """Steps of every optimizer over whole parameter lists."""
+    cases = {
+        "llama1b/bf16": lambda: llama_1b(torch.bfloat16),
+        "llama1b/fp32": lambda: llama_1b(torch.float32),
+        "2000x16K/bf16": lambda: small(torch.bfloat16),
+    }
+    for case, make in cases.items():
+        params = make()
+        numbers = sum(p.numel() for p in params)
+        element = params[0].element_size()
+
+        def run(name: str, make_optimizer, state_bytes: float, **facts) -> float:
+            gc.collect()
+            torch.cuda.empty_cache()
+            instance = make_optimizer(params)  # noqa: B023
+            instance.step()
+            ms = time_cuda(instance.step, repeats=11)
+            moved = numbers * (3 * element + state_bytes)  # noqa: B023
+            record.add(
+                f"optimizer/{case}/{name}",  # noqa: B023
+                ms,
+                of_copy=moved / ms / bandwidth,
+                floor_ms=moved / bandwidth,
+                **facts,
+            )
+            return ms
+
+        def ours(cls):
+            return lambda p: cls(p, lr=1e-5)
+
+        fused = run(
+            "torch.AdamW(fused)",
+            lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True),
+            4 * element,
+        )
+        for cls, state_bytes in (
+            (bnb.optim.Adam8bit, 4 + 16 / BLOCK),
+            (bnb.optim.AdamW8bit, 4 + 16 / BLOCK),
+            (bnb.optim.Adam32bit, 16),
+        ):
+            ms = run(cls.__name__, ours(cls), state_bytes)
+            record.rows[f"optimizer/{case}/{cls.__name__}"]["times_torch_fused"] = fused / ms
+        del params
+
+
+def quantize(record: Record, bandwidth: float) -> None:
+    """Blockwise quantization of a large tensor, and one small call."""
+    n = 2**28
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(n, device=DEVICE, dtype=dtype)
+        out = torch.empty_like(x)
+        for blocksize in (64, 256, 4096):
+            codes, state = F.quantize_blockwise(x, blocksize=blocksize)
+            floor = (n * (x.element_size() + 1) + n / blocksize * 4) / bandwidth
+            name = f"{str(dtype)[6:]}/block{blocksize}"
+            ms = time_cuda(lambda b=blocksize: F.quantize_blockwise(x, blocksize=b))  # noqa: B023
+            record.add(f"quantize_blockwise/{name}", ms, of_copy=floor / ms)
+            ms = time_cuda(
+                lambda c=codes, s=state: F.dequantize_blockwise(c, s, out=out)  # noqa: B023
+            )
+            record.add(f"dequantize_blockwise/{name}", ms, of_copy=floor / ms)
+    x = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+    ms = time_cuda(lambda: F.quantize_blockwise(x), inner=50)
+    record.add("quantize_blockwise/4096x4096 bf16, one call", ms)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = Path(__file__).parent / "results" / "gpu.json"
+    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--only", default="optimizer,quantize")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    record = Record("cuda")
+    bandwidth = copy_bandwidth(record)
+    for name in args.only.split(","):
+        {"optimizer": optimizer, "quantize": quantize}[name](record, bandwidth)
+    record.write(args.out)
+
+
+if __name__ == "__main__":
+    main()

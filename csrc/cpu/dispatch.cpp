@@ -1,0 +1,97 @@
+// Picks the instruction set and holds the tables that all of them share.
+// SPDX-License-Identifier: MIT
+#include "cpu/dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "bitsandbytes/code/dynamic8.h"
+#include "cpu/isa/isa.h"
+#include "cpu/tables.h"
+
+namespace bnb::cpu {
+
+constexpr CodeTable kSignedLevels = SignedDynamic8::make_levels();
+constexpr CodeTable kUnsignedLevels = UnsignedDynamic8::make_levels();
+constexpr detail::BucketTable<SignedDynamic8::Layout> kSignedBuckets =
+    SignedDynamic8::make_buckets();
+constexpr detail::BucketTable<UnsignedDynamic8::Layout> kUnsignedBuckets =
+    UnsignedDynamic8::make_buckets();
+
+Code prepare_code(const float* levels) {
+  Code code;
+  code.levels = levels;
+  if (std::memcmp(levels, kSignedLevels.values, sizeof(kSignedLevels)) == 0) {
+    code.kind = CodeKind::kSignedDynamic8;
+  } else if (std::memcmp(levels, kUnsignedLevels.values, sizeof(kUnsignedLevels)) == 0) {
+    code.kind = CodeKind::kUnsignedDynamic8;
+  } else {
+    code.kind = CodeKind::kTable;
+    for (int k = 0; k < kCodeThresholds; ++k) {
+      code.thresholds[k] = code_threshold(levels[k], levels[k + 1], k);
+    }
+  }
+  return code;
+}
+
+namespace {
+
+struct Candidate {
+  const Kernels* table;
+  bool supported;
+};
+
+// Widest first.
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> list;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  list.push_back({avx512::kernel_table(),
+                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
+  list.push_back({avx2::kernel_table(), __builtin_cpu_supports("avx2") &&
+                                            __builtin_cpu_supports("fma") &&
+                                            __builtin_cpu_supports("f16c")});
+#endif
+  list.push_back({baseline::kernel_table(), true});
+  return list;
+}
+
+const Kernels* find(const char* name) {
+  for (const Candidate& c : candidates()) {
+    if (c.supported && (name == nullptr || std::strcmp(c.table->isa, name) == 0)) return c.table;
+  }
+  return nullptr;
+}
+
+const Kernels* first_choice() {
+  const char* name = std::getenv("BNB_CPU_ISA");
+  const Kernels* chosen = name != nullptr ? find(name) : nullptr;
+  return chosen != nullptr ? chosen : find(nullptr);
+}
+
+std::atomic<const Kernels*>& current() {
+  static std::atomic<const Kernels*> table{first_choice()};
+  return table;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : candidates()) {
+    if (c.supported) names.emplace_back(c.table->isa);
+  }
+  return names;
+}
+
+bool set_isa(const std::string& name) {
+  const Kernels* table = find(name.c_str());
+  if (table != nullptr) current().store(table, std::memory_order_relaxed);
+  return table != nullptr;
+}
+
+}  // namespace bnb::cpu

@@ -1,0 +1,56 @@
+// CPU kernels: one table of functions per instruction set, picked once at first use.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "bitsandbytes/code/code.h"
+#include "bitsandbytes/kernels/int8.h"
+#include "bitsandbytes/kernels/optimizer.h"
+#include "bitsandbytes/kernels/quantize.h"
+
+namespace bnb::cpu {
+
+// How a table of 256 levels is encoded. The dynamic maps have a one-lookup encode; any other table
+// is searched.
+enum class CodeKind { kSignedDynamic8, kUnsignedDynamic8, kTable };
+
+// A code prepared for the kernels: recognised, with its thresholds.
+struct Code {
+  const float* levels;  // [256]
+  CodeKind kind;
+  float thresholds[kCodeThresholds];  // filled when kind is kTable
+};
+
+Code prepare_code(const float* levels);
+
+// Work is given as half-open ranges so that callers choose the threads.
+struct Kernels {
+  const char* isa;
+  void (*quantize_blockwise)(const QuantizeBlockwise&, const Code&, int64_t first_block,
+                             int64_t last_block);
+  void (*dequantize_blockwise)(const DequantizeBlockwise&, int64_t first, int64_t last);
+  void (*int8_row_stats)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
+  void (*int8_quantize_rows)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
+  void (*int8_linear_matmul)(const Int8Matmul&, int64_t first_col, int64_t last_col);
+  void (*int8_mm_dequant)(const Int8MmDequant&, int64_t first_row, int64_t last_row);
+  void (*optimizer_step_32bit)(const OptimizerStep&, const OptimizerTensor&, int64_t first,
+                               int64_t last);
+  void (*optimizer_step_8bit_blockwise)(const OptimizerStep&, const OptimizerTensor&,
+                                        const Code (&codes)[2], int64_t first_block,
+                                        int64_t last_block);
+};
+
+// The kernels in use: those named by the environment variable BNB_CPU_ISA if this processor has
+// them, else the widest it has.
+const Kernels& kernels();
+
+// Names of the instruction sets this build has and this processor can run, widest first.
+std::vector<std::string> available_isas();
+
+// Switches to another one of available_isas(); false if `name` is not among them. For tests.
+bool set_isa(const std::string& name);
+
+}  // namespace bnb::cpu

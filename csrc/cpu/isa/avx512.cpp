@@ -1,0 +1,6 @@
+// The CPU kernels for x86-64 with AVX-512 F, BW, DQ and VL.
+// SPDX-License-Identifier: MIT
+#include "cpu/simd/avx512.h"
+
+#define BNB_ISA avx512
+#include "cpu/kernels.inl"

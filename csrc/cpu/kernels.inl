@@ -1,0 +1,503 @@
+// Every CPU kernel, compiled once per instruction set: the including file defines BNB_ISA and
+// includes the vector interface of that name (simd/). Only vectors of the standard library's
+// headers that hold no code may be used here: an inline function compiled for AVX-512 could become
+// the one copy that the linker keeps for all.
+// SPDX-License-Identifier: MIT
+
+#include <cstdint>
+
+#include "bitsandbytes/blocks.h"
+#include "bitsandbytes/code/dynamic8.h"
+#include "bitsandbytes/optim/step.h"
+#include "cpu/isa/isa.h"
+#include "cpu/tables.h"
+
+namespace bnb::cpu::BNB_ISA {
+namespace {
+
+constexpr int64_t kLanes = kWidth;
+
+// ---- Partial vectors: the last, incomplete one of a run ----------------------------------------
+
+template <class T>
+BNB_HD Float load_first(const T* p, int64_t count) {
+  T lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+BNB_HD void store_first(T* p, Float x, int64_t count) {
+  T lanes[kWidth];
+  store(lanes, x);
+  __builtin_memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+BNB_HD Int load_codes_first(const uint8_t* p, int64_t count) {
+  uint8_t lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count));
+  return load_codes(lanes);
+}
+
+BNB_HD void store_codes_first(uint8_t* p, Int x, int64_t count) {
+  uint8_t lanes[kWidth];
+  store_codes(lanes, x);
+  __builtin_memcpy(p, lanes, static_cast<size_t>(count));
+}
+
+// Calls body(offset, lanes) for every vector of [first, last); only the last may be incomplete.
+template <class Body>
+BNB_HD void for_each_vector(int64_t first, int64_t last, Body body) {
+  int64_t i = first;
+  for (; i + kLanes <= last; i += kLanes) body(i, kLanes);
+  if (i < last) body(i, last - i);
+}
+
+template <class T>
+BNB_HD Float load_some(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load_first(p, count);
+}
+template <class T>
+BNB_HD void store_some(T* p, Float x, int64_t count) {
+  count == kLanes ? store(p, x) : store_first(p, x, count);
+}
+BNB_HD Int load_codes_some(const uint8_t* p, int64_t count) {
+  return count == kLanes ? load_codes(p) : load_codes_first(p, count);
+}
+BNB_HD void store_codes_some(uint8_t* p, Int x, int64_t count) {
+  count == kLanes ? store_codes(p, x) : store_codes_first(p, x, count);
+}
+
+// ---- Absolute maximum ---------------------------------------------------------------------------
+
+// Magnitudes compare as integers, and NaN lies above infinity: one integer maximum finds the
+// absmax and lets NaN win.
+BNB_HD Int magnitude_bits(Float x) { return bits(x) & broadcast_int(0x7fffffff); }
+
+BNB_HD float absmax_from_bits(int32_t b) {
+  return b > 0x7f800000 ? bits_float(0x7fc00000u) : bits_float(static_cast<uint32_t>(b));
+}
+
+template <class T>
+BNB_HD float absmax(const T* a, int64_t n) {
+  Int most = broadcast_int(0);
+  for_each_vector(0, n, [&](int64_t i, int64_t count) {
+    most = max(most, magnitude_bits(load_some(a + i, count)));
+  });
+  return absmax_from_bits(reduce_max(most));
+}
+
+// ---- Encode of the dynamic maps (code/dynamic8.h on vectors)
+// -------------------------------------
+
+template <class Layout>
+BNB_HD Int bucket_code(const uint32_t* buckets, Float x) {
+  const Int b = max(magnitude_bits(x), bits(Float(Layout::kFloor)));
+  const Int bucket =
+      shift_right<Layout::kShift>(b) - broadcast_int(static_cast<int32_t>(Layout::kOrigin));
+  const Int rest = b & broadcast_int(static_cast<int32_t>(Layout::kRest));
+  return shift_right<Layout::kShift>(gather(buckets, bucket) + rest);
+}
+
+template <bool kKeepSign>
+BNB_HD Int encode_signed(Float x) {
+  const Int code = bucket_code<SignedDynamic8::Layout>(kSignedBuckets.values, x);
+  const Int zero = broadcast_int(SignedDynamic8::kZero);
+  const Int least = kKeepSign ? max(code, broadcast_int(1)) : code;
+  const Int negative = max(zero - least, broadcast_int(0));
+  return select(is_negative(x), negative, zero + code);
+}
+
+BNB_HD Int encode_unsigned(Float x) {
+  const Int code = bucket_code<UnsignedDynamic8::Layout>(kUnsignedBuckets.values, x);
+  return select(is_negative(x), broadcast_int(0), code);
+}
+
+// Codes of a whole block whose absmax is known. `kKeepSign`: a negative value never becomes zero.
+template <bool kKeepSign, class T>
+BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, float absmax) {
+  const float inverse = 1.0f / absmax;
+  if (code.kind == CodeKind::kTable || !is_regular_block(absmax, inverse)) {
+    const float* thresholds = code.thresholds;
+    ThresholdTable known;
+    if (code.kind != CodeKind::kTable) {
+      for (int k = 0; k < kCodeThresholds; ++k) {
+        known[k] = code_threshold(code.levels[k], code.levels[k + 1], k);
+      }
+      thresholds = known.values;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = to_float(a[i]) * inverse;
+      int c = search_code(thresholds, x);
+      if (kKeepSign && sign_bit(x) && c > 0 && !sign_bit(code.levels[c])) --c;
+      out[i] = static_cast<uint8_t>(c);
+    }
+    return;
+  }
+  const Float scale(inverse);
+  if (code.kind == CodeKind::kSignedDynamic8) {
+    for_each_vector(0, n, [&](int64_t i, int64_t count) {
+      store_codes_some(out + i, encode_signed<kKeepSign>(load_some(a + i, count) * scale), count);
+    });
+  } else {
+    for_each_vector(0, n, [&](int64_t i, int64_t count) {
+      store_codes_some(out + i, encode_unsigned(load_some(a + i, count) * scale), count);
+    });
+  }
+}
+
+// ---- Blockwise quantization ---------------------------------------------------------------------
+
+template <class T>
+void quantize_blocks(const QuantizeBlockwise& args, const Code& code, int64_t first_block,
+                     int64_t last_block) {
+  const T* a = static_cast<const T*>(args.a);
+  for (int64_t b = first_block; b < last_block; ++b) {
+    const int64_t begin = b * args.block_size;
+    const int64_t rest = args.n - begin;
+    const int64_t n = rest < args.block_size ? rest : args.block_size;
+    const float most = absmax(a + begin, n);
+    args.absmax[b] = most;
+    encode_block<false>(code, a + begin, args.out + begin, n, most);
+  }
+}
+
+template <class T>
+void dequantize_range(const DequantizeBlockwise& args, int64_t first, int64_t last) {
+  T* out = static_cast<T*>(args.out);
+  int64_t i = first;
+  while (i < last) {
+    const int64_t block = i / args.block_size;
+    const int64_t block_end = (block + 1) * args.block_size;
+    const int64_t end = block_end < last ? block_end : last;
+    const Float scale(args.absmax[block]);
+    for_each_vector(i, end, [&](int64_t j, int64_t count) {
+      const Float level = gather(args.code, load_codes_some(args.a + j, count));
+      store_some(out + j, level * scale, count);
+    });
+    i = end;
+  }
+}
+
+// ---- LLM.int8() ---------------------------------------------------------------------------------
+
+template <class T>
+void row_stats(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_row) {
+  const float threshold = args.threshold > 0.0f ? args.threshold : kInfinity;
+  for (int64_t r = first_row; r < last_row; ++r) {
+    const T* row = static_cast<const T*>(args.a) + r * args.cols;
+    Int most = broadcast_int(0);
+    for_each_vector(0, args.cols, [&](int64_t i, int64_t count) {
+      const Float x = load_some(row + i, count);
+      Int m = magnitude_bits(x);
+      if (args.outlier_cols != nullptr) {
+        const Mask outlier = greater_equal(from_bits(m), Float(threshold));
+        if (any(outlier)) {
+          float lanes[kWidth];
+          store(lanes, from_bits(m));
+          for (int64_t j = 0; j < count; ++j) {
+            // Rows write concurrently, all the same value.
+            if (lanes[j] >= threshold) {
+              __atomic_store_n(args.outlier_cols + i + j, uint8_t{1}, __ATOMIC_RELAXED);
+            }
+          }
+          m = select(outlier, broadcast_int(0), m);
+        }
+      }
+      most = max(most, m);
+    });
+    args.row_stats[r] = absmax_from_bits(reduce_max(most));
+  }
+}
+
+template <class T>
+void quantize_rows(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_row) {
+  for (int64_t r = first_row; r < last_row; ++r) {
+    const T* row = static_cast<const T*>(args.a) + r * args.cols;
+    uint8_t* out = reinterpret_cast<uint8_t*>(args.out) + r * args.cols;
+    const float stat = args.row_stats[r];
+    // A row of zeros, or one whose statistic says that it is not finite, has codes of zero.
+    const float inverse = kInt8Max / stat;
+    const bool regular = stat > 0.0f && inverse > 0.0f && inverse <= kFloatMax;
+    if (!regular) {
+      __builtin_memset(out, 0, static_cast<size_t>(args.cols));
+      continue;
+    }
+    const Float scale(inverse);
+    const Float limit(kInt8Max);
+    for_each_vector(0, args.cols, [&](int64_t i, int64_t count) {
+      // Outliers are clamped here; their columns are zeroed below.
+      const Float x = load_some(row + i, count) * scale;
+      store_codes_some(out + i, round_to_int(min(max(x, Float(-kInt8Max)), limit)), count);
+    });
+    if (args.outlier_cols != nullptr) {
+      for (int64_t i = 0; i < args.cols; ++i) {
+        if (args.outlier_cols[i] != 0) out[i] = 0;
+      }
+    }
+  }
+}
+
+// A tile of kTileRows x kTileCols dot products, so that a loaded vector serves several of them.
+constexpr int kTileRows = 4;
+constexpr int kTileCols = 2;
+
+template <int kRows, int kCols>
+BNB_HD void dot_tile(const Int8Matmul& args, int64_t row, int64_t col) {
+  Dot acc[kRows][kCols];
+  int64_t k = 0;
+  for (; k + kDotWidth <= args.k; k += kDotWidth) {
+    Bytes b[kCols];
+    for (int j = 0; j < kCols; ++j) b[j] = load_bytes(args.b + (col + j) * args.k + k);
+    for (int i = 0; i < kRows; ++i) {
+      const Bytes a = load_bytes(args.a + (row + i) * args.k + k);
+      for (int j = 0; j < kCols; ++j) acc[i][j] = multiply_add(acc[i][j], a, b[j]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kCols; ++j) {
+      int32_t sum = reduce_add(acc[i][j]);
+      for (int64_t t = k; t < args.k; ++t) {
+        sum += int32_t{args.a[(row + i) * args.k + t]} * args.b[(col + j) * args.k + t];
+      }
+      args.out[(row + i) * args.n + col + j] = sum;
+    }
+  }
+}
+
+template <int kCols>
+BNB_HD void dot_columns(const Int8Matmul& args, int64_t col) {
+  int64_t row = 0;
+  for (; row + kTileRows <= args.m; row += kTileRows) dot_tile<kTileRows, kCols>(args, row, col);
+  for (; row < args.m; ++row) dot_tile<1, kCols>(args, row, col);
+}
+
+void int8_linear_matmul(const Int8Matmul& args, int64_t first_col, int64_t last_col) {
+  int64_t col = first_col;
+  for (; col + kTileCols <= last_col; col += kTileCols) dot_columns<kTileCols>(args, col);
+  for (; col < last_col; ++col) dot_columns<1>(args, col);
+}
+
+BNB_HD Float load_as_float(DType dtype, const void* p, int64_t i, int64_t count) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return load_some(static_cast<const Half*>(p) + i, count);
+    case DType::kBFloat16:
+      return load_some(static_cast<const BFloat16*>(p) + i, count);
+    default:
+      return load_some(static_cast<const float*>(p) + i, count);
+  }
+}
+
+BNB_HD Float load_int_as_float(const int32_t* p, int64_t count) {
+  if (count == kLanes) return int_to_float(load_ints(p));
+  int32_t lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(int32_t));
+  return int_to_float(load_ints(lanes));
+}
+
+template <class T>
+void mm_dequant_rows(const Int8MmDequant& args, int64_t first_row, int64_t last_row) {
+  for (int64_t r = first_row; r < last_row; ++r) {
+    const int32_t* row = args.a + r * args.cols;
+    T* out = static_cast<T*>(args.out) + r * args.cols;
+    const Float row_scale(args.row_stats[r] * kInt8Product);
+    for_each_vector(0, args.cols, [&](int64_t i, int64_t count) {
+      const Float scale = load_some(args.col_stats + i, count) * row_scale;
+      const Float product = load_int_as_float(row + i, count);
+      const Float bias =
+          args.bias != nullptr ? load_as_float(args.bias_dtype, args.bias, i, count) : Float(0.0f);
+      store_some(out + i, fma(product, scale, bias), count);
+    });
+  }
+}
+
+// ---- Optimizers ---------------------------------------------------------------------------------
+
+template <class R, class T>
+void step_32bit(const OptimizerStep& args, const OptimizerTensor& tensor, int64_t first,
+                int64_t last) {
+  const Step<R> step = Step<R>::make(args.hyper, *args.step, args.lr);
+  T* param = static_cast<T*>(tensor.param);
+  const T* grad = static_cast<const T*>(tensor.grad);
+  float* state[2] = {static_cast<float*>(tensor.state[0]), static_cast<float*>(tensor.state[1])};
+  for_each_vector(first, last, [&](int64_t i, int64_t count) {
+    const Float g = load_some(grad + i, count) * Float(step.gnorm_scale);
+    const Float p = load_some(param + i, count);
+    Float s[R::kStates];
+    Float old[R::kStates];
+    for (int k = 0; k < R::kStates; ++k) old[k] = s[k] = load_some(state[k] + i, count);
+    Float updated = step.advance(g, p, s);
+    if (step.skip_zeros) {
+      const Mask skip = equal(g, Float(0.0f));
+      updated = select(skip, p, updated);
+      for (int k = 0; k < R::kStates; ++k) s[k] = select(skip, old[k], s[k]);
+    }
+    for (int k = 0; k < R::kStates; ++k) store_some(state[k] + i, s[k], count);
+    store_some(param + i, updated, count);
+  });
+}
+
+template <class R, class T>
+void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tensor,
+                         const Code (&codes)[2], int64_t first_block, int64_t last_block) {
+  const Step<R> step = Step<R>::make(args.hyper, *args.step, args.lr);
+  T* const param = static_cast<T*>(tensor.param);
+  const T* const grad = static_cast<const T*>(tensor.grad);
+  uint8_t* const state[2] = {static_cast<uint8_t*>(tensor.state[0]),
+                             static_cast<uint8_t*>(tensor.state[1])};
+  float buffer[R::kStates][kOptimizerBlock];
+  for (int64_t b = first_block; b < last_block; ++b) {
+    const int64_t begin = b * kOptimizerBlock;
+    const int64_t rest = tensor.n - begin;
+    const int64_t n = rest < kOptimizerBlock ? rest : kOptimizerBlock;
+    Int most[R::kStates];
+    Float scale[R::kStates];
+    for (int k = 0; k < R::kStates; ++k) {
+      most[k] = broadcast_int(0);
+      scale[k] = Float(tensor.absmax[k][b]);
+    }
+    for_each_vector(0, n, [&](int64_t i, int64_t count) {
+      const Float g = load_some(grad + begin + i, count) * Float(step.gnorm_scale);
+      const Float p = load_some(param + begin + i, count);
+      Float s[R::kStates];
+      Float old[R::kStates];
+      for (int k = 0; k < R::kStates; ++k) {
+        const Int code = load_codes_some(state[k] + begin + i, count);
+        old[k] = s[k] = gather(codes[k].levels, code) * scale[k];
+      }
+      Float updated = step.advance(g, p, s);
+      // One bad gradient would spoil the scale of its whole block: that element loses its state
+      // and keeps its parameter.
+      const Mask finite = less(magnitude_bits(g), broadcast_int(0x7f800000));
+      updated = select(finite, updated, p);
+      for (int k = 0; k < R::kStates; ++k) {
+        s[k] = select(finite, min(s[k], Float(kFloatMax)), Float(0.0f));
+        s[k] = max(s[k], Float(-kFloatMax));
+      }
+      if (step.skip_zeros) {
+        const Mask skip = equal(g, Float(0.0f));
+        updated = select(skip, p, updated);
+        for (int k = 0; k < R::kStates; ++k) s[k] = select(skip, old[k], s[k]);
+      }
+      store_some(param + begin + i, updated, count);
+      for (int k = 0; k < R::kStates; ++k) {
+        store_some(buffer[k] + i, s[k], count);
+        // Lanes past the end hold the update of code 0, which must not count.
+        const Float kept = count == kLanes ? s[k] : load_first(buffer[k] + i, count);
+        most[k] = max(most[k], magnitude_bits(kept));
+      }
+    });
+    for (int k = 0; k < R::kStates; ++k) {
+      const float absmax = absmax_from_bits(reduce_max(most[k]));
+      tensor.absmax[k][b] = absmax;
+      encode_block<true>(codes[k], buffer[k], state[k] + begin, n, absmax);
+    }
+  }
+}
+
+// ---- Run-time types to templates ----------------------------------------------------------------
+
+#define BNB_BY_DTYPE(dtype, function, ...)    \
+  switch (dtype) {                            \
+    case DType::kFloat16:                     \
+      return function<Half>(__VA_ARGS__);     \
+    case DType::kBFloat16:                    \
+      return function<BFloat16>(__VA_ARGS__); \
+    default:                                  \
+      return function<float>(__VA_ARGS__);    \
+  }
+
+void quantize_blockwise(const QuantizeBlockwise& args, const Code& code, int64_t first_block,
+                        int64_t last_block) {
+  BNB_BY_DTYPE(args.dtype, quantize_blocks, args, code, first_block, last_block)
+}
+
+void dequantize_blockwise(const DequantizeBlockwise& args, int64_t first, int64_t last) {
+  BNB_BY_DTYPE(args.dtype, dequantize_range, args, first, last)
+}
+
+void int8_row_stats(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_row) {
+  BNB_BY_DTYPE(args.dtype, row_stats, args, first_row, last_row)
+}
+
+void int8_quantize_rows(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_row) {
+  BNB_BY_DTYPE(args.dtype, quantize_rows, args, first_row, last_row)
+}
+
+void int8_mm_dequant(const Int8MmDequant& args, int64_t first_row, int64_t last_row) {
+  BNB_BY_DTYPE(args.dtype, mm_dequant_rows, args, first_row, last_row)
+}
+
+template <class R>
+void rule_32bit(const OptimizerStep& args, const OptimizerTensor& tensor, int64_t first,
+                int64_t last) {
+  switch (args.dtype) {
+    case DType::kFloat16:
+      return step_32bit<R, Half>(args, tensor, first, last);
+    case DType::kBFloat16:
+      return step_32bit<R, BFloat16>(args, tensor, first, last);
+    default:
+      return step_32bit<R, float>(args, tensor, first, last);
+  }
+}
+
+template <class R>
+void rule_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tensor,
+                         const Code (&codes)[2], int64_t first_block, int64_t last_block) {
+  switch (args.dtype) {
+    case DType::kFloat16:
+      return step_8bit_blockwise<R, Half>(args, tensor, codes, first_block, last_block);
+    case DType::kBFloat16:
+      return step_8bit_blockwise<R, BFloat16>(args, tensor, codes, first_block, last_block);
+    default:
+      return step_8bit_blockwise<R, float>(args, tensor, codes, first_block, last_block);
+  }
+}
+
+void optimizer_step_32bit(const OptimizerStep& args, const OptimizerTensor& tensor, int64_t first,
+                          int64_t last) {
+  switch (args.rule) {
+#define BNB_CASE(rule) \
+  case Rule::k##rule:  \
+    return rule_32bit<rule>(args, tensor, first, last);
+    BNB_OPTIMIZERS(BNB_CASE)
+#undef BNB_CASE
+    case Rule::kCount:
+      return;
+  }
+}
+
+void optimizer_step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tensor,
+                                   const Code (&codes)[2], int64_t first_block,
+                                   int64_t last_block) {
+  switch (args.rule) {
+#define BNB_CASE(rule) \
+  case Rule::k##rule:  \
+    return rule_8bit_blockwise<rule>(args, tensor, codes, first_block, last_block);
+    BNB_OPTIMIZERS(BNB_CASE)
+#undef BNB_CASE
+    case Rule::kCount:
+      return;
+  }
+}
+
+#undef BNB_BY_DTYPE
+
+#define BNB_QUOTE_(x) #x
+#define BNB_QUOTE(x) BNB_QUOTE_(x)
+
+constexpr Kernels kTable = {
+    BNB_QUOTE(BNB_ISA), quantize_blockwise,   dequantize_blockwise,
+    int8_row_stats,     int8_quantize_rows,   int8_linear_matmul,
+    int8_mm_dequant,    optimizer_step_32bit, optimizer_step_8bit_blockwise,
+};
+
+#undef BNB_QUOTE
+#undef BNB_QUOTE_
+
+}  // namespace
+
+const Kernels* kernel_table() { return &kTable; }
+
+}  // namespace bnb::cpu::BNB_ISA

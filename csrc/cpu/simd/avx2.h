@@ -1,0 +1,147 @@
+// Eight lanes with AVX2, FMA and F16C; see baseline.h for the interface.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "bitsandbytes/numeric.h"
+
+namespace bnb::cpu::avx2 {
+
+inline constexpr int kWidth = 8;
+
+struct Float {
+  __m256 v;
+  Float() = default;
+  BNB_HD Float(__m256 x) : v(x) {}
+  BNB_HD explicit Float(float x) : v(_mm256_set1_ps(x)) {}
+};
+struct Int {
+  __m256i v;
+};
+struct Mask {
+  __m256 v;
+};
+
+BNB_HD Int broadcast_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
+
+BNB_HD Float load(const float* p) { return {_mm256_loadu_ps(p)}; }
+BNB_HD Float load(const Half* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+BNB_HD Float load(const BFloat16* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+}
+BNB_HD void store(float* p, Float x) { _mm256_storeu_ps(p, x.v); }
+BNB_HD void store(Half* p, Float x) {
+  // The processor keeps a NaN's payload; the format of this library is one quiet NaN per sign.
+  __m128i half = _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m128i magnitude = _mm_and_si128(half, _mm_set1_epi16(0x7fff));
+  const __m128i nan = _mm_cmpgt_epi16(magnitude, _mm_set1_epi16(0x7c00));
+  const __m128i quiet =
+      _mm_or_si128(_mm_and_si128(half, _mm_set1_epi16(-0x8000)), _mm_set1_epi16(0x7e00));
+  half = _mm_blendv_epi8(half, quiet, nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+}
+BNB_HD void store(BFloat16* p, Float x) {
+  const __m256i b = _mm256_castps_si256(x.v);
+  const __m256i high = _mm256_srli_epi32(b, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i bias = _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd);
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(b, bias), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i result = _mm256_blendv_epi8(rounded, quiet, nan);
+  const __m256i packed = _mm256_packus_epi32(result, result);
+  const __m256i ordered = _mm256_permute4x64_epi64(packed, 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(ordered));
+}
+
+BNB_HD Float operator+(Float a, Float b) { return {_mm256_add_ps(a.v, b.v)}; }
+BNB_HD Float operator-(Float a, Float b) { return {_mm256_sub_ps(a.v, b.v)}; }
+BNB_HD Float operator*(Float a, Float b) { return {_mm256_mul_ps(a.v, b.v)}; }
+BNB_HD Float operator/(Float a, Float b) { return {_mm256_div_ps(a.v, b.v)}; }
+BNB_HD Float fma(Float a, Float b, Float c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+BNB_HD Float sqrt(Float a) { return {_mm256_sqrt_ps(a.v)}; }
+BNB_HD Float max(Float a, Float b) { return {_mm256_max_ps(a.v, b.v)}; }
+BNB_HD Float min(Float a, Float b) { return {_mm256_min_ps(a.v, b.v)}; }
+
+BNB_HD Int bits(Float a) { return {_mm256_castps_si256(a.v)}; }
+BNB_HD Float from_bits(Int a) { return {_mm256_castsi256_ps(a.v)}; }
+BNB_HD Int operator+(Int a, Int b) { return {_mm256_add_epi32(a.v, b.v)}; }
+BNB_HD Int operator-(Int a, Int b) { return {_mm256_sub_epi32(a.v, b.v)}; }
+BNB_HD Int operator&(Int a, Int b) { return {_mm256_and_si256(a.v, b.v)}; }
+BNB_HD Int max(Int a, Int b) { return {_mm256_max_epi32(a.v, b.v)}; }
+BNB_HD Int min(Int a, Int b) { return {_mm256_min_epi32(a.v, b.v)}; }
+template <int kBits>
+BNB_HD Int shift_right(Int a) {
+  return {_mm256_srli_epi32(a.v, kBits)};
+}
+BNB_HD Int round_to_int(Float a) { return {_mm256_cvtps_epi32(a.v)}; }
+BNB_HD Float int_to_float(Int a) { return {_mm256_cvtepi32_ps(a.v)}; }
+
+BNB_HD Mask is_negative(Float a) {
+  return {_mm256_castsi256_ps(_mm256_srai_epi32(_mm256_castps_si256(a.v), 31))};
+}
+BNB_HD Mask greater_equal(Float a, Float b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
+BNB_HD Mask equal(Float a, Float b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+BNB_HD Mask less(Int a, Int b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
+BNB_HD Mask equal(Int a, Int b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))}; }
+BNB_HD Float select(Mask m, Float a, Float b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+BNB_HD Int select(Mask m, Int a, Int b) {
+  return {_mm256_castps_si256(
+      _mm256_blendv_ps(_mm256_castsi256_ps(b.v), _mm256_castsi256_ps(a.v), m.v))};
+}
+BNB_HD bool any(Mask m) { return _mm256_movemask_ps(m.v) != 0; }
+
+BNB_HD Float gather(const float* table, Int index) {
+  return {_mm256_i32gather_ps(table, index.v, 4)};
+}
+BNB_HD Int gather(const uint32_t* table, Int index) {
+  return {_mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index.v, 4)};
+}
+BNB_HD Int load_codes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+BNB_HD void store_codes(uint8_t* p, Int a) {
+  const __m256i low = _mm256_and_si256(a.v, _mm256_set1_epi32(0xff));
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+BNB_HD Int load_ints(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+
+BNB_HD int32_t reduce_max(Int a) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+  return _mm_cvtsi128_si32(m);
+}
+
+inline constexpr int kDotWidth = 16;
+struct Dot {
+  __m256i v = _mm256_setzero_si256();
+};
+struct Bytes {
+  __m256i v;  // sixteen bytes widened to 16 bits
+};
+BNB_HD Bytes load_bytes(const int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) {
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))};
+}
+BNB_HD int32_t reduce_add(Dot acc) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc.v), _mm256_extracti128_si256(acc.v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtsi128_si32(s);
+}
+
+}  // namespace bnb::cpu::avx2

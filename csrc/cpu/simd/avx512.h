@@ -1,0 +1,123 @@
+// Sixteen lanes with AVX-512 F, BW, DQ and VL; see baseline.h for the interface.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "bitsandbytes/numeric.h"
+
+namespace bnb::cpu::avx512 {
+
+inline constexpr int kWidth = 16;
+
+struct Float {
+  __m512 v;
+  Float() = default;
+  BNB_HD Float(__m512 x) : v(x) {}
+  BNB_HD explicit Float(float x) : v(_mm512_set1_ps(x)) {}
+};
+struct Int {
+  __m512i v;
+};
+struct Mask {
+  __mmask16 v;
+};
+
+BNB_HD Int broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+
+BNB_HD Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
+BNB_HD Float load(const Half* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+BNB_HD Float load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+BNB_HD void store(float* p, Float x) { _mm512_storeu_ps(p, x.v); }
+BNB_HD void store(Half* p, Float x) {
+  // The processor keeps a NaN's payload; the format of this library is one quiet NaN per sign.
+  const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i magnitude = _mm256_and_si256(half, _mm256_set1_epi16(0x7fff));
+  const __mmask16 nan = _mm256_cmpgt_epi16_mask(magnitude, _mm256_set1_epi16(0x7c00));
+  const __m256i quiet = _mm256_or_si256(_mm256_and_si256(half, _mm256_set1_epi16(-0x8000)),
+                                        _mm256_set1_epi16(0x7e00));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_mask_mov_epi16(half, nan, quiet));
+}
+BNB_HD void store(BFloat16* p, Float x) {
+  const __m512i b = _mm512_castps_si512(x.v);
+  const __m512i high = _mm512_srli_epi32(b, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(b, bias), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+  const __m512i result = _mm512_mask_mov_epi32(rounded, nan, quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+}
+
+BNB_HD Float operator+(Float a, Float b) { return {_mm512_add_ps(a.v, b.v)}; }
+BNB_HD Float operator-(Float a, Float b) { return {_mm512_sub_ps(a.v, b.v)}; }
+BNB_HD Float operator*(Float a, Float b) { return {_mm512_mul_ps(a.v, b.v)}; }
+BNB_HD Float operator/(Float a, Float b) { return {_mm512_div_ps(a.v, b.v)}; }
+BNB_HD Float fma(Float a, Float b, Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+BNB_HD Float sqrt(Float a) { return {_mm512_sqrt_ps(a.v)}; }
+BNB_HD Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
+BNB_HD Float min(Float a, Float b) { return {_mm512_min_ps(a.v, b.v)}; }
+
+BNB_HD Int bits(Float a) { return {_mm512_castps_si512(a.v)}; }
+BNB_HD Float from_bits(Int a) { return {_mm512_castsi512_ps(a.v)}; }
+BNB_HD Int operator+(Int a, Int b) { return {_mm512_add_epi32(a.v, b.v)}; }
+BNB_HD Int operator-(Int a, Int b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+BNB_HD Int operator&(Int a, Int b) { return {_mm512_and_si512(a.v, b.v)}; }
+BNB_HD Int max(Int a, Int b) { return {_mm512_max_epi32(a.v, b.v)}; }
+BNB_HD Int min(Int a, Int b) { return {_mm512_min_epi32(a.v, b.v)}; }
+template <int kBits>
+BNB_HD Int shift_right(Int a) {
+  return {_mm512_srli_epi32(a.v, kBits)};
+}
+BNB_HD Int round_to_int(Float a) { return {_mm512_cvtps_epi32(a.v)}; }
+BNB_HD Float int_to_float(Int a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+BNB_HD Mask is_negative(Float a) { return {_mm512_movepi32_mask(_mm512_castps_si512(a.v))}; }
+BNB_HD Mask greater_equal(Float a, Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
+BNB_HD Mask equal(Float a, Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+BNB_HD Mask less(Int a, Int b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
+BNB_HD Mask equal(Int a, Int b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
+BNB_HD Float select(Mask m, Float a, Float b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
+BNB_HD Int select(Mask m, Int a, Int b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
+BNB_HD bool any(Mask m) { return m.v != 0; }
+
+BNB_HD Float gather(const float* table, Int index) {
+  return {_mm512_i32gather_ps(index.v, table, 4)};
+}
+BNB_HD Int gather(const uint32_t* table, Int index) {
+  return {_mm512_i32gather_epi32(index.v, table, 4)};
+}
+BNB_HD Int load_codes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+BNB_HD void store_codes(uint8_t* p, Int a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+BNB_HD Int load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+
+BNB_HD int32_t reduce_max(Int a) { return _mm512_reduce_max_epi32(a.v); }
+
+inline constexpr int kDotWidth = 32;
+struct Dot {
+  __m512i v = _mm512_setzero_si512();
+};
+struct Bytes {
+  __m512i v;  // thirty-two bytes widened to 16 bits
+};
+BNB_HD Bytes load_bytes(const int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) {
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))};
+}
+BNB_HD int32_t reduce_add(Dot acc) { return _mm512_reduce_add_epi32(acc.v); }
+
+}  // namespace bnb::cpu::avx512

@@ -1,0 +1,94 @@
+// One lane at a time: the vector interface on plain C++, for any processor.
+// SPDX-License-Identifier: MIT
+//
+// Every header in this folder offers the same small set of types and functions; kernels.inl is
+// written on top of it once. Names are found in the namespace of the including ISA file.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "bitsandbytes/numeric.h"
+
+namespace bnb::cpu::baseline {
+
+inline constexpr int kWidth = 1;
+
+struct Float {
+  float v;
+  Float() = default;
+  BNB_HD Float(float x) : v(x) {}
+};
+struct Int {
+  int32_t v;
+};
+struct Mask {
+  bool v;
+};
+
+BNB_HD Int broadcast_int(int32_t x) { return {x}; }
+
+template <class T>
+BNB_HD Float load(const T* p) {
+  return {to_float(*p)};
+}
+template <class T>
+BNB_HD void store(T* p, Float x) {
+  *p = from_float<T>(x.v);
+}
+
+BNB_HD Float operator+(Float a, Float b) { return {a.v + b.v}; }
+BNB_HD Float operator-(Float a, Float b) { return {a.v - b.v}; }
+BNB_HD Float operator*(Float a, Float b) { return {a.v * b.v}; }
+BNB_HD Float operator/(Float a, Float b) { return {a.v / b.v}; }
+BNB_HD Float fma(Float a, Float b, Float c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
+BNB_HD Float sqrt(Float a) { return {__builtin_sqrtf(a.v)}; }
+BNB_HD Float max(Float a, Float b) { return {a.v > b.v ? a.v : b.v}; }
+BNB_HD Float min(Float a, Float b) { return {a.v < b.v ? a.v : b.v}; }
+
+BNB_HD Int bits(Float a) { return {static_cast<int32_t>(float_bits(a.v))}; }
+BNB_HD Float from_bits(Int a) { return {bits_float(static_cast<uint32_t>(a.v))}; }
+BNB_HD Int operator+(Int a, Int b) { return {a.v + b.v}; }
+BNB_HD Int operator-(Int a, Int b) { return {a.v - b.v}; }
+BNB_HD Int operator&(Int a, Int b) { return {a.v & b.v}; }
+BNB_HD Int max(Int a, Int b) { return {a.v > b.v ? a.v : b.v}; }
+BNB_HD Int min(Int a, Int b) { return {a.v < b.v ? a.v : b.v}; }
+template <int kBits>
+BNB_HD Int shift_right(Int a) {
+  return {static_cast<int32_t>(static_cast<uint32_t>(a.v) >> kBits)};
+}
+BNB_HD Int round_to_int(Float a) { return {static_cast<int32_t>(__builtin_rintf(a.v))}; }
+BNB_HD Float int_to_float(Int a) { return {static_cast<float>(a.v)}; }
+
+BNB_HD Mask is_negative(Float a) { return {sign_bit(a.v)}; }
+BNB_HD Mask greater_equal(Float a, Float b) { return {a.v >= b.v}; }
+BNB_HD Mask equal(Float a, Float b) { return {a.v == b.v}; }
+BNB_HD Mask less(Int a, Int b) { return {a.v < b.v}; }
+BNB_HD Mask equal(Int a, Int b) { return {a.v == b.v}; }
+BNB_HD Float select(Mask m, Float a, Float b) { return m.v ? a : b; }
+BNB_HD Int select(Mask m, Int a, Int b) { return m.v ? a : b; }
+BNB_HD bool any(Mask m) { return m.v; }
+
+BNB_HD Float gather(const float* table, Int index) { return {table[index.v]}; }
+BNB_HD Int gather(const uint32_t* table, Int index) {
+  return {static_cast<int32_t>(table[index.v])};
+}
+BNB_HD Int load_codes(const uint8_t* p) { return {*p}; }
+BNB_HD void store_codes(uint8_t* p, Int a) { *p = static_cast<uint8_t>(a.v); }
+BNB_HD Int load_ints(const int32_t* p) { return {*p}; }
+
+BNB_HD int32_t reduce_max(Int a) { return a.v; }
+
+// Sum of products of kDotWidth signed bytes, kept exactly in 32-bit lanes.
+inline constexpr int kDotWidth = 1;
+struct Dot {
+  int32_t v = 0;
+};
+struct Bytes {
+  int32_t v;
+};
+BNB_HD Bytes load_bytes(const int8_t* p) { return {*p}; }
+BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) { return {acc.v + a.v * b.v}; }
+BNB_HD int32_t reduce_add(Dot acc) { return acc.v; }
+
+}  // namespace bnb::cpu::baseline

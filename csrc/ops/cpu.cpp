@@ -1,0 +1,111 @@
+// The ops on the CPU: kernels of csrc/cpu, spread over torch's threads.
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <span>
+
+#include "cpu/dispatch.h"
+#include "ops/registration.h"
+
+namespace bnb::ops {
+namespace {
+
+// Elements a thread should get at least, so that waking it pays.
+constexpr int64_t kGrain = 32768;
+
+// Splits [0, count) over threads; `elements` is the work behind one index.
+template <class Body>
+void parallel(int64_t count, int64_t elements, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+struct Cpu {
+  struct Scope {
+    explicit Scope(const Tensor&) {}
+  };
+
+  static void check_quantize_block_size(const char*, int64_t) {}
+
+  static void quantize_blockwise(const QuantizeBlockwise& args, const Scope&) {
+    const cpu::Code code = cpu::prepare_code(args.code);
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(ceil_div(args.n, args.block_size), args.block_size, [&](int64_t first, int64_t last) {
+      kernels.quantize_blockwise(args, code, first, last);
+    });
+  }
+
+  static void dequantize_blockwise(const DequantizeBlockwise& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.n, 1,
+             [&](int64_t first, int64_t last) { kernels.dequantize_blockwise(args, first, last); });
+  }
+
+  static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_row_stats(args, first, last); });
+    // A row needs the outlier columns of all rows.
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_quantize_rows(args, first, last); });
+  }
+
+  static bool library_int8_matmul(const Tensor&, const Tensor&, const Tensor&) { return false; }
+
+  static void int8_linear_matmul(const Int8Matmul& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.n, args.m * args.k,
+             [&](int64_t first, int64_t last) { kernels.int8_linear_matmul(args, first, last); });
+  }
+
+  static void int8_mm_dequant(const Int8MmDequant& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_mm_dequant(args, first, last); });
+  }
+
+  // Runs body(tensor, first_block, last_block) over the blocks of the whole list, cut between
+  // threads without regard to where one tensor ends.
+  template <class Body>
+  static void over_blocks(std::span<const OptimizerTensor> tensors, const Body& body) {
+    std::vector<int64_t> starts(tensors.size() + 1, 0);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      starts[i + 1] = starts[i] + ceil_div(tensors[i].n, kOptimizerBlock);
+    }
+    parallel(starts.back(), kOptimizerBlock, [&](int64_t first, int64_t last) {
+      size_t i = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
+      while (first < last) {
+        const int64_t end = std::min(last, starts[i + 1]);
+        if (first < end) body(tensors[i], first - starts[i], end - starts[i]);
+        first = std::max(first, end);
+        ++i;
+      }
+    });
+  }
+
+  static void optimizer_step_32bit(const OptimizerStep& args,
+                                   std::span<const OptimizerTensor> tensors, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    over_blocks(tensors, [&](const OptimizerTensor& t, int64_t first, int64_t last) {
+      kernels.optimizer_step_32bit(args, t, first * kOptimizerBlock,
+                                   std::min(last * kOptimizerBlock, t.n));
+    });
+  }
+
+  static void optimizer_step_8bit_blockwise(const OptimizerStep& args,
+                                            std::span<const OptimizerTensor> tensors,
+                                            const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    cpu::Code codes[2] = {};
+    for (int k = 0; k < kRules[static_cast<int>(args.rule)].states; ++k) {
+      codes[k] = cpu::prepare_code(args.qmap[k]);
+    }
+    over_blocks(tensors, [&](const OptimizerTensor& t, int64_t first, int64_t last) {
+      kernels.optimizer_step_8bit_blockwise(args, t, codes, first, last);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace bnb::ops
+
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Cpu>(m); }

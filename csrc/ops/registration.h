@@ -1,0 +1,26 @@
+// The list of ops that every native backend implements. Schemas: python/bitsandbytes/_ops.py.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include "ops/int8.h"
+#include "ops/optimizer.h"
+#include "ops/quantize.h"
+
+namespace bnb::ops {
+
+template <class Backend, class Library>
+void register_ops(Library& m) {
+  m.impl("quantize_blockwise", TORCH_BOX(&quantize_blockwise<Backend>));
+  m.impl("quantize_blockwise.out", TORCH_BOX(&quantize_blockwise_out<Backend>));
+  m.impl("dequantize_blockwise", TORCH_BOX(&dequantize_blockwise<Backend>));
+  m.impl("dequantize_blockwise.out", TORCH_BOX(&dequantize_blockwise_out<Backend>));
+  m.impl("int8_vectorwise_quant", TORCH_BOX(&int8_vectorwise_quant<Backend>));
+  m.impl("int8_linear_matmul", TORCH_BOX(&int8_linear_matmul<Backend>));
+  m.impl("int8_linear_matmul.out", TORCH_BOX(&int8_linear_matmul_out<Backend>));
+  m.impl("int8_mm_dequant", TORCH_BOX(&int8_mm_dequant<Backend>));
+  m.impl("int8_scaled_mm", TORCH_BOX(&int8_scaled_mm<Backend>));
+  m.impl("optimizer_step_32bit", TORCH_BOX(&optimizer_step_32bit<Backend>));
+  m.impl("optimizer_step_8bit_blockwise", TORCH_BOX(&optimizer_step_8bit_blockwise<Backend>));
+}
+
+}  // namespace bnb::ops

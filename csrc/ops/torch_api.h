@@ -1,0 +1,158 @@
+// The only door to LibTorch: names of its stable interface, argument checks, allocation.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <concepts>
+#include <cstdio>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bitsandbytes/kernels/common.h"
+
+namespace bnb::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+// ---- Errors: one sentence that names op, argument, what was expected and what came
+// -----------------
+
+// Text is only put together when it is needed: checks run in every call. Plain string building,
+// because locales of iostreams do not survive two copies of the C++ library in one process.
+
+inline void append(std::string& text, const char* part) { text += part; }
+inline void append(std::string& text, const std::string& part) { text += part; }
+
+template <std::integral T>
+void append(std::string& text, T part) {
+  text += std::to_string(part);
+}
+
+inline void append(std::string& text, double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", part);
+  text += digits;
+}
+
+inline void append(std::string& text, ScalarType part) {
+  text += torch::headeronly::toString(part);
+}
+
+// What a message says of a tensor.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+struct DeviceOf {
+  const Tensor& tensor;
+};
+
+inline void append(std::string& text, ShapeOf part) {
+  text += '[';
+  const auto sizes = part.tensor.sizes();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (i > 0) text += ", ";
+    append(text, sizes[i]);
+  }
+  text += ']';
+}
+
+inline void append(std::string& text, DeviceOf part) {
+  text += "device type ";
+  append(text, static_cast<int>(part.tensor.device().type()));
+  text += " index ";
+  append(text, static_cast<int>(part.tensor.get_device_index()));
+}
+
+template <class... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
+  std::string sentence;
+  (append(sentence, parts), ...);
+  throw std::runtime_error(sentence);
+}
+
+template <class... Parts>
+void require(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]] {
+    fail(parts...);
+  }
+}
+
+inline void check_dtype(const char* op, const char* argument, const Tensor& t,
+                        ScalarType expected) {
+  require(t.scalar_type() == expected, op, ": ", argument, " must have dtype ", expected, ", got ",
+          t.scalar_type());
+}
+
+inline void check_same_device(const char* op, const char* argument, const Tensor& t,
+                              const char* reference_name, const Tensor& reference) {
+  require(t.device() == reference.device(), op, ": ", argument, " must be on the device of ",
+          reference_name, " (", DeviceOf{reference}, "), got ", DeviceOf{t});
+}
+
+inline void check_numel(const char* op, const char* argument, const Tensor& t, int64_t expected) {
+  require(t.numel() == expected, op, ": ", argument, " must have ", expected, " elements, got ",
+          t.numel(), " (shape ", ShapeOf{t}, ")");
+}
+
+// For outputs: written through their pointer, so they cannot be copied first.
+inline void check_contiguous(const char* op, const char* argument, const Tensor& t) {
+  require(t.is_contiguous(), op, ": ", argument, " must be contiguous, got shape ", ShapeOf{t},
+          " with other strides");
+}
+
+// ---- Element types
+// -------------------------------------------------------------------------------
+
+inline std::optional<DType> float_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+inline DType check_float(const char* op, const char* argument, ScalarType type) {
+  const std::optional<DType> dtype = float_dtype(type);
+  require(dtype.has_value(), op, ": ", argument, " must be float32, float16 or bfloat16, got ",
+          type);
+  return *dtype;
+}
+
+inline DType check_float(const char* op, const char* argument, const Tensor& t) {
+  return check_float(op, argument, t.scalar_type());
+}
+
+// ---- Allocation
+// ----------------------------------------------------------------------------------
+
+inline Shape shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, shape, dtype);
+}
+
+// The tensor itself when its elements already lie in order, else a copy that does.
+inline Tensor in_order(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+}  // namespace bnb::ops

@@ -1,0 +1,16 @@
+// Arithmetic of quantization blocks: consecutive elements of the flattened tensor.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+
+#include "bitsandbytes/config.h"
+
+namespace bnb {
+
+// Block size of 8-bit optimizer states; fixed by the checkpoint format.
+inline constexpr int kOptimizerBlock = 256;
+
+BNB_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace bnb

@@ -1,0 +1,49 @@
+// What an optimizer is: one struct with its update rule on registers. Drivers (CPU loop, GPU
+// kernel) own loads and stores, gradient scale, weight decay, skipped elements and the precision of
+// the states; a rule knows none of that.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "bitsandbytes/config.h"
+
+namespace bnb {
+
+// Hyperparameters of one call, as the caller gave them. Double, because 1 - beta^step cancels.
+struct Hyper {
+  double lr;
+  double beta1;
+  double beta2;
+  double beta3;
+  double alpha;
+  double eps;
+  double weight_decay;
+  double gnorm_scale;  // factor on every gradient
+  bool skip_zeros;     // elements whose gradient is zero keep state and parameter
+};
+
+enum class WeightDecay {
+  kL2,               // added to the gradient
+  kDecoupledBefore,  // parameter shrinks before its update
+  kDecoupledAfter,   // parameter shrinks after its update
+};
+
+// A rule offers:
+//   kName            the name in ops and Python
+//   kStates          number of states per element, 1 or 2
+//   kWeightDecay     where weight decay enters
+//   Constants        what update() needs, computed once per call from Hyper and step;
+//                    it holds `step_size`, the factor on the direction
+//   constants(h, step)
+//   update(grad, param, states, constants)
+//                    advances the states and returns the direction d of the step
+//                    param <- param - step_size * d
+// update() is a template on its scalar: float on a GPU, a SIMD vector on a CPU. It spells every
+// fused multiply-add, so that states come out with the same bits on every device.
+
+// Bias correction 1 - beta^step.
+BNB_HD double bias_correction(double beta, double step) { return 1.0 - std::pow(beta, step); }
+
+}  // namespace bnb

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: MIT
+"""8-bit optimizers, int8 linear layers and quantization functions for PyTorch.
+
+    import bitsandbytes as bnb
+
+    optimizer = bnb.optim.Adam8bit(model.parameters(), lr=1e-3)
+    layer = bnb.nn.Linear8bitLt(1024, 1024, has_fp16_weights=False, threshold=6.0)
+    codes, state = bnb.functional.quantize_blockwise(tensor)
+
+``python -m bitsandbytes`` shows what is installed and checks it.
+"""
+
+from . import _ops, utils
+from ._version import __version__
+
+# The ops must exist before anything that calls them.
+from . import autograd, functional, nn, optim  # isort: skip
+from .autograd._functions import MatmulLtState, matmul
+from .nn import modules
+from .optim import adam
+
+__all__ = [
+    "MatmulLtState",
+    "__version__",
+    "adam",
+    "autograd",
+    "features",
+    "functional",
+    "matmul",
+    "modules",
+    "nn",
+    "optim",
+    "supported_torch_devices",
+    "utils",
+]
+
+# Asked for by transformers, accelerate and diffusers.
+features = {"multi_backend"}
+supported_torch_devices = {"cpu", "cuda", "xpu", "hpu", "npu", "mps"}

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+"""Argument checks of the plain ops: an error names the op, the argument, what it must be and is."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOATS", "check", "check_device", "check_dtype", "check_numel", "check_shape"]
+
+# What activations, weights, biases and results may be.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
+    """Raises ValueError with the one sentence of this package unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
+
+
+def check_dtype(op: str, argument: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Raises ValueError unless `tensor` has one of the `allowed` dtypes."""
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        check(False, op, argument, names, tensor.dtype)
+
+
+def check_shape(op: str, argument: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Raises ValueError unless `tensor` has exactly this shape."""
+    if tuple(tensor.shape) != tuple(shape):
+        check(False, op, argument, f"of shape {list(shape)}", f"shape {list(tensor.shape)}")
+
+
+def check_numel(op: str, argument: str, tensor: Tensor, numel: int, of_what: str) -> None:
+    """Raises ValueError unless `tensor` holds one element per row or column of something."""
+    if tensor.numel() != numel:
+        expected = f"of {numel} elements ({of_what})"
+        check(False, op, argument, expected, f"shape {list(tensor.shape)}")
+
+
+def check_device(op: str, argument: str, tensor: Tensor, other: str, reference: Tensor) -> None:
+    """Raises ValueError unless `tensor` is where `reference` (the argument `other`) is."""
+    if tensor.device != reference.device:
+        expected = f"on the device of {other} ({reference.device})"
+        check(False, op, argument, expected, tensor.device)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""Shape rules of every op, for torch.compile, export and the meta device."""
+
+import torch
+from torch import Tensor
+
+from ._ops import register_fake
+
+__all__: list[str] = []
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _check(condition, op: str, argument: str, expected: str, got) -> None:
+    torch._check(condition, lambda: f"{op}: {argument} must be {expected}, got {got}")
+
+
+def _blocks(n, blocksize: int):
+    return (n + blocksize - 1) // blocksize
+
+
+@register_fake("quantize_blockwise")
+def _(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    op = "quantize_blockwise"
+    _check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    absmax = A.new_empty((_blocks(A.numel(), blocksize),), dtype=torch.float32)
+    return A.new_empty(A.shape, dtype=torch.uint8), absmax
+
+
+@register_fake("quantize_blockwise.out")
+def _(A: Tensor, code: Tensor, blocksize: int, *, out: Tensor, absmax: Tensor) -> None:
+    op = "quantize_blockwise"
+    _check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    _check(out.dtype == torch.uint8, op, "out", "uint8", out.dtype)
+    _check(out.numel() == A.numel(), op, "out", "as large as A", out.shape)
+
+
+@register_fake("dequantize_blockwise")
+def _(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
+    op = "dequantize_blockwise"
+    _check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check(A.dtype == torch.uint8, op, "A", "uint8", A.dtype)
+    _check(dtype in FLOATS, op, "dtype", "float32, float16 or bfloat16", dtype)
+    return A.new_empty(A.shape, dtype=dtype)
+
+
+@register_fake("dequantize_blockwise.out")
+def _(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
+) -> None:
+    op = "dequantize_blockwise"
+    _check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check(A.dtype == torch.uint8, op, "A", "uint8", A.dtype)
+    _check(out.dtype == dtype, op, "out", str(dtype), out.dtype)
+    _check(out.numel() == A.numel(), op, "out", "as large as A", out.shape)
+
+
+@register_fake("int8_vectorwise_quant")
+def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    op = "int8_vectorwise_quant"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    out = A.new_empty(A.shape, dtype=torch.int8)
+    row_stats = A.new_empty((A[..., 0].numel(),), dtype=torch.float32)
+    if threshold == 0.0:
+        return out, row_stats, None
+    count = torch.library.get_ctx().new_dynamic_size()
+    return out, row_stats, A.new_empty((count,), dtype=torch.int64)
+
+
+@register_fake("int8_vectorwise_dequant")
+def _(A: Tensor, stats: Tensor) -> Tensor:
+    _check(A.dtype == torch.int8, "int8_vectorwise_dequant", "A", "int8", A.dtype)
+    return A.new_empty(A.shape, dtype=torch.float32)
+
+
+def _matmul_shape(op: str, A: Tensor, B: Tensor) -> tuple:
+    _check(A.dtype == torch.int8, op, "A", "int8", A.dtype)
+    _check(B.dtype == torch.int8, op, "B", "int8", B.dtype)
+    _check(B.dim() == 2, op, "B", "of shape [N, K]", B.shape)
+    _check(A.shape[-1] == B.shape[1], op, "A", f"[..., {B.shape[1]}]", A.shape)
+    return (*A.shape[:-1], B.shape[0])
+
+
+@register_fake("int8_linear_matmul")
+def _(A: Tensor, B: Tensor) -> Tensor:
+    return A.new_empty(_matmul_shape("int8_linear_matmul", A, B), dtype=torch.int32)
+
+
+@register_fake("int8_linear_matmul.out")
+def _(A: Tensor, B: Tensor, out: Tensor) -> None:
+    op = "int8_linear_matmul"
+    shape = _matmul_shape(op, A, B)
+    _check(out.dtype == torch.int32, op, "out", "int32", out.dtype)
+    _check(tuple(out.shape) == shape, op, "out", f"of shape {shape}", tuple(out.shape))
+
+
+@register_fake("int8_mm_dequant")
+def _(
+    A: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    _check(A.dtype == torch.int32, "int8_mm_dequant", "A", "int32", A.dtype)
+    return A.new_empty(A.shape, dtype=dtype or torch.float16)
+
+
+@register_fake("int8_scaled_mm")
+def _(
+    A: Tensor,
+    B: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    return A.new_empty(_matmul_shape("int8_scaled_mm", A, B), dtype=dtype or torch.float16)
+
+
+@register_fake("int8_mixed_scaled_mm")
+def _(
+    A: Tensor,
+    CA: Tensor,
+    CB: Tensor,
+    SCA: Tensor,
+    SCB: Tensor,
+    outlier_cols: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    shape = _matmul_shape("int8_mixed_scaled_mm", CA, CB)
+    outliers = 0 if outlier_cols is None else outlier_cols.shape[0]
+    rows = A[..., 0].numel()
+    return A.new_empty(shape), A.new_empty((rows, outliers) if outliers != 0 else (0,))
+
+
+@register_fake("optimizer_step_32bit")
+def _(rule, params, grads, state1, state2, *rest) -> None:
+    _check(len(grads) == len(params), "optimizer_step_32bit", "grads", "as many as params", "")
+
+
+@register_fake("optimizer_step_8bit_blockwise")
+def _(rule, params, grads, state1, state2, *rest) -> None:
+    op = "optimizer_step_8bit_blockwise"
+    _check(len(grads) == len(params), op, "grads", "as many as params", "")

@@ -1,0 +1,72 @@
+"""Finds and loads the native libraries, and remembers which loaded and why another did not."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+__all__ = ["Library", "libraries", "load", "native_module"]
+
+
+@dataclass
+class Library:
+    """One native library: where it should be, and what became of it."""
+
+    name: str
+    serves: str
+    path: Path | None = None
+    loaded: bool = False
+    reason: str = field(default="not tried")
+
+
+libraries = {
+    "_ops": Library("_ops", "cpu"),
+    "_cuda": Library("_cuda", "cuda"),
+}
+
+
+def native_module():
+    """Returns the binding module ``bitsandbytes._C``, or None when the package was not compiled."""
+    if importlib.util.find_spec("bitsandbytes._C") is None:
+        return None
+    from . import _C
+
+    return _C
+
+
+def load() -> None:
+    """Loads what this installation and this torch can use. Never raises and never prints."""
+    try:
+        module = native_module()
+    except ImportError as error:
+        for library in libraries.values():
+            library.reason = f"bitsandbytes._C does not load: {error}"
+        return
+    if module is None:
+        for library in libraries.values():
+            library.reason = "bitsandbytes was installed without native code"
+        return
+    # An editable install keeps the compiled files apart from the sources: look beside the module.
+    folder = Path(module.__file__).parent
+    _load(libraries["_ops"], folder)
+    if torch.version.cuda is None and torch.version.hip is None:
+        libraries["_cuda"].reason = "this torch was built without CUDA and without ROCm"
+    elif not libraries["_ops"].loaded:
+        libraries["_cuda"].reason = "_ops did not load"
+    else:
+        _load(libraries["_cuda"], folder)
+
+
+def _load(library: Library, folder: Path) -> None:
+    library.path = folder / f"libbitsandbytes{library.name}.so"
+    if not library.path.exists():
+        library.reason = f"not part of this build ({library.path.name} is missing)"
+        return
+    try:
+        torch.ops.load_library(str(library.path))
+    except OSError as error:
+        library.reason = str(error)
+        return
+    library.loaded = True
+    library.reason = "loaded"

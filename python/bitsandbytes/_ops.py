@@ -1,0 +1,79 @@
+"""The schema of every op, written once, and the registration of everything that implements them.
+
+Schemas are defined from Python so that every op exists, with its plain-PyTorch implementation, on
+any device and without any native library; the native libraries only add kernels for their
+dispatch keys (``csrc/ops``).
+"""
+
+import torch
+
+from . import _library
+
+__all__ = ["SCHEMAS", "register_fake", "register_kernel"]
+
+NAMESPACE = "bitsandbytes"
+
+# Hyperparameters that every optimizer op takes, in the order of `bnb::Hyper`.
+_HYPER = (
+    "Tensor step, Tensor? lr_tensor, float lr, float beta1, float beta2, float beta3, float alpha, "
+    "float eps, float weight_decay, float gnorm_scale, bool skip_zeros"
+)
+
+SCHEMAS = (
+    # 8-bit blockwise quantization
+    "quantize_blockwise(Tensor A, Tensor code, int blocksize) -> (Tensor, Tensor)",
+    "quantize_blockwise.out(Tensor A, Tensor code, int blocksize, *, Tensor(a!) out, "
+    "Tensor(b!) absmax) -> ()",
+    "dequantize_blockwise(Tensor A, Tensor absmax, Tensor code, int blocksize, ScalarType dtype) "
+    "-> Tensor",
+    "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, "
+    "ScalarType dtype, Tensor(a!) out) -> ()",
+    # LLM.int8()
+    "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
+    "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",
+    "int8_linear_matmul(Tensor A, Tensor B) -> Tensor",
+    "int8_linear_matmul.out(Tensor A, Tensor B, Tensor(a!) out) -> ()",
+    "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, "
+    "Tensor? bias=None) -> Tensor",
+    "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
+    "ScalarType? dtype=None) -> Tensor",
+    "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, "
+    "Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)",
+    # Optimizers: one call for a whole list of parameters
+    "optimizer_step_32bit(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "
+    f"Tensor(c!)[] state2, {_HYPER}) -> ()",
+    "optimizer_step_8bit_blockwise(str rule, Tensor(a!)[] params, Tensor[] grads, "
+    "Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, "
+    f"Tensor qmap1, Tensor? qmap2, {_HYPER}) -> ()",
+)
+
+_definitions = torch.library.Library(NAMESPACE, "DEF")
+for _schema in SCHEMAS:
+    _definitions.define(_schema)
+
+
+def register_fake(name: str):
+    """Returns a decorator that registers the shape rule of op `name` for tracing."""
+    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_definitions)
+
+
+def register_kernel(name: str, device: str):
+    """Returns a decorator that registers a kernel of op `name` for one dispatch key.
+
+    Args:
+        name: Op and overload, such as ``"quantize_blockwise"`` or ``"dequantize_blockwise.out"``.
+        device: A device type (``"cpu"``, ``"cuda"`` ...) or ``"default"`` for the implementation
+            that serves every device without a kernel of its own.
+    """
+    key = "CompositeExplicitAutograd" if device == "default" else device.upper()
+
+    def register(function):
+        _definitions.impl(name, function, key)
+        return function
+
+    return register
+
+
+from . import _fake, plain  # noqa: E402, F401  (they register themselves with the names above)
+
+_library.load()

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""The LLM.int8() product of activations and a quantized weight, with its gradients.
+
+Forward (Dettmers et al. 2022, arXiv:2208.07339), for activations A and weight codes CB with
+statistics SCB: A is quantized row by row, ``out = CA CB^T * SCA SCB / 127^2 + bias``, and columns
+of A that hold an outlier are multiplied in floating point. The gradient treats the quantization
+of A as the identity: ``dA = dout W``, with ``W = CB * SCB / 127``.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _ops  # noqa: F401  (registers the ops)
+from .._checks import check, check_device
+
+__all__ = ["GlobalOutlierPooler", "MatMul8bitLt", "MatmulLtState", "matmul"]
+
+# Names of tensor layouts of bitsandbytes before 0.45, which callers may still look at.
+REMOVED_FIELDS = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
+
+
+@dataclass
+class MatmulLtState:
+    """What :func:`matmul` keeps between calls for one weight.
+
+    Attributes:
+        CB: int8 codes of the weight ``[N, K]``.
+        SCB: float32 statistics of the weight ``[N]``.
+        idx: Outlier columns of the last activations, int64; None without a threshold.
+        threshold: Magnitude from which an activation is an outlier; 0 for none.
+        is_training: Whether the weight may have changed since the last call, and whether the CPU
+            multiplies with the dequantized weight instead of quantizing the activations.
+        has_fp16_weights: Whether the weight of the call is the master copy, so that `CB` and
+            `SCB` are derived from it again; otherwise they are the weight.
+
+    The other attributes exist for programs written for earlier releases and have no effect.
+    """
+
+    force_no_igemmlt: bool = False
+    CB: Tensor | None = None
+    SB: Tensor | None = None
+    SCB: Tensor | None = None
+    SBt: Tensor | None = None
+    CBt: Tensor | None = None
+    subB: Tensor | None = None
+    outlier_pool: Any = None
+    idx: Tensor | None = None
+
+    # Without annotations, so that they are attributes and not arguments of the constructor.
+    has_accumulated_gradients = False
+    threshold = 0.0
+    is_training = True
+    has_fp16_weights = True
+    use_pool = False
+    # Address and version of the weight that CB and SCB were made from.
+    _source = None
+
+    def __getattr__(self, name: str) -> None:
+        # Reached only for names that are not there, such as those of removed layouts.
+        if name not in REMOVED_FIELDS:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        warnings.warn(
+            f"MatmulLtState.{name} is always None: int8 weights have one layout, CB and SCB",
+            FutureWarning,
+            stacklevel=2,
+        )
+
+    def reset_grads(self) -> None:
+        """Forgets the quantized weight, so that the next call quantizes the weight it gets."""
+        self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
+
+
+class GlobalOutlierPooler:
+    """Collects outlier columns of the layers of one width. Kept for import; nothing uses it."""
+
+    _instance: ClassVar[Optional["GlobalOutlierPooler"]] = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("GlobalOutlierPooler is one object: use get_instance()")
+
+    @classmethod
+    def get_instance(cls) -> "GlobalOutlierPooler":
+        """Returns the one pooler of this process."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance._columns = set()
+            cls._instance._width = None
+        return cls._instance
+
+    _columns: set[int]
+    _width: int | None
+
+    def add_outliers(self, outlier_idx: Tensor, feature_dim: int) -> None:
+        """Adds columns of a layer with `feature_dim` inputs; only the first width seen counts."""
+        if self._width is None:
+            self._width = feature_dim
+        if feature_dim == self._width:
+            self._columns.update(outlier_idx.tolist())
+
+    def get_current_outlier_idx(self) -> Tensor:
+        """Returns all columns added so far, int64 and ascending."""
+        return torch.tensor(sorted(self._columns), dtype=torch.int64)
+
+
+def _values(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.bitsandbytes.int8_vectorwise_dequant.default(CB, SCB).to(dtype)
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    """Returns what the int8 ops take: they know no float64, a layer may."""
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _product(
+    A: Tensor,
+    bias: Tensor | None,
+    CB: Tensor,
+    SCB: Tensor,
+    CA: Tensor | None,
+    SCA: Tensor | None,
+    outlier_cols: Tensor | None,
+) -> Tensor:
+    """Returns ``A W^T + bias`` in A's dtype, from the codes `CA` of A where they are given."""
+    if CA is None:
+        bias = None if bias is None else bias.to(A.dtype)
+        return F.linear(A, _values(CB, SCB, A.dtype), bias)
+    bias = None if bias is None else _narrow(bias)
+    a = _narrow(A)
+    ops = torch.ops.bitsandbytes
+    if outlier_cols is None:
+        out = ops.int8_scaled_mm.default(CA, CB, SCA, SCB, bias, a.dtype)
+    else:
+        out, _ = ops.int8_mixed_scaled_mm.default(a, CA, CB, SCA, SCB, outlier_cols, bias)
+    return out.to(A.dtype)
+
+
+class MatMul8bitLt(torch.autograd.Function):
+    """Differentiable form of the product; `B` is the weight that `CB` and `SCB` stand for."""
+
+    @staticmethod
+    def forward(ctx, A, B, bias, CB, SCB, CA, SCA, outlier_cols):
+        """Computes the product; see :func:`_product` for the arguments."""
+        # A is needed for the gradient of the weight only: frozen weights keep no activations.
+        ctx.save_for_backward(A if ctx.needs_input_grad[1] else None, CB, SCB)
+        ctx.dtypes = (A.dtype, B.dtype, None if bias is None else bias.dtype)
+        return _product(A, bias, CB, SCB, CA, SCA, outlier_cols)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Returns the gradients of `A`, `B` and `bias`, each in its own dtype."""
+        A, CB, SCB = ctx.saved_tensors
+        A_dtype, B_dtype, bias_dtype = ctx.dtypes
+        needs_A, needs_B, needs_bias = ctx.needs_input_grad[:3]
+        rows = math.prod(grad.shape[:-1])
+        flat = grad.reshape(rows, grad.shape[-1])
+        grad_A = grad_B = grad_bias = None
+        if needs_A:
+            grad_A = grad @ _values(CB, SCB, A_dtype)
+        if needs_B:
+            grad_B = (flat.t() @ A.reshape(rows, A.shape[-1])).to(B_dtype)
+        if needs_bias:
+            wide = torch.promote_types(flat.dtype, bias_dtype)
+            grad_bias = flat.sum(0, dtype=wide).to(bias_dtype)
+        return grad_A, grad_B, grad_bias, None, None, None, None, None
+
+
+def _source(B: Tensor) -> tuple[int, int] | None:
+    """Returns what changes when the weight does, or None where that cannot be told."""
+    if torch.compiler.is_compiling() or B.is_inference():
+        return None
+    return B.data_ptr(), B._version
+
+
+def _quantized_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
+    """Returns CB and SCB, from the state where they are there and still those of the weight."""
+    if state.CB is not None and not state.has_fp16_weights:
+        check(state.SCB is not None, "matmul", "state.SCB", "set along with state.CB", None)
+        return state.CB, state.SCB
+    check(B.is_floating_point(), "matmul", "B", "floating point unless state.CB is set", B.dtype)
+    source = _source(B) if state.has_fp16_weights else None
+    if source is not None and source == state._source and state.CB is not None:
+        # While gradients accumulate, or outside training, an unchanged weight keeps its codes.
+        if not state.is_training or (B.is_leaf and B.grad is not None):
+            return state.CB, state.SCB
+    # Not as inference tensors, because training may come later.
+    with torch.inference_mode(False), torch.no_grad():
+        CB, SCB, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(_narrow(B))
+    if source is not None or not state.has_fp16_weights:
+        state.CB, state.SCB, state._source = CB, SCB, source
+    return CB, SCB
+
+
+def matmul(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    state: MatmulLtState | None = None,
+    threshold: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiplies activations with a weight in int8: LLM.int8().
+
+    On the CPU a state with ``is_training`` multiplies with the dequantized weight and does not
+    quantize the activations. Under autocast the product is computed in autocast's dtype, as that
+    of :class:`torch.nn.Linear` is.
+
+    Args:
+        A: Floating-point activations ``[..., K]``.
+        B: Weight ``[N, K]``. With ``state.CB`` set and not ``state.has_fp16_weights``, `B` is not
+            read, and only receives a gradient if it requires one.
+        out: Tensor ``[..., N]`` that takes the result.
+        state: Quantized weight and options; None quantizes `B` for this call.
+        threshold: Magnitude from which an activation is an outlier; a positive one replaces
+            ``state.threshold``.
+        bias: Floating-point vector ``[N]``.
+
+    Returns:
+        ``A @ B.T + bias``, ``[..., N]`` in the dtype of `A`, or `out`. Gradients flow to `A`,
+        `bias` and `B`.
+
+    Raises:
+        ValueError: If a dtype, a shape or a device does not fit.
+
+    Example:
+        >>> import torch
+        >>> import bitsandbytes as bnb
+        >>> A, B = torch.eye(2), torch.tensor([[1.0, 2.0], [3.0, -4.0]])
+        >>> state = bnb.MatmulLtState()
+        >>> state.is_training = False
+        >>> [[round(x, 1) for x in row] for row in bnb.matmul(A, B, state=state).tolist()]
+        [[1.0, 3.0], [2.0, -4.0]]
+    """
+    if state is None:
+        state = MatmulLtState()
+    if threshold > 0:
+        state.threshold = threshold
+    check(A.is_floating_point(), "matmul", "A", "floating point", A.dtype)
+    check(A.dim() >= 1, "matmul", "A", "of at least one dimension", "a scalar")
+    if torch.amp.is_autocast_available(A.device.type) and A.dtype != torch.float64:
+        if torch.is_autocast_enabled(A.device.type):
+            A = A.to(torch.get_autocast_dtype(A.device.type))
+
+    CB, SCB = _quantized_weight(B, state)
+    check_device("matmul", "the weight", CB, "A", A)
+    if CB.dim() != 2 or CB.shape[1] != A.shape[-1]:
+        expected = f"[N, {A.shape[-1]}] for A of shape {list(A.shape)}"
+        check(False, "matmul", "the weight", expected, list(CB.shape))
+
+    CA = SCA = outlier_cols = None
+    if not (state.is_training and A.device.type in ("cpu", "xpu")):
+        with torch.no_grad():
+            CA, SCA, outlier_cols = torch.ops.bitsandbytes.int8_vectorwise_quant.default(
+                _narrow(A), state.threshold
+            )
+    state.idx = outlier_cols
+
+    wanted = A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        result = MatMul8bitLt.apply(A, B, bias, CB, SCB, CA, SCA, outlier_cols)
+    else:
+        result = _product(A, bias, CB, SCB, CA, SCA, outlier_cols)
+    return result if out is None else out.copy_(result)

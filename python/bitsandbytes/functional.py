@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: MIT
+"""The public quantization functions, under the names that programs import."""
+
+from .quant.blockwise import dequantize_blockwise, quantize_blockwise
+from .quant.codes import create_dynamic_map, create_linear_map, name2qmap
+from .quant.int8 import (
+    int8_linear_matmul,
+    int8_mm_dequant,
+    int8_vectorwise_dequant,
+    int8_vectorwise_quant,
+)
+from .quant.state import QuantState
+from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
+
+__all__ = [
+    "QuantState",
+    "create_dynamic_map",
+    "create_linear_map",
+    "dequantize_blockwise",
+    "int8_linear_matmul",
+    "int8_mm_dequant",
+    "int8_vectorwise_dequant",
+    "int8_vectorwise_quant",
+    "name2qmap",
+    "pack_dict_to_tensor",
+    "quantize_blockwise",
+    "unpack_tensor_to_dict",
+]

@@ -1,0 +1,5 @@
+"""Plain-PyTorch implementation of every op: what runs on a device that has no native kernel."""
+
+from . import int8, optimizer, quantize
+
+__all__ = ["int8", "optimizer", "quantize"]

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: MIT
+"""LLM.int8() in plain PyTorch: the rule that every native kernel follows, bit for bit.
+
+Rows are quantized to codes in [-127, 127] with one float32 statistic per row, the product is an
+exact int32 product of codes, and columns that hold an outlier are multiplied in floating point
+(Dettmers et al. 2022, arXiv:2208.07339).
+"""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOATS, check, check_device, check_dtype, check_numel, check_shape
+from .._ops import register_kernel
+
+__all__: list[str] = []
+
+CODE_MAX = 127.0
+# What one unit of a code, and one unit of a product of two codes, is worth in its statistics.
+UNIT = 1.0 / CODE_MAX
+PRODUCT_UNIT = 1.0 / (CODE_MAX * CODE_MAX)
+# A product of two int8 numbers is at most 2^14, so sums of 2^10 of them are exact in float32.
+EXACT_TERMS = 1024
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Keeps an enclosing autocast from rounding the operands of a float32 product to 16 bits."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _rows(shape: torch.Size) -> int:
+    return math.prod(shape[:-1])
+
+
+def _check_product(op: str, A: Tensor, B: Tensor) -> None:
+    check_dtype(op, "A", A, torch.int8)
+    check_dtype(op, "B", B, torch.int8)
+    check_device(op, "B", B, "A", A)
+    check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
+    if B.dim() != 2 or B.shape[1] != A.shape[-1]:
+        expected = f"[N, {A.shape[-1]}] for A of shape {list(A.shape)}"
+        check(False, op, "B", expected, list(B.shape))
+
+
+def _check_scales(
+    op: str,
+    stats: tuple[tuple[str, Tensor, int, str], tuple[str, Tensor, int, str]],
+    device_of: tuple[str, Tensor],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Checks row and column statistics (name, tensor, count, of what), bias and result dtype."""
+    for name, stat, count, of_what in stats:
+        check_dtype(op, name, stat, torch.float32)
+        check_device(op, name, stat, *device_of)
+        check_numel(op, name, stat, count, of_what)
+    if bias is not None:
+        check_dtype(op, "bias", bias, *FLOATS)
+        check_device(op, "bias", bias, *device_of)
+        check_shape(op, "bias", bias, [stats[1][2]])
+    check(dtype in FLOATS, op, "dtype", "float16, bfloat16 or float32", dtype)
+
+
+@register_kernel("int8_vectorwise_quant", "default")
+@torch.no_grad()
+def int8_vectorwise_quant(
+    A: Tensor, threshold: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    op = "int8_vectorwise_quant"
+    check_dtype(op, "A", A, *FLOATS)
+    check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
+    check(threshold >= 0, op, "threshold", "0 (no outliers) or positive", threshold)
+
+    rows, columns = _rows(A.shape), A.shape[-1]
+    values = A.reshape(rows, columns).float()
+    magnitudes = values.abs()
+    outlier_cols = None
+    if threshold > 0:
+        outliers = magnitudes >= threshold
+        magnitudes.masked_fill_(outliers, 0)
+        outlier_cols = outliers.any(0).nonzero().flatten()
+    row_stats = magnitudes.amax(1) if columns else magnitudes.new_zeros(rows)
+
+    # A scalar divided by a tensor would be its rounded reciprocal times the scalar.
+    scales = torch.full_like(row_stats, CODE_MAX) / row_stats
+    # The codes of a row without a usable scale are 0: for a statistic of 0 or so small that the
+    # scale overflows, and for one that is not finite. The latter turns that row of every product
+    # into NaN, so bad input shows.
+    scales.masked_fill_(scales.isinf(), 0)
+    codes = values * scales.unsqueeze(1)
+    codes.round_().clamp_(-CODE_MAX, CODE_MAX).nan_to_num_(0.0)
+    if outlier_cols is not None:
+        codes[:, outlier_cols] = 0
+    return codes.to(torch.int8).view(A.shape), row_stats, outlier_cols
+
+
+@register_kernel("int8_vectorwise_dequant", "default")
+@torch.no_grad()
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
+    op = "int8_vectorwise_dequant"
+    check_dtype(op, "A", A, torch.int8)
+    check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
+    check_dtype(op, "stats", stats, torch.float32)
+    check_device(op, "stats", stats, "A", A)
+    check_numel(op, "stats", stats, _rows(A.shape), "rows of A")
+
+    scales = stats.reshape(*A.shape[:-1], 1)
+    return A.float().mul_(scales).mul_(UNIT)
+
+
+@register_kernel("int8_linear_matmul", "default")
+@torch.no_grad()
+def int8_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
+    _check_product("int8_linear_matmul", A, B)
+    return _product(A, B)
+
+
+@register_kernel("int8_linear_matmul.out", "default")
+@torch.no_grad()
+def int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
+    op = "int8_linear_matmul"
+    _check_product(op, A, B)
+    check_dtype(op, "out", out, torch.int32)
+    check_device(op, "out", out, "A", A)
+    check_shape(op, "out", out, [*A.shape[:-1], B.shape[0]])
+    out.copy_(_product(A, B))
+
+
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """Returns the int32 product, exact for any length and wrapping like native int32 sums."""
+    rows, terms = _rows(A.shape), A.shape[-1]
+    a = A.reshape(rows, terms)
+    total = torch.zeros(rows, B.shape[0], dtype=torch.int32, device=A.device)
+    with _full_precision(A.device):
+        for start in range(0, terms, EXACT_TERMS):
+            part = slice(start, start + EXACT_TERMS)
+            total += (a[:, part].float() @ B[:, part].float().t()).to(torch.int32)
+    return total.view(*A.shape[:-1], B.shape[0])
+
+
+@register_kernel("int8_mm_dequant", "default")
+@torch.no_grad()
+def int8_mm_dequant(
+    A: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    op = "int8_mm_dequant"
+    dtype = dtype or torch.float16
+    check_dtype(op, "A", A, torch.int32)
+    check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
+    stats = (
+        ("row_stats", row_stats, _rows(A.shape), "rows of A"),
+        ("col_stats", col_stats, A.shape[-1], "columns of A"),
+    )
+    _check_scales(op, stats, ("A", A), bias, dtype)
+    return _finish(_scaled(A, row_stats, col_stats), bias, dtype)
+
+
+def _scaled(product: Tensor, row_stats: Tensor, col_stats: Tensor) -> Tensor:
+    """Returns the float32 worth of an int32 product, in a tensor of its own."""
+    rows = row_stats.reshape(*product.shape[:-1], 1)
+    return product.float().mul_(rows).mul_(col_stats.flatten() * PRODUCT_UNIT)
+
+
+def _finish(result: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Adds the bias in float32 and rounds once."""
+    if bias is not None:
+        result += bias.float()
+    return result.to(dtype)
+
+
+@register_kernel("int8_scaled_mm", "default")
+@torch.no_grad()
+def int8_scaled_mm(
+    A: Tensor,
+    B: Tensor,
+    row_stats: Tensor,
+    col_stats: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    op = "int8_scaled_mm"
+    dtype = dtype or torch.float16
+    _check_product(op, A, B)
+    stats = (
+        ("row_stats", row_stats, _rows(A.shape), "rows of A"),
+        ("col_stats", col_stats, B.shape[0], "rows of B"),
+    )
+    _check_scales(op, stats, ("A", A), bias, dtype)
+    product = torch.ops.bitsandbytes.int8_linear_matmul.default(A, B)
+    return _finish(_scaled(product, row_stats, col_stats), bias, dtype)
+
+
+@register_kernel("int8_mixed_scaled_mm", "default")
+@torch.no_grad()
+def int8_mixed_scaled_mm(
+    A: Tensor,
+    CA: Tensor,
+    CB: Tensor,
+    SCA: Tensor,
+    SCB: Tensor,
+    outlier_cols: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    op = "int8_mixed_scaled_mm"
+    _check_product(op, CA, CB)
+    check_dtype(op, "A", A, *FLOATS)
+    check_device(op, "A", A, "CA", CA)
+    check_shape(op, "A", A, CA.shape)
+    stats = (
+        ("SCA", SCA, _rows(CA.shape), "rows of CA"),
+        ("SCB", SCB, CB.shape[0], "rows of CB"),
+    )
+    _check_scales(op, stats, ("CA", CA), bias, A.dtype)
+    if outlier_cols is not None:
+        check_dtype(op, "outlier_cols", outlier_cols, torch.int64, torch.int32)
+        check_device(op, "outlier_cols", outlier_cols, "CA", CA)
+        check(outlier_cols.dim() == 1, op, "outlier_cols", "1-D", list(outlier_cols.shape))
+
+    product = torch.ops.bitsandbytes.int8_linear_matmul.default(CA, CB)
+    result = _scaled(product, SCA, SCB)
+    if outlier_cols is None:
+        return _finish(result, bias, A.dtype), A.new_empty(0)
+    outliers = A.reshape(_rows(A.shape), A.shape[-1])[:, outlier_cols]
+    with _full_precision(A.device):
+        correction = outliers.float() @ CB[:, outlier_cols].float().t()
+    result += correction.mul_(SCB.flatten() * UNIT).view(result.shape)
+    return _finish(result, bias, A.dtype), outliers

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""Optimizer steps in plain PyTorch, for devices without a native kernel."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOATS, check, check_dtype, check_numel
+from .._ops import register_kernel
+from .quantize import dequantize_blocks, quantize_blocks
+
+__all__ = ["BLOCK", "RULES", "Hyper", "Rule"]
+
+# Elements that share one absmax in 8-bit states; fixed by the checkpoint format.
+BLOCK = 256
+
+
+class Hyper(NamedTuple):
+    """Hyperparameters of one call, in the order of the ops."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    beta3: float
+    alpha: float
+    eps: float
+    weight_decay: float
+    gnorm_scale: float
+    skip_zeros: bool
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule: states per element and ``direction(grad, states, hyper, step)``.
+
+    `direction` advances the float32 `states` in place and returns the change of the parameter,
+    learning rate included.
+    """
+
+    states: int
+    direction: Callable[[Tensor, list[Tensor], Hyper, float], Tensor]
+
+
+def _adam(grad: Tensor, states: list[Tensor], h: Hyper, step: float) -> Tensor:
+    m, v = states
+    m.mul_(h.beta1).add_(grad * (1.0 - h.beta1))
+    v.mul_(h.beta2).add_(grad * grad * (1.0 - h.beta2))
+    c1 = 1.0 - h.beta1**step
+    c2 = (1.0 - h.beta2**step) ** 0.5
+    return m / (v.sqrt() + h.eps * c2) * (-h.lr * c2 / c1)
+
+
+RULES = {"adam": Rule(states=2, direction=_adam)}
+
+
+def _find_rule(op: str, name: str) -> Rule:
+    check(name in RULES, op, "rule", f"one of {sorted(RULES)}", repr(name))
+    return RULES[name]
+
+
+def _check_lists(op: str, params: list[Tensor], lists: dict[str, tuple[list[Tensor], int]]) -> None:
+    check(len(params) > 0, op, "params", "a list of at least one tensor", "an empty list")
+    check_dtype(op, "params", params[0], *FLOATS)
+    for name, (tensors, expected) in lists.items():
+        check(len(tensors) == expected, op, name, f"a list of {expected}", len(tensors))
+
+
+def _hyper(lr_tensor: Tensor | None, lr: float, *rest) -> Hyper:
+    return Hyper(lr if lr_tensor is None else lr_tensor.item(), *rest)
+
+
+def _advance(
+    rule: Rule, param: Tensor, grad: Tensor, states: list[Tensor], h: Hyper, step: float
+) -> tuple[Tensor, Tensor]:
+    """Advances flat float32 `states` of one tensor; returns the new parameter and the gradient."""
+    g = grad.reshape(-1).float() * h.gnorm_scale
+    p = param.reshape(-1).float()
+    before = [s.clone() for s in states] if h.skip_zeros else []
+    updated = (p + rule.direction(g, states, h, step)) * (1.0 - h.lr * h.weight_decay)
+    if h.skip_zeros:
+        skip = g == 0
+        updated = torch.where(skip, p, updated)
+        for state, old in zip(states, before, strict=True):
+            state.copy_(torch.where(skip, old, state))
+    return updated, g
+
+
+@register_kernel("optimizer_step_32bit", "default")
+@torch.no_grad()
+def optimizer_step_32bit(
+    rule: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    step: Tensor,
+    lr_tensor: Tensor | None,
+    *hyper,
+) -> None:
+    op = "optimizer_step_32bit"
+    found = _find_rule(op, rule)
+    count = len(params)
+    lists = [state1, state2][: found.states]
+    expected = {"grads": (grads, count), "state1": (state1, count)}
+    expected["state2"] = (state2, count if found.states == 2 else 0)
+    _check_lists(op, params, expected)
+    h = _hyper(lr_tensor, *hyper)
+    number = float(step.item())
+    for i, param in enumerate(params):
+        check_numel(op, f"grads[{i}]", grads[i], param.numel(), "as its parameter")
+        states = [tensors[i] for tensors in lists]
+        for state in states:
+            check_dtype(op, f"states of params[{i}]", state, torch.float32)
+            check_numel(op, f"states of params[{i}]", state, param.numel(), "as the parameter")
+        flat = [state.reshape(-1).clone() for state in states]
+        updated, _ = _advance(found, param, grads[i], flat, h, number)
+        for state, new in zip(states, flat, strict=True):
+            state.copy_(new.view(state.shape))
+        param.copy_(updated.view(param.shape))
+
+
+@register_kernel("optimizer_step_8bit_blockwise", "default")
+@torch.no_grad()
+def optimizer_step_8bit_blockwise(
+    rule: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    absmax1: list[Tensor],
+    absmax2: list[Tensor],
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    step: Tensor,
+    lr_tensor: Tensor | None,
+    *hyper,
+) -> None:
+    op = "optimizer_step_8bit_blockwise"
+    found = _find_rule(op, rule)
+    count = len(params)
+    second = count if found.states == 2 else 0
+    _check_lists(
+        op,
+        params,
+        {
+            "grads": (grads, count),
+            "state1": (state1, count),
+            "state2": (state2, second),
+            "absmax1": (absmax1, count),
+            "absmax2": (absmax2, second),
+        },
+    )
+    check(found.states == 1 or qmap2 is not None, op, "qmap2", "given for this rule", None)
+    h = _hyper(lr_tensor, *hyper)
+    number = float(step.item())
+    largest = torch.finfo(torch.float32).max
+    packs = [(state1, absmax1, qmap1), (state2, absmax2, qmap2)][: found.states]
+    for i, param in enumerate(params):
+        check_numel(op, f"grads[{i}]", grads[i], param.numel(), "as its parameter")
+        blocks = -(-param.numel() // BLOCK)
+        for codes, absmax, _ in packs:
+            check_dtype(op, f"states of params[{i}]", codes[i], torch.uint8)
+            check_numel(op, f"states of params[{i}]", codes[i], param.numel(), "as the parameter")
+            check_numel(op, f"absmax of params[{i}]", absmax[i], blocks, "one per block")
+        states = [
+            dequantize_blocks(codes[i].reshape(-1), absmax[i], qmap, BLOCK)
+            for codes, absmax, qmap in packs
+        ]
+        updated, g = _advance(found, param, grads[i], states, h, number)
+        # One bad gradient would spoil the scale of its whole block: that element loses its state
+        # and keeps its parameter.
+        finite = g.isfinite()
+        param.copy_(torch.where(finite, updated, param.reshape(-1).float()).view(param.shape))
+        for (codes, absmax, qmap), state in zip(packs, states, strict=True):
+            kept = torch.where(finite, state.clamp(-largest, largest), 0.0)
+            new, scales = quantize_blocks(kept, qmap, BLOCK, keep_sign=True)
+            codes[i].copy_(new.view(codes[i].shape))
+            absmax[i].copy_(scales)

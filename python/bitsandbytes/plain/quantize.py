@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT
+"""8-bit blockwise quantization in plain PyTorch: the rules of docs/numerics.md, bit for bit."""
+
+import torch
+import torch.nn.functional
+from torch import Tensor
+
+from .._checks import FLOATS, check, check_device, check_dtype, check_numel
+from .._ops import register_kernel
+
+__all__ = ["code_thresholds", "dequantize_blocks", "quantize_blocks"]
+
+LEVELS = 256
+
+
+def code_thresholds(code: Tensor) -> Tensor:
+    """Returns the 255 decision thresholds of a 256-level code: code = thresholds <= x, counted.
+
+    A threshold is the float32 midpoint of two levels; on the midpoint itself the even code wins,
+    so thresholds below an odd code are moved up by one float.
+    """
+    midpoints = (code[:-1] + code[1:]) * 0.5
+    odd = torch.arange(LEVELS - 1, device=code.device) % 2 == 1
+    return torch.where(odd, midpoints, torch.nextafter(midpoints, midpoints.new_tensor(torch.inf)))
+
+
+def _search(thresholds: Tensor, x: Tensor) -> Tensor:
+    """Counts thresholds <= x by halving steps, as the native kernels do; NaN gives 0."""
+    codes = torch.zeros(x.shape, dtype=torch.long, device=x.device)
+    step = LEVELS // 2
+    while step:
+        codes += step * (x >= thresholds[codes + (step - 1)])
+        step //= 2
+    return codes
+
+
+def quantize_blocks(
+    values: Tensor, code: Tensor, blocksize: int, keep_sign: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Quantizes a flat float32 tensor.
+
+    Args:
+        values: float32 ``[n]``.
+        code: float32 ``[256]``, ascending.
+        blocksize: Elements that share one absmax.
+        keep_sign: A negative value never becomes zero (states of 8-bit optimizers).
+
+    Returns:
+        uint8 codes ``[n]`` and float32 absmax ``[ceil(n / blocksize)]``.
+    """
+    n = values.numel()
+    blocks = -(-n // blocksize)
+    padded = torch.nn.functional.pad(values, (0, blocks * blocksize - n)).view(blocks, blocksize)
+    absmax = padded.abs().amax(dim=1) if n else padded.new_empty(0)
+    scaled = (padded * (1.0 / absmax)[:, None]).reshape(-1)[:n]
+    codes = _search(code_thresholds(code), scaled)
+    if keep_sign:
+        lost = scaled.signbit() & ~code[codes].signbit() & (codes > 0)
+        codes = codes - lost.long()
+    return codes.to(torch.uint8), absmax
+
+
+def dequantize_blocks(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    """Returns ``code[codes] * absmax`` in float32 for flat uint8 `codes`."""
+    scales = absmax.repeat_interleave(blocksize)[: codes.numel()]
+    return code[codes.long()] * scales
+
+
+def _check_common(op: str, A: Tensor, code: Tensor, blocksize: int) -> None:
+    check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    check_dtype(op, "code", code, torch.float32)
+    check_numel(op, "code", code, LEVELS, "levels")
+    check_device(op, "code", code, "A", A)
+
+
+def _check_quantize(A: Tensor, code: Tensor, blocksize: int) -> None:
+    check_dtype("quantize_blockwise", "A", A, *FLOATS)
+    _check_common("quantize_blockwise", A, code, blocksize)
+
+
+@register_kernel("quantize_blockwise", "default")
+def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    _check_quantize(A, code, blocksize)
+    codes, absmax = quantize_blocks(A.reshape(-1).float(), code.reshape(-1), blocksize)
+    return codes.view(A.shape), absmax
+
+
+@register_kernel("quantize_blockwise.out", "default")
+def quantize_blockwise_out(
+    A: Tensor, code: Tensor, blocksize: int, *, out: Tensor, absmax: Tensor
+) -> None:
+    op = "quantize_blockwise"
+    _check_quantize(A, code, blocksize)
+    check_dtype(op, "out", out, torch.uint8)
+    check_numel(op, "out", out, A.numel(), "as A")
+    check_device(op, "out", out, "A", A)
+    check_dtype(op, "absmax", absmax, torch.float32)
+    check_numel(op, "absmax", absmax, -(-A.numel() // blocksize), "one per block")
+    check_device(op, "absmax", absmax, "A", A)
+    codes, scales = quantize_blocks(A.reshape(-1).float(), code.reshape(-1), blocksize)
+    out.copy_(codes.view(out.shape))
+    absmax.copy_(scales.view(absmax.shape))
+
+
+def _check_dequantize(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> None:
+    op = "dequantize_blockwise"
+    check_dtype(op, "A", A, torch.uint8)
+    _check_common(op, A, code, blocksize)
+    check_dtype(op, "absmax", absmax, torch.float32)
+    check_numel(op, "absmax", absmax, -(-A.numel() // blocksize), "one per block")
+    check_device(op, "absmax", absmax, "A", A)
+    check(dtype in FLOATS, op, "dtype", "float16, bfloat16 or float32", dtype)
+
+
+@register_kernel("dequantize_blockwise", "default")
+def dequantize_blockwise(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    _check_dequantize(A, absmax, code, blocksize, dtype)
+    values = dequantize_blocks(A.reshape(-1), absmax.reshape(-1), code.reshape(-1), blocksize)
+    return values.view(A.shape).to(dtype)
+
+
+@register_kernel("dequantize_blockwise.out", "default")
+def dequantize_blockwise_out(
+    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
+) -> None:
+    op = "dequantize_blockwise"
+    _check_dequantize(A, absmax, code, blocksize, dtype)
+    check_dtype(op, "out", out, dtype)
+    check_numel(op, "out", out, A.numel(), "as A")
+    check_device(op, "out", out, "A", A)
+    values = dequantize_blocks(A.reshape(-1), absmax.reshape(-1), code.reshape(-1), blocksize)
+    out.copy_(values.view(out.shape))

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""8-bit blockwise quantization (Dettmers et al. 2022, arXiv:2110.02861, section 2)."""
+
+import torch
+from torch import Tensor
+
+from .codes import default_code
+from .state import QuantState
+
+__all__ = ["dequantize_blockwise", "quantize_blockwise"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantize_blockwise(
+    A: Tensor,
+    code: Tensor | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> tuple[Tensor, QuantState]:
+    """Quantizes a tensor to 8-bit codes with one scale per block of consecutive elements.
+
+    Each block is divided by its absolute maximum and each element replaced by the index of the
+    nearest level of `code`. The result is the same, bit for bit, on every device.
+
+    Args:
+        A: Tensor of any shape and strides; float32, float16 or bfloat16. Blocks run over its
+            elements in row-major order.
+        code: float32 levels ``[256]``, ascending. Default: the signed dynamic map.
+        absmax: float32 ``[ceil(n / blocksize)]`` that receives the scales.
+        out: uint8 tensor of A's shape that receives the codes.
+        blocksize: Elements per block. CUDA: 32, 64, 128 ... 4096; CPU: any positive number.
+        nested: Quantize the scales as well.
+
+    Returns:
+        uint8 codes of A's shape, and the state that :func:`dequantize_blockwise` needs.
+
+    Raises:
+        ValueError: `blocksize` is not positive, A is not of a floating dtype named above, or an
+            output does not fit.
+        RuntimeError: `code` does not fit A or the device does not have this `blocksize`.
+
+    Example:
+        >>> x = torch.randn(1000)
+        >>> codes, state = quantize_blockwise(x, blocksize=256)
+        >>> (dequantize_blockwise(codes, state) - x).abs().max() < 0.05
+        tensor(True)
+    """
+    name = "quantize_blockwise"
+    if blocksize <= 0:
+        raise ValueError(f"{name}: blocksize must be positive, got {blocksize}")
+    if A.dtype not in FLOATS:
+        raise ValueError(f"{name}: A must be float32, float16 or bfloat16, got {A.dtype}")
+    if out is not None and (out.dtype != torch.uint8 or out.shape != A.shape):
+        raise ValueError(
+            f"{name}: out must be uint8 of shape {tuple(A.shape)}, "
+            f"got {out.dtype} of shape {tuple(out.shape)}"
+        )
+    blocks = -(-A.numel() // blocksize)
+    if absmax is not None and absmax.numel() != blocks:
+        raise ValueError(f"{name}: absmax must have {blocks} elements, got {absmax.numel()}")
+
+    # A state may be changed in place by its owner, so it never holds the shared table itself.
+    code = default_code("dynamic", A.device).clone() if code is None else code.to(A.device)
+    codes, scales = torch.ops.bitsandbytes.quantize_blockwise(A, code, blocksize)
+
+    offset = state2 = None
+    if nested:
+        offset = scales.mean()
+        scales, state2 = quantize_blockwise(scales - offset, blocksize=blocksize)
+    if absmax is not None:
+        scales = absmax.copy_(scales.view(absmax.shape))
+    if out is not None:
+        codes = out.copy_(codes)
+    return codes, QuantState(
+        absmax=scales, code=code, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2
+    )
+
+
+def dequantize_blockwise(
+    A: Tensor,
+    quant_state: QuantState | tuple[Tensor, Tensor] | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+    nested: bool = False,
+) -> Tensor:
+    """Turns the codes of :func:`quantize_blockwise` back into numbers.
+
+    Args:
+        A: uint8 codes of any shape.
+        quant_state: State of the codes; `absmax`, `code` and `blocksize` are then ignored. A pair
+            ``(absmax, code)`` is the form of bitsandbytes 0.41 and older.
+        absmax: float32 scales ``[ceil(n / blocksize)]``, when there is no state.
+        code: float32 levels ``[256]``. Default: the signed dynamic map.
+        out: Tensor of A's shape and the state's dtype (float32 without a state) for the result.
+        blocksize: Elements per block, when there is no state.
+        nested: Ignored; the state knows.
+
+    Returns:
+        ``code[A] * absmax`` per block, in the dtype of the state, rounded once; `out` if given.
+
+    Raises:
+        ValueError: Neither `quant_state` nor `absmax` was given, A is not uint8, or `out` does not
+            fit.
+        RuntimeError: The parts of the state do not fit A.
+
+    Example:
+        >>> codes, state = quantize_blockwise(torch.ones(4))
+        >>> dequantize_blockwise(codes, state)
+        tensor([1., 1., 1., 1.])
+    """
+    name = "dequantize_blockwise"
+    if quant_state is None and absmax is None:
+        raise ValueError(f"{name}: quant_state or absmax must be given, got neither")
+    if A.dtype != torch.uint8:
+        raise ValueError(f"{name}: A must be uint8, got {A.dtype}")
+    if isinstance(quant_state, (tuple, list)):
+        absmax, code = quant_state[:2]
+        quant_state = None
+    if quant_state is None:
+        code = default_code("dynamic", A.device) if code is None else code
+        quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    if quant_state.blocksize <= 0:
+        raise ValueError(f"{name}: blocksize must be positive, got {quant_state.blocksize}")
+
+    scales = quant_state.absmax
+    if quant_state.nested:
+        scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset
+    scales = scales.to(torch.float32)
+    code = quant_state.code.to(A.device)
+    dtype = quant_state.dtype
+    if out is None:
+        return torch.ops.bitsandbytes.dequantize_blockwise(
+            A, scales, code, quant_state.blocksize, dtype
+        )
+    if out.shape != A.shape or out.dtype != dtype:
+        raise ValueError(
+            f"{name}: out must be {dtype} of shape {tuple(A.shape)}, "
+            f"got {out.dtype} of shape {tuple(out.shape)}"
+        )
+    if out.is_contiguous():
+        torch.ops.bitsandbytes.dequantize_blockwise.out(
+            A, scales, code, quant_state.blocksize, dtype, out=out
+        )
+    else:
+        out.copy_(
+            torch.ops.bitsandbytes.dequantize_blockwise(
+                A, scales, code, quant_state.blocksize, dtype
+            )
+        )
+    return out

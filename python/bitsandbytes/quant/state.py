@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""QuantState: everything needed to turn quantized codes back into numbers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..utils import pack_dict_to_tensor, unpack_tensor_to_dict
+
+__all__ = ["QuantState"]
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+class QuantState:
+    """Scales, code and shape of a quantized tensor.
+
+    Args:
+        absmax: float32 scales, one per block; uint8 codes of them when they are themselves
+            quantized (`state2` given).
+        shape: Shape of the original tensor, or None when the codes carry it.
+        code: float32 levels: 256 of them for 8-bit codes, 16 for 4-bit codes.
+        blocksize: Elements that share one scale.
+        quant_type: ``"fp4"``, ``"nf4"`` or None for 8-bit codes.
+        dtype: dtype that dequantization returns.
+        offset: 0-dim float32 that was subtracted from the scales before they were quantized.
+        state2: QuantState of the quantized scales.
+    """
+
+    valid_quant_types = ("fp4", "nf4")
+    valid_qs_type_keys = [f"bitsandbytes__{name}" for name in valid_quant_types]  # noqa: RUF012
+    valid_qs_keys = [  # noqa: RUF012
+        "absmax",
+        "quant_map",
+        "nested_absmax",
+        "nested_quant_map",
+        "quant_state",
+        "quant_type",
+        "blocksize",
+        "dtype",
+        "shape",
+        "nested_blocksize",
+        "nested_dtype",
+        "nested_offset",
+    ]
+
+    def __init__(
+        self,
+        absmax: Tensor,
+        shape: torch.Size | None = None,
+        code: Tensor | None = None,
+        blocksize: int | None = None,
+        quant_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        offset: Tensor | None = None,
+        state2: "QuantState | None" = None,
+    ):
+        self.absmax = absmax
+        self.shape = shape
+        self.code = code
+        self.dtype = dtype
+        self.blocksize = blocksize
+        self.quant_type = quant_type
+        self.offset = offset
+        self.state2 = state2
+        self.nested = state2 is not None
+
+    def __getattr__(self, name: str):
+        # Modules that flatten state dicts (FSDP) resolve the packed entry as an attribute.
+        quant_type = self.__dict__.get("quant_type")
+        if quant_type is not None and name == f"bitsandbytes__{quant_type}":
+            return self.as_dict(packed=True)[f"quant_state.{name}"]
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __getitem__(self, index):
+        """Reads the state as the list that bitsandbytes 0.41 and older returned."""
+        nested = [self.offset, self.state2] if self.nested else None
+        fields = [self.absmax, self.shape, self.dtype, self.blocksize, nested, self.quant_type]
+        return fields[index]
+
+    @classmethod
+    def from_dict(cls, qs_dict: dict[str, Any], device: torch.device | str) -> "QuantState":
+        """Builds a state from :meth:`as_dict`, packed or not.
+
+        Args:
+            qs_dict: Entries with or without a dotted prefix. A packed entry is taken out of it and
+                its content put in.
+            device: Where the tensors go.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: There is not exactly one packed entry of a known type, or an entry has a
+                value that no state can have.
+            AssertionError: An entry is unknown.
+        """
+        packed_keys = [
+            key
+            for key, value in qs_dict.items()
+            if "quant_state" in key and isinstance(value, Tensor)
+        ]
+        if "quant_type" not in qs_dict:
+            if not packed_keys:
+                raise ValueError(
+                    "QuantState.from_dict: qs_dict must hold 'quant_type' or a packed "
+                    f"'quant_state' tensor, got keys {sorted(qs_dict)}"
+                )
+            suffix = packed_keys[0].split(".")[-1]
+            if len(packed_keys) != 1 or suffix not in cls.valid_qs_type_keys:
+                raise ValueError(
+                    "QuantState.from_dict: qs_dict must hold exactly one packed entry ending in "
+                    f"one of {cls.valid_qs_type_keys}, got {packed_keys}"
+                )
+        if len(packed_keys) == 1:
+            qs_dict.update(unpack_tensor_to_dict(qs_dict.pop(packed_keys[0])))
+        fields = {key.split(".")[-1]: value for key, value in qs_dict.items()}
+        unknown = set(fields) - set(cls.valid_qs_keys)
+        assert not unknown, f"QuantState.from_dict: unknown entries {sorted(unknown)} in qs_dict"
+
+        offset = state2 = None
+        if "nested_absmax" in fields:
+            offset = torch.tensor(float(fields["nested_offset"])).to(device)
+            state2 = cls(
+                absmax=fields["nested_absmax"].to(device),
+                blocksize=fields["nested_blocksize"],
+                code=fields["nested_quant_map"].to(device),
+                dtype=_dtype_of(fields["nested_dtype"]),
+            )
+        shape = fields["shape"]
+        return cls(
+            quant_type=fields["quant_type"],
+            absmax=fields["absmax"].to(device),
+            blocksize=fields["blocksize"],
+            code=fields["quant_map"].to(device),
+            dtype=_dtype_of(fields["dtype"]),
+            shape=torch.Size(shape) if shape is not None else None,
+            offset=offset,
+            state2=state2,
+        )
+
+    def as_dict(self, packed: bool = False) -> dict[str, Any]:
+        """Returns the state as a dictionary.
+
+        Args:
+            packed: Only tensors: everything else goes as JSON into one uint8 tensor under
+                ``quant_state.bitsandbytes__<quant_type>``. 8-bit states have no packed form and
+                are returned as they are.
+
+        Returns:
+            The entries, in the order of the public format.
+        """
+        entries: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "absmax": self.absmax,
+            "blocksize": self.blocksize,
+            "quant_map": self.code,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": tuple(self.shape) if self.shape is not None else None,
+        }
+        if self.nested:
+            entries |= {
+                "nested_absmax": self.state2.absmax,
+                "nested_blocksize": self.state2.blocksize,
+                # safetensors refuses tensors that share memory, and this table is shared.
+                "nested_quant_map": self.state2.code.clone(),
+                "nested_dtype": str(self.state2.dtype).removeprefix("torch."),
+                "nested_offset": self.offset.item(),
+            }
+        if not packed or self.quant_type is None:
+            return entries
+        tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+        others = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+        tensors[f"quant_state.bitsandbytes__{self.quant_type}"] = pack_dict_to_tensor(others)
+        return tensors
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves every tensor of the state to `device`, in place."""
+        self.code = self.code.to(device)
+        self.absmax = self.absmax.to(device)
+        if self.nested:
+            self.offset = self.offset.to(device)
+            self.state2.absmax = self.state2.absmax.to(device)
+            self.state2.code = self.state2.code.to(device)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, QuantState):
+            return False
+        return (
+            _close(self.absmax, other.absmax)
+            and self.shape == other.shape
+            and _close(self.code, other.code)
+            and self.dtype == other.dtype
+            and self.blocksize == other.blocksize
+            and self.quant_type == other.quant_type
+            and _close(self.offset, other.offset)
+            and self.state2 == other.state2
+        )
+
+    __hash__ = None  # compares by value and can be changed in place
+
+
+def _dtype_of(name: str) -> torch.dtype | None:
+    if name == "None":
+        return None
+    if name not in DTYPES:
+        raise ValueError(
+            f"QuantState.from_dict: dtype must be one of {sorted(DTYPES)}, got {name!r}"
+        )
+    return DTYPES[name]
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
+        return False
+    return torch.allclose(a, b, atol=1e-6)
