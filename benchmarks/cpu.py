@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on the CPU, each beside PyTorch's own part in the same run.
 
-    python benchmarks/cpu.py [--out FILE] [--only optimizer,quantize]
+python benchmarks/cpu.py [--out FILE] [--only optimizer,quantize]
 """
 
 import argparse

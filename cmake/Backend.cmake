@@ -23,13 +23,16 @@ if(BNB_BACKEND STREQUAL "cuda")
   if(nvcc_program AND NOT CMAKE_CUDA_COMPILER)
     set(CMAKE_CUDA_COMPILER "${nvcc_program}")
   endif()
+  set(CMAKE_CUDA_ARCHITECTURES 75-real) # for the compiler's test only
+  enable_language(CUDA)
   if(COMPUTE_CAPABILITY)
     set(CMAKE_CUDA_ARCHITECTURES ${COMPUTE_CAPABILITY})
-  elseif(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
     # Machine code for the cards in use, and PTX of the last one for those to come.
     set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+  else()
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90)
   endif()
-  enable_language(CUDA)
   # CMake 3.25 does not know this flag for nvcc, so CMAKE_CUDA_STANDARD cannot be used.
   add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
   find_package(CUDAToolkit REQUIRED)

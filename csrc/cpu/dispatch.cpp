@@ -14,25 +14,18 @@ namespace bnb::cpu {
 
 constexpr CodeTable kSignedLevels = SignedDynamic8::make_levels();
 constexpr CodeTable kUnsignedLevels = UnsignedDynamic8::make_levels();
-constexpr detail::BucketTable<SignedDynamic8::Layout> kSignedBuckets =
-    SignedDynamic8::make_buckets();
-constexpr detail::BucketTable<UnsignedDynamic8::Layout> kUnsignedBuckets =
-    UnsignedDynamic8::make_buckets();
+constexpr SignedDynamic8::Buckets kSignedBuckets = SignedDynamic8::make_buckets(false);
+constexpr SignedDynamic8::Buckets kSignKeepingBuckets = SignedDynamic8::make_buckets(true);
+constexpr UnsignedDynamic8::Buckets kUnsignedBuckets = UnsignedDynamic8::make_buckets();
 
 Code prepare_code(const float* levels) {
-  Code code;
-  code.levels = levels;
+  CodeKind kind = CodeKind::kTable;
   if (std::memcmp(levels, kSignedLevels.values, sizeof(kSignedLevels)) == 0) {
-    code.kind = CodeKind::kSignedDynamic8;
+    kind = CodeKind::kSignedDynamic8;
   } else if (std::memcmp(levels, kUnsignedLevels.values, sizeof(kUnsignedLevels)) == 0) {
-    code.kind = CodeKind::kUnsignedDynamic8;
-  } else {
-    code.kind = CodeKind::kTable;
-    for (int k = 0; k < kCodeThresholds; ++k) {
-      code.thresholds[k] = code_threshold(levels[k], levels[k + 1], k);
-    }
+    kind = CodeKind::kUnsignedDynamic8;
   }
-  return code;
+  return {levels, kind};
 }
 
 namespace {

@@ -13,15 +13,10 @@
 
 namespace bnb::cpu {
 
-// How a table of 256 levels is encoded. The dynamic maps have a one-lookup encode; any other table
-// is searched.
-enum class CodeKind { kSignedDynamic8, kUnsignedDynamic8, kTable };
-
-// A code prepared for the kernels: recognised, with its thresholds.
+// A table of levels with how it is encoded.
 struct Code {
   const float* levels;  // [256]
   CodeKind kind;
-  float thresholds[kCodeThresholds];  // filled when kind is kTable
 };
 
 Code prepare_code(const float* levels);

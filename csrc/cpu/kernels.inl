@@ -1,7 +1,7 @@
 // Every CPU kernel, compiled once per instruction set: the including file defines BNB_ISA and
-// includes the vector interface of that name (simd/). Only vectors of the standard library's
-// headers that hold no code may be used here: an inline function compiled for AVX-512 could become
-// the one copy that the linker keeps for all.
+// includes the vector interface of that name (simd/). No header with inline functions of the
+// standard library may be included here: a copy compiled for AVX-512 could become the one that the
+// linker keeps for all.
 // SPDX-License-Identifier: MIT
 
 #include <cstdint>
@@ -68,14 +68,21 @@ BNB_HD void store_codes_some(uint8_t* p, Int x, int64_t count) {
   count == kLanes ? store_codes(p, x) : store_codes_first(p, x, count);
 }
 
-// ---- Absolute maximum ---------------------------------------------------------------------------
+BNB_HD bool all_of_first(Mask m, int64_t count) {
+  float lanes[kWidth];
+  store(lanes, select(m, Float(1.0f), Float(0.0f)));
+  for (int64_t i = 0; i < count; ++i) {
+    if (lanes[i] == 0.0f) return false;
+  }
+  return true;
+}
 
-// Magnitudes compare as integers, and NaN lies above infinity: one integer maximum finds the
-// absmax and lets NaN win.
+// ---- Absolute maximum --------------------------------------------------------------------------
+
 BNB_HD Int magnitude_bits(Float x) { return bits(x) & broadcast_int(0x7fffffff); }
 
-BNB_HD float absmax_from_bits(int32_t b) {
-  return b > 0x7f800000 ? bits_float(0x7fc00000u) : bits_float(static_cast<uint32_t>(b));
+BNB_HD float reduce_absmax(Int most) {
+  return absmax_from_bits(static_cast<uint32_t>(reduce_max(most)));
 }
 
 template <class T>
@@ -84,33 +91,27 @@ BNB_HD float absmax(const T* a, int64_t n) {
   for_each_vector(0, n, [&](int64_t i, int64_t count) {
     most = max(most, magnitude_bits(load_some(a + i, count)));
   });
-  return absmax_from_bits(reduce_max(most));
+  return reduce_absmax(most);
 }
 
 // ---- Encode of the dynamic maps (code/dynamic8.h on vectors)
 // -------------------------------------
 
-template <class Layout>
-BNB_HD Int bucket_code(const uint32_t* buckets, Float x) {
-  const Int b = max(magnitude_bits(x), bits(Float(Layout::kFloor)));
-  const Int bucket =
-      shift_right<Layout::kShift>(b) - broadcast_int(static_cast<int32_t>(Layout::kOrigin));
-  const Int rest = b & broadcast_int(static_cast<int32_t>(Layout::kRest));
-  return shift_right<Layout::kShift>(gather(buckets, bucket) + rest);
+BNB_HD Int encode_signed(const uint32_t* buckets, Float x) {
+  using Layout = SignedDynamic8::Layout;
+  const Int above = magnitude_bits(x) - broadcast_int(Layout::kOrigin);
+  const Int u = max(above, broadcast_int(0)) ^ shift_right_signed<31>(bits(x));
+  const Int entry =
+      gather(buckets + SignedDynamic8::kCenter, shift_right_signed<Layout::kShift>(u));
+  return shift_right<Layout::kShift>(entry + u);
 }
 
-template <bool kKeepSign>
-BNB_HD Int encode_signed(Float x) {
-  const Int code = bucket_code<SignedDynamic8::Layout>(kSignedBuckets.values, x);
-  const Int zero = broadcast_int(SignedDynamic8::kZero);
-  const Int least = kKeepSign ? max(code, broadcast_int(1)) : code;
-  const Int negative = max(zero - least, broadcast_int(0));
-  return select(is_negative(x), negative, zero + code);
-}
-
-BNB_HD Int encode_unsigned(Float x) {
-  const Int code = bucket_code<UnsignedDynamic8::Layout>(kUnsignedBuckets.values, x);
-  return select(is_negative(x), broadcast_int(0), code);
+BNB_HD Int encode_unsigned(const uint32_t* buckets, Float x) {
+  using Layout = UnsignedDynamic8::Layout;
+  const Int u = max(bits(x), broadcast_int(Layout::kOrigin));
+  const Int bucket = shift_right<Layout::kShift>(u) - broadcast_int(UnsignedDynamic8::kFirst);
+  const Int entry = gather(buckets, bucket);
+  return shift_right<Layout::kShift>(entry + u);
 }
 
 // Codes of a whole block whose absmax is known. `kKeepSign`: a negative value never becomes zero.
@@ -118,17 +119,12 @@ template <bool kKeepSign, class T>
 BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, float absmax) {
   const float inverse = 1.0f / absmax;
   if (code.kind == CodeKind::kTable || !is_regular_block(absmax, inverse)) {
-    const float* thresholds = code.thresholds;
-    ThresholdTable known;
-    if (code.kind != CodeKind::kTable) {
-      for (int k = 0; k < kCodeThresholds; ++k) {
-        known[k] = code_threshold(code.levels[k], code.levels[k + 1], k);
-      }
-      thresholds = known.values;
-    }
+    const auto threshold = [&code](int k) {
+      return code_threshold(code.levels[k], code.levels[k + 1], k);
+    };
     for (int64_t i = 0; i < n; ++i) {
       const float x = to_float(a[i]) * inverse;
-      int c = search_code(thresholds, x);
+      int c = search_code(threshold, x);
       if (kKeepSign && sign_bit(x) && c > 0 && !sign_bit(code.levels[c])) --c;
       out[i] = static_cast<uint8_t>(c);
     }
@@ -136,17 +132,19 @@ BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, 
   }
   const Float scale(inverse);
   if (code.kind == CodeKind::kSignedDynamic8) {
+    const uint32_t* buckets = kKeepSign ? kSignKeepingBuckets.values : kSignedBuckets.values;
     for_each_vector(0, n, [&](int64_t i, int64_t count) {
-      store_codes_some(out + i, encode_signed<kKeepSign>(load_some(a + i, count) * scale), count);
+      store_codes_some(out + i, encode_signed(buckets, load_some(a + i, count) * scale), count);
     });
   } else {
+    const uint32_t* buckets = kUnsignedBuckets.values;
     for_each_vector(0, n, [&](int64_t i, int64_t count) {
-      store_codes_some(out + i, encode_unsigned(load_some(a + i, count) * scale), count);
+      store_codes_some(out + i, encode_unsigned(buckets, load_some(a + i, count) * scale), count);
     });
   }
 }
 
-// ---- Blockwise quantization ---------------------------------------------------------------------
+// ---- Blockwise quantization --------------------------------------------------------------------
 
 template <class T>
 void quantize_blocks(const QuantizeBlockwise& args, const Code& code, int64_t first_block,
@@ -179,7 +177,7 @@ void dequantize_range(const DequantizeBlockwise& args, int64_t first, int64_t la
   }
 }
 
-// ---- LLM.int8() ---------------------------------------------------------------------------------
+// ---- LLM.int8() --------------------------------------------------------------------------------
 
 template <class T>
 void row_stats(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_row) {
@@ -190,7 +188,7 @@ void row_stats(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_
     for_each_vector(0, args.cols, [&](int64_t i, int64_t count) {
       const Float x = load_some(row + i, count);
       Int m = magnitude_bits(x);
-      if (args.outlier_cols != nullptr) {
+      if (args.outlier_mask != nullptr) {
         const Mask outlier = greater_equal(from_bits(m), Float(threshold));
         if (any(outlier)) {
           float lanes[kWidth];
@@ -198,7 +196,7 @@ void row_stats(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_
           for (int64_t j = 0; j < count; ++j) {
             // Rows write concurrently, all the same value.
             if (lanes[j] >= threshold) {
-              __atomic_store_n(args.outlier_cols + i + j, uint8_t{1}, __ATOMIC_RELAXED);
+              __atomic_store_n(args.outlier_mask + i + j, uint8_t{1}, __ATOMIC_RELAXED);
             }
           }
           m = select(outlier, broadcast_int(0), m);
@@ -206,7 +204,7 @@ void row_stats(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_
       }
       most = max(most, m);
     });
-    args.row_stats[r] = absmax_from_bits(reduce_max(most));
+    args.row_stats[r] = reduce_absmax(most);
   }
 }
 
@@ -230,9 +228,9 @@ void quantize_rows(const Int8VectorwiseQuant& args, int64_t first_row, int64_t l
       const Float x = load_some(row + i, count) * scale;
       store_codes_some(out + i, round_to_int(min(max(x, Float(-kInt8Max)), limit)), count);
     });
-    if (args.outlier_cols != nullptr) {
+    if (args.outlier_mask != nullptr) {
       for (int64_t i = 0; i < args.cols; ++i) {
-        if (args.outlier_cols[i] != 0) out[i] = 0;
+        if (args.outlier_mask[i] != 0) out[i] = 0;
       }
     }
   }
@@ -312,12 +310,12 @@ void mm_dequant_rows(const Int8MmDequant& args, int64_t first_row, int64_t last_
   }
 }
 
-// ---- Optimizers ---------------------------------------------------------------------------------
+// ---- Optimizers --------------------------------------------------------------------------------
 
 template <class R, class T>
 void step_32bit(const OptimizerStep& args, const OptimizerTensor& tensor, int64_t first,
                 int64_t last) {
-  const Step<R> step = Step<R>::make(args.hyper, *args.step, args.lr);
+  const Step<R> step = Step<R>::make(args.hyper, *args.step + 1, args.lr);
   T* param = static_cast<T*>(tensor.param);
   const T* grad = static_cast<const T*>(tensor.grad);
   float* state[2] = {static_cast<float*>(tensor.state[0]), static_cast<float*>(tensor.state[1])};
@@ -341,7 +339,7 @@ void step_32bit(const OptimizerStep& args, const OptimizerTensor& tensor, int64_
 template <class R, class T>
 void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tensor,
                          const Code (&codes)[2], int64_t first_block, int64_t last_block) {
-  const Step<R> step = Step<R>::make(args.hyper, *args.step, args.lr);
+  const Step<R> step = Step<R>::make(args.hyper, *args.step + 1, args.lr);
   T* const param = static_cast<T*>(tensor.param);
   const T* const grad = static_cast<const T*>(tensor.grad);
   uint8_t* const state[2] = {static_cast<uint8_t*>(tensor.state[0]),
@@ -357,6 +355,7 @@ void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tenso
       most[k] = broadcast_int(0);
       scale[k] = Float(tensor.absmax[k][b]);
     }
+    bool idle = step.skip_zeros;  // every element is skipped
     for_each_vector(0, n, [&](int64_t i, int64_t count) {
       const Float g = load_some(grad + begin + i, count) * Float(step.gnorm_scale);
       const Float p = load_some(param + begin + i, count);
@@ -367,16 +366,14 @@ void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tenso
         old[k] = s[k] = gather(codes[k].levels, code) * scale[k];
       }
       Float updated = step.advance(g, p, s);
-      // One bad gradient would spoil the scale of its whole block: that element loses its state
-      // and keeps its parameter.
+      // A gradient that is not finite has no use: its element loses the state and keeps the
+      // parameter.
       const Mask finite = less(magnitude_bits(g), broadcast_int(0x7f800000));
       updated = select(finite, updated, p);
-      for (int k = 0; k < R::kStates; ++k) {
-        s[k] = select(finite, min(s[k], Float(kFloatMax)), Float(0.0f));
-        s[k] = max(s[k], Float(-kFloatMax));
-      }
+      for (int k = 0; k < R::kStates; ++k) s[k] = select(finite, s[k], Float(0.0f));
       if (step.skip_zeros) {
         const Mask skip = equal(g, Float(0.0f));
+        idle = idle && all_of_first(skip, count);
         updated = select(skip, p, updated);
         for (int k = 0; k < R::kStates; ++k) s[k] = select(skip, old[k], s[k]);
       }
@@ -388,15 +385,24 @@ void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tenso
         most[k] = max(most[k], magnitude_bits(kept));
       }
     });
+    // Codes that mean the same numbers again would still lose a little each time.
+    if (idle) continue;
     for (int k = 0; k < R::kStates; ++k) {
-      const float absmax = absmax_from_bits(reduce_max(most[k]));
+      float absmax = reduce_absmax(most[k]);
+      if (!is_finite(absmax)) {
+        absmax = 0.0f;
+        for (int64_t i = 0; i < n; ++i) {
+          buffer[k][i] = finite_state(buffer[k][i]);
+          absmax = absmax_of(absmax, buffer[k][i]);
+        }
+      }
       tensor.absmax[k][b] = absmax;
       encode_block<true>(codes[k], buffer[k], state[k] + begin, n, absmax);
     }
   }
 }
 
-// ---- Run-time types to templates ----------------------------------------------------------------
+// ---- Run-time types to templates ---------------------------------------------------------------
 
 #define BNB_BY_DTYPE(dtype, function, ...)    \
   switch (dtype) {                            \

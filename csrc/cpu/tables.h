@@ -8,7 +8,8 @@ namespace bnb::cpu {
 
 extern const CodeTable kSignedLevels;
 extern const CodeTable kUnsignedLevels;
-extern const detail::BucketTable<SignedDynamic8::Layout> kSignedBuckets;
-extern const detail::BucketTable<UnsignedDynamic8::Layout> kUnsignedBuckets;
+extern const SignedDynamic8::Buckets kSignedBuckets;
+extern const SignedDynamic8::Buckets kSignKeepingBuckets;
+extern const UnsignedDynamic8::Buckets kUnsignedBuckets;
 
 }  // namespace bnb::cpu

@@ -20,15 +20,15 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     row_stats_kernel(const T* __restrict__ a,             // [rows, cols]
                      float* __restrict__ row_stats,       // [rows]
-                     uint8_t* __restrict__ outlier_cols,  // [cols] or null
+                     uint8_t* __restrict__ outlier_mask,  // [cols] or null
                      int64_t rows, int64_t cols, float threshold) {
   __shared__ uint32_t warp_most[kWarps];
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     uint32_t most = 0;
     for (int64_t col = threadIdx.x; col < cols; col += kThreads) {
       const uint32_t m = magnitude_bits(widen(a[row * cols + col]));
-      if (outlier_cols != nullptr && bits_float(m) >= threshold) {
-        outlier_cols[col] = 1;  // every writer writes the same
+      if (outlier_mask != nullptr && bits_float(m) >= threshold) {
+        outlier_mask[col] = 1;  // every writer writes the same
       } else {
         most = max(most, m);
       }
@@ -48,7 +48,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     quantize_rows_kernel(const T* __restrict__ a,                   // [rows, cols]
                          const float* __restrict__ row_stats,       // [rows]
-                         const uint8_t* __restrict__ outlier_cols,  // [cols] or null
+                         const uint8_t* __restrict__ outlier_mask,  // [cols] or null
                          int8_t* __restrict__ out,                  // [rows, cols]
                          int64_t rows, int64_t cols) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
     // A row of zeros, or one whose statistic says that it is not finite, has codes of zero.
     const bool regular = stat > 0.0f && inverse > 0.0f && inverse <= kFloatMax;
     for (int64_t col = threadIdx.x; col < cols; col += kThreads) {
-      const bool zero = !regular || (outlier_cols != nullptr && outlier_cols[col] != 0);
+      const bool zero = !regular || (outlier_mask != nullptr && outlier_mask[col] != 0);
       const float scaled = __fmul_rn(widen(a[row * cols + col]), inverse);
       const float bounded = fminf(fmaxf(scaled, -kInt8Max), kInt8Max);
       out[row * cols + col] = zero ? int8_t{0} : static_cast<int8_t>(__float2int_rn(bounded));
@@ -158,10 +158,10 @@ template <class T>
 void vectorwise_quant(const Int8VectorwiseQuant& args, cudaStream_t stream) {
   const T* a = static_cast<const T*>(args.a);
   const int blocks = row_grid(args.rows);
-  row_stats_kernel<T><<<blocks, kThreads, 0, stream>>>(a, args.row_stats, args.outlier_cols,
+  row_stats_kernel<T><<<blocks, kThreads, 0, stream>>>(a, args.row_stats, args.outlier_mask,
                                                        args.rows, args.cols, args.threshold);
   BNB_LAUNCH_CHECK("row_stats_kernel");
-  quantize_rows_kernel<T><<<blocks, kThreads, 0, stream>>>(a, args.row_stats, args.outlier_cols,
+  quantize_rows_kernel<T><<<blocks, kThreads, 0, stream>>>(a, args.row_stats, args.outlier_mask,
                                                            args.out, args.rows, args.cols);
   BNB_LAUNCH_CHECK("quantize_rows_kernel");
 }

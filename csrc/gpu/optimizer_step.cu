@@ -11,6 +11,7 @@
 #include "bitsandbytes/kernels/optimizer.h"
 #include "bitsandbytes/optim/step.h"
 #include "gpu/device/code8.cuh"
+#include "gpu/device/scalar.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/check.h"
 
@@ -24,6 +25,8 @@ constexpr int64_t kTile = int64_t{kTileBlocks} * kOptimizerBlock;
 constexpr int kLaneElements = kOptimizerBlock / kWarp;
 // Blocks of threads per multiprocessor, and the registers they leave each other.
 constexpr int kResident = 4;
+
+constexpr uint32_t kInfinityBits = 0x7f800000u;
 
 struct Entry {
   OptimizerTensor tensor;
@@ -62,117 +65,190 @@ __device__ __forceinline__ int find_entry(const TensorList& list, int64_t tile) 
   return low;
 }
 
-// Packs of T that cover a lane's share of a quantization block, lanes in order within each pack
-// row.
-template <class T>
-struct LaneShare {
-  static constexpr int kPack = kPackSize<T>;
-  static constexpr int kPacks = kLaneElements / kPack;
-};
-
-template <class R, class T>
-__global__ void __launch_bounds__(kThreads, kResident)
-    optimizer_step_8bit_blockwise_kernel(const BNB_GRID_CONSTANT TensorList list) {
-  using Layout = UnsignedDynamic8::Layout;
-  constexpr int kPack = LaneShare<T>::kPack;
-  constexpr int kPacks = LaneShare<T>::kPacks;
-  __shared__ Code8Storage<Layout> codes[R::kStates];
-  __shared__ Step<R> step;
-  for (int k = 0; k < R::kStates; ++k) Code8<Layout>::fill(codes[k], list.args.qmap[k]);
-  if (threadIdx.x == 0) step = Step<R>::make(list.args.hyper, *list.args.step, list.args.lr);
-  __syncthreads();
-  const Step<R> rule = step;
-
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int64_t tile = blockIdx.x; tile < list.args.tiles; tile += gridDim.x) {
-    const Entry& entry = list.entries[find_entry(list, tile)];
-    const int64_t n = entry.tensor.n;
-    T* const param = static_cast<T*>(entry.tensor.param);
-    const T* const grad = static_cast<const T*>(entry.tensor.grad);
-    bool aligned = is_aligned(param, 16) && is_aligned(grad, 16);
-    for (int k = 0; k < R::kStates; ++k) {
-      aligned = aligned && is_aligned(entry.tensor.state[k], kPack);
+// Turns the states of a lane into codes, after reducing their absmax over the warp, and stores the
+// absmax. `largest`: the lane's largest magnitude, NaN if it holds NaN.
+template <int kCount>
+__device__ __forceinline__ void encode_block(const Code8<true>& code, float (&states)[kCount],
+                                             float largest, float* absmax,
+                                             uint32_t (&words)[kCount / 4]) {
+  uint32_t most = warp_max(magnitude_bits(largest));
+  if (most >= kInfinityBits) {
+    most = 0;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      states[e] = finite_state(states[e]);
+      most = max(most, magnitude_bits(states[e]));
     }
-    const int64_t first_block = (tile - entry.first_tile) * kTileBlocks;
-    for (int turn = warp; turn < kTileBlocks; turn += kWarps) {
-      const int64_t block = first_block + turn;
-      const int64_t begin = block * kOptimizerBlock;
-      if (begin >= n) break;
-      Pack<T, kPack> p[kPacks];
-      Pack<T, kPack> g[kPacks];
-      Pack<uint8_t, kPack> c[R::kStates][kPacks];
-      float scale[R::kStates];
-#pragma unroll
-      for (int v = 0; v < kPacks; ++v) {
-        const int64_t i = begin + (v * kWarp + lane) * kPack;
-        g[v] = load_pack<T, kPack>(grad + i, n - i, aligned);
-        p[v] = load_pack<T, kPack>(param + i, n - i, aligned);
-#pragma unroll
-        for (int k = 0; k < R::kStates; ++k) {
-          const uint8_t* state = static_cast<const uint8_t*>(entry.tensor.state[k]);
-          c[k][v] = load_pack<uint8_t, kPack>(state + i, n - i, aligned);
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < R::kStates; ++k) scale[k] = entry.tensor.absmax[k][block];
+    most = warp_max(most);
+  }
+  const float scale = absmax_from_bits(most);
+  if (threadIdx.x % kWarp == 0) *absmax = scale;
+  code.encode(states, scale, words);
+}
 
-      float states[R::kStates][kLaneElements];
-      uint32_t most[R::kStates] = {};
+// The step of a full block whose pointers allow packs. Returns false, having done nothing, when a
+// gradient is not finite.
+template <class R, class T>
+__device__ __forceinline__ bool step_full_block(
+    const OptimizerTensor& tensor,
+    const Code8<true>* code,  // [R::kStates], shared memory
+    const Step<R>& step, int64_t index) {
+  constexpr int kPack = kPackSize<T>;
+  constexpr int kPacks = kLaneElements / kPack;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t begin = index * kOptimizerBlock + lane * kPack;
+  T* const param = static_cast<T*>(tensor.param) + begin;
+  const T* const grad = static_cast<const T*>(tensor.grad) + begin;
+
+  float scale[R::kStates];
+  uint32_t codes[R::kStates][kLaneElements / 4];
+  Words<T, kPack> g[kPacks];
+  Words<T, kPack> p[kPacks];
 #pragma unroll
-      for (int v = 0; v < kPacks; ++v) {
+  for (int k = 0; k < R::kStates; ++k) scale[k] = tensor.absmax[k][index];
 #pragma unroll
-        for (int j = 0; j < kPack; ++j) {
-          const int e = v * kPack + j;
-          const float gradient = widen(g[v].values[j]) * rule.gnorm_scale;
-          const float old_param = widen(p[v].values[j]);
-          float old[R::kStates];
-          float s[R::kStates];
+  for (int v = 0; v < kPacks; ++v) {
+    g[v] = load_aligned<Words<T, kPack>>(grad + v * kWarp * kPack);
+    p[v] = load_aligned<Words<T, kPack>>(param + v * kWarp * kPack);
 #pragma unroll
-          for (int k = 0; k < R::kStates; ++k) {
-            old[k] = s[k] = __fmul_rn(codes[k].levels[c[k][v].values[j]], scale[k]);
-          }
-          float updated = rule.advance(gradient, old_param, s);
-          // One bad gradient would spoil the scale of its whole block: that element loses its state
-          // and keeps its parameter.
-          const bool finite = is_finite(gradient);
-          const bool skip = rule.skip_zeros && gradient == 0.0f;
-          if (!finite || skip) updated = old_param;
-          p[v].values[j] = narrow<T>(updated);
-          const bool exists = begin + (v * kWarp + lane) * kPack + j < n;
+    for (int k = 0; k < R::kStates; ++k) {
+      const uint8_t* state = static_cast<const uint8_t*>(tensor.state[k]) + begin;
+      const auto words = load_aligned<Words<uint8_t, kPack>>(state + v * kWarp * kPack);
 #pragma unroll
-          for (int k = 0; k < R::kStates; ++k) {
-            float kept = fmaxf(fminf(s[k], kFloatMax), -kFloatMax);
-            kept = finite ? kept : 0.0f;
-            kept = skip ? old[k] : kept;
-            kept = exists ? kept : 0.0f;
-            states[k][e] = kept;
-            most[k] = max(most[k], magnitude_bits(kept));
-          }
-        }
-      }
+      for (int w = 0; w < kPack / 4; ++w) codes[k][v * (kPack / 4) + w] = words.words[w];
+    }
+  }
+
+  float gradient[kLaneElements];
+  float largest_gradient = 0.0f;
+#pragma unroll
+  for (int e = 0; e < kLaneElements; ++e) {
+    gradient[e] = __fmul_rn(g[e / kPack].get(e % kPack), step.gnorm_scale);
+    largest_gradient = absmax_step(largest_gradient, gradient[e]);
+  }
+  if (!warp_all(largest_gradient <= kFloatMax)) return false;
+
+  float states[R::kStates][kLaneElements];
+  float largest[R::kStates] = {};
+#pragma unroll
+  for (int v = 0; v < kPacks; ++v) {
+    float updated[kPack];
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      const int e = v * kPack + j;
+      Scalar s[R::kStates];
 #pragma unroll
       for (int k = 0; k < R::kStates; ++k) {
-        const float absmax = absmax_from_bits(warp_max(most[k]));
-        if (lane == 0) entry.tensor.absmax[k][block] = absmax;
-        uint8_t out[kLaneElements];
-        Code8<Layout>::encode<true>(codes[k], states[k], absmax, out);
-#pragma unroll
-        for (int v = 0; v < kPacks; ++v) {
-#pragma unroll
-          for (int j = 0; j < kPack; ++j) c[k][v].values[j] = out[v * kPack + j];
-        }
+        s[k] = Scalar(__fmul_rn(code[k].level(codes[k], e), scale[k]));
       }
+      updated[j] = step.advance(Scalar(gradient[e]), Scalar(p[v].get(j)), s).v;
 #pragma unroll
-      for (int v = 0; v < kPacks; ++v) {
-        const int64_t i = begin + (v * kWarp + lane) * kPack;
-        store_pack<T, kPack>(param + i, p[v], n - i, aligned);
-#pragma unroll
-        for (int k = 0; k < R::kStates; ++k) {
-          uint8_t* state = static_cast<uint8_t*>(entry.tensor.state[k]);
-          store_pack<uint8_t, kPack>(state + i, c[k][v], n - i, aligned);
-        }
+      for (int k = 0; k < R::kStates; ++k) {
+        states[k][e] = s[k].v;
+        largest[k] = absmax_step(largest[k], s[k].v);
       }
+    }
+    p[v].set(updated);
+    store_aligned(param + v * kWarp * kPack, p[v]);
+  }
+#pragma unroll
+  for (int k = 0; k < R::kStates; ++k) {
+    encode_block(code[k], states[k], largest[k], tensor.absmax[k] + index, codes[k]);
+    uint8_t* state = static_cast<uint8_t*>(tensor.state[k]) + begin;
+#pragma unroll
+    for (int v = 0; v < kPacks; ++v) {
+      Words<uint8_t, kPack> words;
+#pragma unroll
+      for (int w = 0; w < kPack / 4; ++w) words.words[w] = codes[k][v * (kPack / 4) + w];
+      store_aligned(state + v * kWarp * kPack, words);
+    }
+  }
+  return true;
+}
+
+// The step of any block: incomplete, misaligned, with gradients that are not finite or with zeros
+// to skip. Element by element.
+template <class R, class T>
+__device__ __noinline__ void step_any_block(const OptimizerTensor& tensor,
+                                            const Code8<true>* code,  // [R::kStates], shared memory
+                                            const Step<R>& step, int64_t index) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t begin = index * kOptimizerBlock + lane * kLaneElements;
+  const int64_t left = tensor.n - begin;
+  const int count = static_cast<int>(left < kLaneElements ? (left > 0 ? left : 0) : kLaneElements);
+  T* const param = static_cast<T*>(tensor.param) + begin;
+  const T* const grad = static_cast<const T*>(tensor.grad) + begin;
+
+  float scale[R::kStates];
+#pragma unroll
+  for (int k = 0; k < R::kStates; ++k) scale[k] = tensor.absmax[k][index];
+  float states[R::kStates][kLaneElements] = {};
+  float largest[R::kStates] = {};
+  bool idle = true;  // every element is skipped
+#pragma unroll
+  for (int e = 0; e < kLaneElements; ++e) {
+    if (e >= count) break;
+    const float gradient = __fmul_rn(widen(grad[e]), step.gnorm_scale);
+    Scalar s[R::kStates];
+#pragma unroll
+    for (int k = 0; k < R::kStates; ++k) {
+      const uint8_t old = static_cast<const uint8_t*>(tensor.state[k])[begin + e];
+      states[k][e] = __fmul_rn(code[k].levels[old], scale[k]);
+      s[k] = Scalar(states[k][e]);
+    }
+    const float updated = step.advance(Scalar(gradient), Scalar(widen(param[e])), s).v;
+    // A gradient that is not finite has no use: its element loses the state and keeps the
+    // parameter.
+    const bool useful = is_finite(gradient);
+    if (!(step.skip_zeros && gradient == 0.0f)) {
+      idle = false;
+      if (useful) param[e] = narrow<T>(updated);
+#pragma unroll
+      for (int k = 0; k < R::kStates; ++k) states[k][e] = useful ? s[k].v : 0.0f;
+    }
+#pragma unroll
+    for (int k = 0; k < R::kStates; ++k) largest[k] = absmax_step(largest[k], states[k][e]);
+  }
+  // Codes that mean the same numbers again would still lose a little each time.
+  if (warp_all(idle)) return;
+#pragma unroll
+  for (int k = 0; k < R::kStates; ++k) {
+    uint32_t words[kLaneElements / 4];
+    encode_block(code[k], states[k], largest[k], tensor.absmax[k] + index, words);
+    uint8_t* state = static_cast<uint8_t*>(tensor.state[k]) + begin;
+#pragma unroll
+    for (int e = 0; e < kLaneElements; ++e) {
+      if (e < count) state[e] = static_cast<uint8_t>(words[e / 4] >> (8 * (e % 4)));
+    }
+  }
+}
+
+template <class R, class T>
+__global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
+    optimizer_step_8bit_blockwise_kernel(const BNB_GRID_CONSTANT TensorList list) {
+  __shared__ Code8<true> codes[R::kStates];
+  __shared__ Step<R> shared_step;
+  for (int k = 0; k < R::kStates; ++k) codes[k].fill(list.args.qmap[k]);
+  if (threadIdx.x == 0) {
+    shared_step = Step<R>::make(list.args.hyper, *list.args.step + 1, list.args.lr);
+  }
+  __syncthreads();
+  const Step<R> step = shared_step;
+
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  for (int64_t tile = blockIdx.x; tile < list.args.tiles; tile += gridDim.x) {
+    const Entry& entry = list.entries[find_entry(list, tile)];
+    const OptimizerTensor tensor = entry.tensor;
+    constexpr int kPack = kPackSize<T>;
+    bool packs = is_aligned(tensor.param, 16) && is_aligned(tensor.grad, 16) && !step.skip_zeros;
+    for (int k = 0; k < R::kStates; ++k) packs = packs && is_aligned(tensor.state[k], kPack);
+    const int64_t first = (tile - entry.first_tile) * kTileBlocks;
+    const int64_t blocks = (tensor.n + kOptimizerBlock - 1) / kOptimizerBlock;
+    const int64_t full = packs ? tensor.n / kOptimizerBlock : 0;
+    const int64_t end = min(first + kTileBlocks, blocks);
+    for (int64_t index = first + warp; index < end; index += kWarps) {
+      if (index < full && step_full_block<R, T>(tensor, codes, step, index)) continue;
+      step_any_block<R, T>(entry.tensor, codes, shared_step, index);
     }
   }
 }
@@ -181,10 +257,12 @@ template <class R, class T>
 __global__ void __launch_bounds__(kThreads)
     optimizer_step_32bit_kernel(const BNB_GRID_CONSTANT TensorList list) {
   constexpr int kPack = 4;  // 16 bytes of state
-  __shared__ Step<R> step;
-  if (threadIdx.x == 0) step = Step<R>::make(list.args.hyper, *list.args.step, list.args.lr);
+  __shared__ Step<R> shared_step;
+  if (threadIdx.x == 0) {
+    shared_step = Step<R>::make(list.args.hyper, *list.args.step + 1, list.args.lr);
+  }
   __syncthreads();
-  const Step<R> rule = step;
+  const Step<R> step = shared_step;
 
   for (int64_t tile = blockIdx.x; tile < list.args.tiles; tile += gridDim.x) {
     const Entry& entry = list.entries[find_entry(list, tile)];
@@ -208,15 +286,15 @@ __global__ void __launch_bounds__(kThreads)
       }
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        const float gradient = widen(g.values[j]) * rule.gnorm_scale;
-        float states[R::kStates];
+        const float gradient = __fmul_rn(widen(g.values[j]), step.gnorm_scale);
+        Scalar states[R::kStates];
 #pragma unroll
-        for (int k = 0; k < R::kStates; ++k) states[k] = s[k].values[j];
-        const float updated = rule.advance(gradient, widen(p.values[j]), states);
-        if (rule.skip_zeros && gradient == 0.0f) continue;
-        p.values[j] = narrow<T>(updated);
+        for (int k = 0; k < R::kStates; ++k) states[k] = Scalar(s[k].values[j]);
+        const Scalar updated = step.advance(Scalar(gradient), Scalar(widen(p.values[j])), states);
+        if (step.skip_zeros && gradient == 0.0f) continue;
+        p.values[j] = narrow<T>(updated.v);
 #pragma unroll
-        for (int k = 0; k < R::kStates; ++k) s[k].values[j] = states[k];
+        for (int k = 0; k < R::kStates; ++k) s[k].values[j] = states[k].v;
       }
       store_pack<T, kPack>(param + i, p, n - i, aligned);
 #pragma unroll
@@ -231,8 +309,8 @@ __global__ void __launch_bounds__(kThreads)
 using Kernel = void (*)(const TensorList);
 
 // Launches `kernel` over the list, as many tensors at a time as the kernel arguments hold.
-void launch(Kernel kernel, const char* name, const OptimizerStep& step,
-            std::span<const OptimizerTensor> tensors, int resident, Stream stream) {
+void launch(Kernel kernel, const OptimizerStep& step, std::span<const OptimizerTensor> tensors,
+            int resident, Stream stream) {
   TensorList list;
   list.args = {step.hyper, step.step, step.lr, {step.qmap[0], step.qmap[1]}, 0, 0};
   const int most_blocks = multiprocessors() * resident;
@@ -240,7 +318,7 @@ void launch(Kernel kernel, const char* name, const OptimizerStep& step,
     if (list.args.count == 0) return;
     const int blocks = static_cast<int>(std::min<int64_t>(list.args.tiles, most_blocks));
     kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(list);
-    check(cudaGetLastError(), name, __FILE__, __LINE__);
+    BNB_LAUNCH_CHECK("optimizer step kernel");
     list.args.count = 0;
     list.args.tiles = 0;
   };
@@ -292,7 +370,7 @@ void optimizer_step_32bit(const OptimizerStep& args, std::span<const OptimizerTe
     case Rule::kCount:
       return;
   }
-  launch(kernel, "launch of optimizer_step_32bit_kernel", args, tensors, 2 * kResident, stream);
+  launch(kernel, args, tensors, 2 * kResident, stream);
 }
 
 void optimizer_step_8bit_blockwise(const OptimizerStep& args,
@@ -308,8 +386,7 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
     case Rule::kCount:
       return;
   }
-  launch(kernel, "launch of optimizer_step_8bit_blockwise_kernel", args, tensors, kResident,
-         stream);
+  launch(kernel, args, tensors, kResident, stream);
 }
 
 }  // namespace bnb::gpu

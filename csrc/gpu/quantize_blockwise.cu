@@ -35,11 +35,10 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPack = kPackSize<T>;
   constexpr int kSlice = kThreads * kPack;
   constexpr int kSlices = kTile / kSlice;
-  using Layout = UnsignedDynamic8::Layout;
 
-  __shared__ Code8Storage<Layout> levels;
+  __shared__ Code8<false> levels;
   __shared__ uint32_t warp_most[2][kSlices][kWarps];
-  Code8<Layout>::fill(levels, code);
+  levels.fill(code);
   __syncthreads();
 
   const int block_size = 1 << log2_block;
@@ -47,22 +46,30 @@ __global__ void __launch_bounds__(kThreads)
   int buffer = 0;
   for (int64_t tile = blockIdx.x; tile * kTile < n; tile += gridDim.x) {
     const int64_t base = tile * kTile + static_cast<int64_t>(threadIdx.x) * kPack;
-    Pack<T, kPack> packs[kSlices];
+    Words<T, kPack> words[kSlices];
+    if (aligned && (tile + 1) * kTile <= n) {
 #pragma unroll
-    for (int v = 0; v < kSlices; ++v) {
-      const int64_t i = base + v * kSlice;
-      packs[v] = load_pack<T, kPack>(a + i, n - i, aligned);
+      for (int v = 0; v < kSlices; ++v) {
+        words[v] = load_aligned<Words<T, kPack>>(a + base + v * kSlice);
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kSlices; ++v) {
+        const int64_t i = base + v * kSlice;
+        words[v] = load_words<T, kPack>(a + i, n - i);
+      }
     }
     float x[kSlices][kPack];
     uint32_t most[kSlices];
 #pragma unroll
     for (int v = 0; v < kSlices; ++v) {
-      most[v] = 0;
+      float largest = 0.0f;
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
-        x[v][j] = widen(packs[v].values[j]);
-        most[v] = max(most[v], magnitude_bits(x[v][j]));
+        x[v][j] = words[v].get(j);
+        largest = absmax_step(largest, x[v][j]);
       }
+      most[v] = magnitude_bits(largest);
     }
 
     if (block_size < kWarp * kPack) {
@@ -77,22 +84,25 @@ __global__ void __launch_bounds__(kThreads)
       for (int v = 0; v < kSlices; ++v) most[v] = warp_max(most[v]);
       if (block_size > kWarp * kPack) {
         // Two buffers: the next tile may be written while slower warps still read this one.
-        if (threadIdx.x % kWarp == 0) {
+        const int slices = max(block_size / kSlice, 1);
+        if (slices > 1) {
+#pragma unroll
+          for (int v = 1; v < kSlices; ++v) {
+            if (v % slices != 0) most[v] = max(most[v], most[v - 1]);
+          }
+        }
+        const int lane = static_cast<int>(threadIdx.x) % kWarp;
+        if (lane == 0) {
 #pragma unroll
           for (int v = 0; v < kSlices; ++v) warp_most[buffer][v][warp] = most[v];
         }
         __syncthreads();
+        // Each lane reads one of the block's warps; the last of the block's slices holds the most.
         const int warps = min(block_size / (kWarp * kPack), kWarps);
-        const int slices = max(block_size / kSlice, 1);
-        const int first_warp = warp & ~(warps - 1);
+        const int source = (warp & ~(warps - 1)) + (lane & (warps - 1));
 #pragma unroll
         for (int v = 0; v < kSlices; ++v) {
-          const int first_slice = v & ~(slices - 1);
-          for (int s = first_slice; s < first_slice + slices; ++s) {
-            for (int w = first_warp; w < first_warp + warps; ++w) {
-              most[v] = max(most[v], warp_most[buffer][s][w]);
-            }
-          }
+          most[v] = warp_max(warp_most[buffer][v | (slices - 1)][source]);
         }
         buffer ^= 1;
       }
@@ -104,9 +114,13 @@ __global__ void __launch_bounds__(kThreads)
       if (i >= n) break;
       const float scale = absmax_from_bits(most[v]);
       if ((i & (block_size - 1)) == 0) absmax[i >> log2_block] = scale;
-      Pack<uint8_t, kPack> codes;
-      Code8<Layout>::encode<false>(levels, x[v], scale, codes.values);
-      store_pack<uint8_t, kPack>(out + i, codes, n - i, aligned);
+      Words<uint8_t, kPack> codes;
+      levels.encode(x[v], scale, codes.words);
+      if (aligned && n - i >= kPack) {
+        store_aligned(out + i, codes);
+      } else {
+        for (int j = 0; j < kPack && i + j < n; ++j) out[i + j] = codes.byte(j);
+      }
     }
   }
 }
@@ -119,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
                                 T* __restrict__ out,               // [n]
                                 int64_t n, int64_t block_size,
                                 int log2_block,  // or -1 when block_size is no power of two
-                                bool aligned) {
+                                bool aligned) {  // packs are, and lie within one block
   constexpr int kPack = kPackSize<T>;
   constexpr int kUnroll = 4;
   constexpr int64_t kSlice = kThreads * kPack;
@@ -130,28 +144,34 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t turn = kSlice * kUnroll;
   for (int64_t tile = blockIdx.x; tile * turn < n; tile += gridDim.x) {
     const int64_t base = tile * turn + static_cast<int64_t>(threadIdx.x) * kPack;
-    Pack<uint8_t, kPack> codes[kUnroll];
-    float scale[kUnroll];
+    if (aligned && (tile + 1) * turn <= n) {
+      // A pack lies within one quantization block: `aligned` says so too.
+      Words<uint8_t, kPack> codes[kUnroll];
+      float scale[kUnroll];
 #pragma unroll
-    for (int v = 0; v < kUnroll; ++v) {
-      const int64_t i = base + v * kSlice;
-      codes[v] = load_pack<uint8_t, kPack>(a + i, n - i, aligned);
-      if (i < n) scale[v] = absmax[log2_block >= 0 ? i >> log2_block : i / block_size];
-    }
-#pragma unroll
-    for (int v = 0; v < kUnroll; ++v) {
-      const int64_t i = base + v * kSlice;
-      if (i >= n) break;
-      Pack<T, kPack> numbers;
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        // A pack may reach over the end of its block unless blocks are multiples of packs.
-        if (log2_block < 0 || block_size < kPack) {
-          if (i + j < n) scale[v] = absmax[(i + j) / block_size];
-        }
-        numbers.values[j] = narrow<T>(__fmul_rn(levels[codes[v].values[j]], scale[v]));
+      for (int v = 0; v < kUnroll; ++v) {
+        const int64_t i = base + v * kSlice;
+        codes[v] = load_aligned<Words<uint8_t, kPack>>(a + i);
+        scale[v] = absmax[i >> log2_block];
       }
-      store_pack<T, kPack>(out + i, numbers, n - i, aligned);
+#pragma unroll
+      for (int v = 0; v < kUnroll; ++v) {
+        float x[kPack];
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) x[j] = __fmul_rn(levels[codes[v].byte(j)], scale[v]);
+        Words<T, kPack> words;
+        words.set(x);
+        store_aligned(out + base + v * kSlice, words);
+      }
+    } else {
+      for (int v = 0; v < kUnroll; ++v) {
+        for (int j = 0; j < kPack; ++j) {
+          const int64_t i = base + v * kSlice + j;
+          if (i >= n) break;
+          const float scale = absmax[log2_block >= 0 ? i >> log2_block : i / block_size];
+          out[i] = narrow<T>(__fmul_rn(levels[a[i]], scale));
+        }
+      }
     }
   }
 }
@@ -178,7 +198,8 @@ void quantize(const QuantizeBlockwise& args, Stream stream) {
 
 template <class T>
 void dequantize(const DequantizeBlockwise& args, Stream stream) {
-  const bool aligned = is_aligned(args.a, kPackSize<T>) && is_aligned(args.out, 16);
+  const bool aligned = is_aligned(args.a, kPackSize<T>) && is_aligned(args.out, 16) &&
+                       log2_of(args.block_size) >= 0 && args.block_size >= kPackSize<T>;
   constexpr int64_t kTurn = kThreads * kPackSize<T> * 4;
   dequantize_blockwise_kernel<T>
       <<<grid(ceil_div(args.n, kTurn)), kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(

@@ -49,7 +49,9 @@ struct Cpu {
              [&](int64_t first, int64_t last) { kernels.int8_quantize_rows(args, first, last); });
   }
 
-  static bool library_int8_matmul(const Tensor&, const Tensor&, const Tensor&) { return false; }
+  static bool library_int8_matmul(const Tensor&, const Tensor&, const Tensor&, int64_t) {
+    return false;
+  }
 
   static void int8_linear_matmul(const Int8Matmul& args, const Scope&) {
     const cpu::Kernels& kernels = cpu::kernels();

@@ -46,9 +46,8 @@ struct Gpu {
   }
 
   // out = a b^T through torch's binding of the vendor's library, where that takes the shape.
-  static bool library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out) {
+  static bool library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out, int64_t m) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    const int64_t m = leading_rows(a);
     const int64_t n = b.size(0);
     const int64_t k = b.size(1);
     if (m <= 16 || m > kMost || n > kMost || k > kMost || n % 8 != 0 || k % 8 != 0) return false;
@@ -56,8 +55,7 @@ struct Gpu {
         torch::stable::detail::from(torch::stable::view(a, {m, k})),
         torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
         torch::stable::detail::from(torch::stable::view(out, {m, n}))};
-    TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::_int_mm", "out", stack.data(), TORCH_ABI_VERSION));
+    call_torch("aten::_int_mm", "out", stack.data());
     torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
     return true;
   }

@@ -15,14 +15,9 @@ struct Matrix {
 
 inline Matrix as_matrix(const char* op, const char* argument, const Tensor& t) {
   require(t.dim() >= 1, op, ": ", argument, " must have at least one dimension, got a scalar");
-  const int64_t cols = t.size(t.dim() - 1);
-  return {cols == 0 ? 0 : t.numel() / cols, cols};
-}
-
-inline int64_t leading_rows(const Tensor& t) {
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
-  return rows;
+  return {rows, t.size(t.dim() - 1)};
 }
 
 template <class Backend>
@@ -34,7 +29,7 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Te
   require(threshold >= 0.0, op, ": threshold must be zero or positive, got ", threshold);
   const bool find_outliers = threshold > 0.0;
   Tensor out = new_empty(a, shape_of(a), ScalarType::Char);
-  Tensor row_stats = new_empty(a, {leading_rows(a)}, ScalarType::Float);
+  Tensor row_stats = new_empty(a, {matrix.rows}, ScalarType::Float);
   std::optional<Tensor> outliers;
   if (find_outliers) outliers = torch::stable::new_zeros(a, {matrix.cols}, ScalarType::Byte);
   if (a.numel() > 0) {
@@ -51,14 +46,12 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Te
   if (!find_outliers) return {out, row_stats, std::nullopt};
   // The op promises the indices, whose number only the data knows.
   std::array<StableIValue, 1> stack{torch::stable::detail::from(*outliers)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::nonzero", "", stack.data(), TORCH_ABI_VERSION));
+  call_torch("aten::nonzero", "", stack.data());
   const Tensor indices = torch::stable::detail::to<Tensor>(stack[0]);
   return {out, row_stats, torch::stable::view(indices, {indices.size(0)})};
 }
 
-inline void check_int8_matmul(const Tensor& a, const Tensor& b) {
-  constexpr const char* op = "int8_linear_matmul";
+inline void check_int8_matmul(const char* op, const Tensor& a, const Tensor& b) {
   check_dtype(op, "A", a, ScalarType::Char);
   check_dtype(op, "B", b, ScalarType::Char);
   require(a.dim() >= 1, op, ": A must have at least one dimension, got a scalar");
@@ -83,18 +76,19 @@ void int8_matmul_into(const Tensor& a, const Tensor& b, Tensor& out) {
     return;
   }
   const typename Backend::Scope scope(a);
+  const int64_t m = as_matrix("int8_linear_matmul", "A", a).rows;
   const Tensor left = in_order(a);
   const Tensor right = in_order(b);
-  if (Backend::library_int8_matmul(left, right, out)) return;
-  Backend::int8_linear_matmul(
-      {left.const_data_ptr<int8_t>(), right.const_data_ptr<int8_t>(),
-       out.mutable_data_ptr<int32_t>(), leading_rows(a), b.size(0), b.size(1)},
-      scope);
+  if (Backend::library_int8_matmul(left, right, out, m)) return;
+  Backend::int8_linear_matmul({left.const_data_ptr<int8_t>(), right.const_data_ptr<int8_t>(),
+                               out.mutable_data_ptr<int32_t>(), m, b.size(0), b.size(1)},
+                              scope);
 }
 
 template <class Backend>
 Tensor int8_linear_matmul(const Tensor& a, const Tensor& b) {
-  check_int8_matmul(a, b);
+  constexpr const char* op = "int8_linear_matmul";
+  check_int8_matmul(op, a, b);
   Tensor out = new_empty(a, matmul_shape(a, b), ScalarType::Int);
   int8_matmul_into<Backend>(a, b, out);
   return out;
@@ -103,7 +97,7 @@ Tensor int8_linear_matmul(const Tensor& a, const Tensor& b) {
 template <class Backend>
 void int8_linear_matmul_out(const Tensor& a, const Tensor& b, Tensor out) {
   constexpr const char* op = "int8_linear_matmul";
-  check_int8_matmul(a, b);
+  check_int8_matmul(op, a, b);
   check_dtype(op, "out", out, ScalarType::Int);
   require(shape_of(out) == matmul_shape(a, b), op, ": out must have shape (*A.shape[:-1], ",
           b.size(0), "), got ", ShapeOf{out});
@@ -137,7 +131,7 @@ Tensor int8_mm_dequant(const Tensor& a, const Tensor& row_stats, const Tensor& c
   const Matrix matrix = as_matrix(op, "A", a);
   const ScalarType out_type = dtype.value_or(ScalarType::Half);
   const DType element = check_float(op, "dtype", out_type);
-  check_dequant_scales(op, a, row_stats, leading_rows(a), col_stats, matrix.cols, bias);
+  check_dequant_scales(op, a, row_stats, matrix.rows, col_stats, matrix.cols, bias);
   Tensor out = new_empty(a, shape_of(a), out_type);
   if (a.numel() == 0) return out;
   const typename Backend::Scope scope(a);
@@ -160,9 +154,9 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
                       const Tensor& col_stats, const std::optional<Tensor>& bias,
                       std::optional<ScalarType> dtype) {
   constexpr const char* op = "int8_scaled_mm";
-  check_int8_matmul(a, b);
+  check_int8_matmul(op, a, b);
   check_float(op, "dtype", dtype.value_or(ScalarType::Half));
-  check_dequant_scales(op, a, row_stats, leading_rows(a), col_stats, b.size(0), bias);
+  check_dequant_scales(op, a, row_stats, as_matrix(op, "A", a).rows, col_stats, b.size(0), bias);
   const Tensor product = int8_linear_matmul<Backend>(a, b);
   return int8_mm_dequant<Backend>(product, row_stats, col_stats, dtype, bias);
 }

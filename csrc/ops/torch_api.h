@@ -68,9 +68,18 @@ inline void append(std::string& text, ShapeOf part) {
 }
 
 inline void append(std::string& text, DeviceOf part) {
-  text += "device type ";
-  append(text, static_cast<int>(part.tensor.device().type()));
-  text += " index ";
+  const auto type = part.tensor.device().type();
+  if (type == torch::headeronly::DeviceType::CPU) {
+    text += "cpu";
+    return;
+  }
+  if (type == torch::headeronly::DeviceType::CUDA) {
+    text += "cuda:";
+  } else {
+    text += "device type ";
+    append(text, static_cast<int>(type));
+    text += ':';
+  }
   append(text, static_cast<int>(part.tensor.get_device_index()));
 }
 
@@ -148,6 +157,11 @@ inline Shape shape_of(const Tensor& t) {
 
 inline Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return torch::stable::new_empty(like, shape, dtype);
+}
+
+// Calls an op of torch by name; `stack` holds its arguments and then its results.
+inline void call_torch(const char* name, const char* overload, StableIValue* stack) {
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
 }
 
 // The tensor itself when its elements already lie in order, else a copy that does.

@@ -18,6 +18,7 @@ struct BFloat16 {
 };
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kSmallestNormal = std::numeric_limits<float>::min();
 inline constexpr float kFloatMax = std::numeric_limits<float>::max();
 
 BNB_HD constexpr uint32_t float_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
@@ -28,15 +29,18 @@ BNB_HD constexpr bool is_nan(float x) { return (float_bits(x) & 0x7fffffffu) > 0
 BNB_HD constexpr bool is_finite(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
 BNB_HD constexpr float magnitude(float x) { return bits_float(float_bits(x) & 0x7fffffffu); }
 
-// Named so that rules written for a scalar or a SIMD vector find the float form here.
-BNB_HD float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-BNB_HD float sqrt(float a) { return __builtin_sqrtf(a); }
-
 // The next float above a finite x; used to build decision thresholds, never on a hot path.
 BNB_HD constexpr float next_up(float x) {
   const uint32_t bits = float_bits(x);
   if (bits == 0x80000000u || bits == 0) return bits_float(1);
   return bits_float(sign_bit(x) ? bits - 1 : bits + 1);
+}
+
+// Magnitudes compare as unsigned integers, with NaN above infinity: a maximum over these bits is an
+// absmax in which NaN wins, whatever its payload.
+BNB_HD constexpr uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffffu; }
+BNB_HD constexpr float absmax_from_bits(uint32_t bits) {
+  return bits > 0x7f800000u ? bits_float(0x7fc00000u) : bits_float(bits);
 }
 
 // max(a, |x|) in which NaN wins: a block that holds NaN must not look healthy.

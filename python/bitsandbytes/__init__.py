@@ -10,7 +10,8 @@
 ``python -m bitsandbytes`` shows what is installed and checks it.
 """
 
-from . import _ops, utils
+from . import _ops as _ops
+from . import utils
 from ._version import __version__
 
 # The ops must exist before anything that calls them.

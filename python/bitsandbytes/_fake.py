@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Shape rules of every op, for torch.compile, export and the meta device."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]
     op = "int8_vectorwise_quant"
     _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
     out = A.new_empty(A.shape, dtype=torch.int8)
-    row_stats = A.new_empty((A[..., 0].numel(),), dtype=torch.float32)
+    row_stats = A.new_empty((math.prod(A.shape[:-1]),), dtype=torch.float32)
     if threshold == 0.0:
         return out, row_stats, None
     count = torch.library.get_ctx().new_dynamic_size()
@@ -131,9 +133,9 @@ def _(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     shape = _matmul_shape("int8_mixed_scaled_mm", CA, CB)
-    outliers = 0 if outlier_cols is None else outlier_cols.shape[0]
-    rows = A[..., 0].numel()
-    return A.new_empty(shape), A.new_empty((rows, outliers) if outliers != 0 else (0,))
+    if outlier_cols is None:
+        return A.new_empty(shape), A.new_empty((0,))
+    return A.new_empty(shape), A.new_empty((math.prod(A.shape[:-1]), outlier_cols.shape[0]))
 
 
 @register_fake("optimizer_step_32bit")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Finds and loads the native libraries, and remembers which loaded and why another did not."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The schema of every op, written once, and the registration of everything that implements them.
 
 Schemas are defined from Python so that every op exists, with its plain-PyTorch implementation, on
@@ -65,7 +66,8 @@ def register_kernel(name: str, device: str):
         device: A device type (``"cpu"``, ``"cuda"`` ...) or ``"default"`` for the implementation
             that serves every device without a kernel of its own.
     """
-    key = "CompositeExplicitAutograd" if device == "default" else device.upper()
+    special = {"default": "CompositeExplicitAutograd", "privateuseone": "PrivateUse1"}
+    key = special.get(device, device.upper())
 
     def register(function):
         _definitions.impl(name, function, key)

@@ -63,6 +63,8 @@ BNB_HD Float operator*(Float a, Float b) { return {_mm512_mul_ps(a.v, b.v)}; }
 BNB_HD Float operator/(Float a, Float b) { return {_mm512_div_ps(a.v, b.v)}; }
 BNB_HD Float fma(Float a, Float b, Float c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 BNB_HD Float sqrt(Float a) { return {_mm512_sqrt_ps(a.v)}; }
+BNB_HD Float fast_divide(Float a, Float b) { return a / b; }
+BNB_HD Float fast_sqrt(Float a) { return sqrt(a); }
 BNB_HD Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
 BNB_HD Float min(Float a, Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 
@@ -71,11 +73,16 @@ BNB_HD Float from_bits(Int a) { return {_mm512_castsi512_ps(a.v)}; }
 BNB_HD Int operator+(Int a, Int b) { return {_mm512_add_epi32(a.v, b.v)}; }
 BNB_HD Int operator-(Int a, Int b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 BNB_HD Int operator&(Int a, Int b) { return {_mm512_and_si512(a.v, b.v)}; }
+BNB_HD Int operator^(Int a, Int b) { return {_mm512_xor_si512(a.v, b.v)}; }
 BNB_HD Int max(Int a, Int b) { return {_mm512_max_epi32(a.v, b.v)}; }
 BNB_HD Int min(Int a, Int b) { return {_mm512_min_epi32(a.v, b.v)}; }
 template <int kBits>
 BNB_HD Int shift_right(Int a) {
   return {_mm512_srli_epi32(a.v, kBits)};
+}
+template <int kBits>
+BNB_HD Int shift_right_signed(Int a) {
+  return {_mm512_srai_epi32(a.v, kBits)};
 }
 BNB_HD Int round_to_int(Float a) { return {_mm512_cvtps_epi32(a.v)}; }
 BNB_HD Float int_to_float(Int a) { return {_mm512_cvtepi32_ps(a.v)}; }

@@ -43,6 +43,8 @@ BNB_HD Float operator*(Float a, Float b) { return {a.v * b.v}; }
 BNB_HD Float operator/(Float a, Float b) { return {a.v / b.v}; }
 BNB_HD Float fma(Float a, Float b, Float c) { return {__builtin_fmaf(a.v, b.v, c.v)}; }
 BNB_HD Float sqrt(Float a) { return {__builtin_sqrtf(a.v)}; }
+BNB_HD Float fast_divide(Float a, Float b) { return a / b; }
+BNB_HD Float fast_sqrt(Float a) { return sqrt(a); }
 BNB_HD Float max(Float a, Float b) { return {a.v > b.v ? a.v : b.v}; }
 BNB_HD Float min(Float a, Float b) { return {a.v < b.v ? a.v : b.v}; }
 
@@ -51,11 +53,16 @@ BNB_HD Float from_bits(Int a) { return {bits_float(static_cast<uint32_t>(a.v))};
 BNB_HD Int operator+(Int a, Int b) { return {a.v + b.v}; }
 BNB_HD Int operator-(Int a, Int b) { return {a.v - b.v}; }
 BNB_HD Int operator&(Int a, Int b) { return {a.v & b.v}; }
+BNB_HD Int operator^(Int a, Int b) { return {a.v ^ b.v}; }
 BNB_HD Int max(Int a, Int b) { return {a.v > b.v ? a.v : b.v}; }
 BNB_HD Int min(Int a, Int b) { return {a.v < b.v ? a.v : b.v}; }
 template <int kBits>
 BNB_HD Int shift_right(Int a) {
   return {static_cast<int32_t>(static_cast<uint32_t>(a.v) >> kBits)};
+}
+template <int kBits>
+BNB_HD Int shift_right_signed(Int a) {
+  return {a.v >> kBits};
 }
 BNB_HD Int round_to_int(Float a) { return {static_cast<int32_t>(__builtin_rintf(a.v))}; }
 BNB_HD Float int_to_float(Int a) { return {static_cast<float>(a.v)}; }

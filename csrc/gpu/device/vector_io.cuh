@@ -3,6 +3,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <type_traits>
+
 #include "bitsandbytes/numeric.h"
 #include "gpu/runtime/runtime.cuh"
 
@@ -15,6 +17,10 @@ __device__ __forceinline__ float widen(Half x) { return __half2float(__ushort_as
 template <class T>
 __device__ __forceinline__ T narrow(float x) {
   return from_float<T>(x);
+}
+template <>
+__device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {
+  return {to_bfloat16_bits(x)};
 }
 template <>
 __device__ __forceinline__ Half narrow<Half>(float x) {
@@ -31,16 +37,17 @@ struct alignas(sizeof(T) * kCount) Pack {
 template <class T>
 inline constexpr int kPackSize = 16 / static_cast<int>(sizeof(T));
 
-// Reads kCount elements at `p`, zeros from `valid` on. `aligned`: p lies on a multiple of the
+// Reads kCount elements at `p`, `missing` from `valid` on. `aligned`: p lies on a multiple of the
 // pack's size, the same for the whole block of threads.
 template <class T, int kCount>
-__device__ __forceinline__ Pack<T, kCount> load_pack(const T* p, int64_t valid, bool aligned) {
+__device__ __forceinline__ Pack<T, kCount> load_pack(const T* p, int64_t valid, bool aligned,
+                                                     T missing = T{}) {
   Pack<T, kCount> pack;
   if (aligned && valid >= kCount) {
     pack = *reinterpret_cast<const Pack<T, kCount>*>(p);
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) pack.values[i] = i < valid ? p[i] : T{};
+    for (int i = 0; i < kCount; ++i) pack.values[i] = i < valid ? p[i] : missing;
   }
   return pack;
 }
@@ -56,6 +63,67 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, kCount>& pack, in
       if (i < valid) p[i] = pack.values[i];
     }
   }
+}
+
+// kCount elements of T as they lie in 32-bit words. Aligned, so that reading or writing one through
+// a pointer is a single access.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Words {
+  static constexpr int kWords = kCount * static_cast<int>(sizeof(T)) / 4;
+  static constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+  static_assert(kPerWord * kWords == kCount);
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ uint8_t byte(int i) const {
+    return static_cast<uint8_t>(words[i / 4] >> (8 * (i % 4)));
+  }
+
+  __device__ __forceinline__ float get(int i) const {
+    const uint32_t word = words[i / kPerWord];
+    if constexpr (kPerWord == 1) {
+      return bits_float(word);
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      return bits_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else {
+      return widen(Half{static_cast<uint16_t>(i % 2 == 0 ? word & 0xffffu : word >> 16)});
+    }
+  }
+
+  __device__ __forceinline__ void set(const float (&x)[kCount]) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      if constexpr (kPerWord == 1) {
+        words[w] = float_bits(x[w]);
+      } else if constexpr (std::is_same_v<T, BFloat16>) {
+        words[w] = to_bfloat16_pair(x[2 * w], x[2 * w + 1]);
+      } else {
+        words[w] = narrow<Half>(x[2 * w]).bits |
+                   (static_cast<uint32_t>(narrow<Half>(x[2 * w + 1]).bits) << 16);
+      }
+    }
+  }
+};
+
+// Reads elements one by one, zeros from `valid` on.
+template <class T, int kCount>
+__device__ __forceinline__ Words<T, kCount> load_words(const T* p, int64_t valid) {
+  float x[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = i < valid ? widen(p[i]) : 0.0f;
+  Words<T, kCount> words;
+  words.set(x);
+  return words;
+}
+
+// Reads a whole Words at an aligned pointer.
+template <class W, class T>
+__device__ __forceinline__ W load_aligned(const T* p) {
+  return *reinterpret_cast<const W*>(p);
+}
+
+template <class W, class T>
+__device__ __forceinline__ void store_aligned(T* p, const W& words) {
+  *reinterpret_cast<W*>(p) = words;
 }
 
 __host__ __device__ __forceinline__ bool is_aligned(const void* p, int bytes) {

@@ -15,19 +15,22 @@ inline void check(cudaError_t status, const char* what, const char* file, int li
                            file + ":" + std::to_string(line) + ")");
 }
 
-// Multiprocessors of the current device. Read once per device; the runtime caches attributes.
-inline int multiprocessors() {
-  int device = 0;
-  int count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice", __FILE__, __LINE__);
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute", __FILE__, __LINE__);
-  return count;
-}
-
 }  // namespace bnb::gpu
 
 #define BNB_GPU_CHECK(call) ::bnb::gpu::check((call), #call, __FILE__, __LINE__)
 // After a launch: a wrong configuration is only known here.
 #define BNB_LAUNCH_CHECK(kernel) \
   ::bnb::gpu::check(cudaGetLastError(), "launch of " kernel, __FILE__, __LINE__)
+
+namespace bnb::gpu {
+
+// Multiprocessors of the current device; the runtime keeps its attributes at hand.
+inline int multiprocessors() {
+  int device = 0;
+  int count = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+}  // namespace bnb::gpu

@@ -15,10 +15,11 @@
 #define cudaGetDevice hipGetDevice
 #define cudaDeviceGetAttribute hipDeviceGetAttribute
 #define cudaDevAttrMultiProcessorCount hipDeviceAttributeMultiprocessorCount
-#define cudaMemsetAsync hipMemsetAsync
 
 // Kernel parameters that are read in place; AMD passes them through memory anyway.
 #define BNB_GRID_CONSTANT
+// AMD reads the second number as waves per execution unit; its compiler chooses better alone.
+#define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
 // AMD bounds the size of all kernel arguments together.
 #define BNB_KERNEL_ARGUMENT_BYTES 3840
 
@@ -28,12 +29,16 @@
 #include <cuda_runtime.h>
 
 #define BNB_GRID_CONSTANT __grid_constant__
+// Threads of a block, and blocks that shall fit a multiprocessor.
+#define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 // CUDA 12.1 and later take 32764 bytes from compute capability 7.0 on.
 #define BNB_KERNEL_ARGUMENT_BYTES 32000
 
 #endif
 
 #include <cstdint>
+
+#include "bitsandbytes/numeric.h"
 
 namespace bnb::gpu {
 
@@ -56,6 +61,20 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
   return value;
 }
 
+__device__ __forceinline__ bool warp_all(bool condition) {
+  return warp_max(condition ? 0u : 1u) == 0u;
+}
+
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = (static_cast<uint64_t>(b) << 32) | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t from = (selector >> (4 * i)) & 7u;
+    result |= static_cast<uint32_t>((bytes >> (8 * from)) & 0xffu) << (8 * i);
+  }
+  return result;
+}
+
 __device__ __forceinline__ int dot4(int a, int b, int acc) {
   for (int shift = 0; shift < 32; shift += 8) {
     acc += static_cast<int>(static_cast<int8_t>(a >> shift)) *
@@ -64,8 +83,14 @@ __device__ __forceinline__ int dot4(int a, int b, int acc) {
   return acc;
 }
 
-__device__ __forceinline__ bool block_all(bool condition) {
-  return __syncthreads_and(condition) != 0;
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  return __builtin_amdgcn_rcpf(x);
+}
+
+__device__ __forceinline__ float approximate_sqrt(float x) { return __builtin_amdgcn_sqrtf(x); }
+
+__device__ __forceinline__ uint16_t to_bfloat16_bits(float x) {
+  return from_float<BFloat16>(x).bits;
 }
 
 #else
@@ -87,12 +112,63 @@ __device__ __forceinline__ uint32_t warp_max(uint32_t value) {
 #endif
 }
 
+__device__ __forceinline__ bool warp_all(bool condition) {
+  return __all_sync(0xffffffffu, condition) != 0;
+}
+
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
 __device__ __forceinline__ int dot4(int a, int b, int acc) { return __dp4a(a, b, acc); }
+
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float approximate_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// max(most, |x|) in which NaN wins.
+__device__ __forceinline__ float absmax_step(float most, float x) {
+#if __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(most), "f"(fabsf(x)));
+  return y;
+#else
+  return absmax_of(most, x);
+#endif
+}
+
+__device__ __forceinline__ uint16_t to_bfloat16_bits(float x) {
+#if __CUDA_ARCH__ >= 800
+  uint16_t y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+#else
+  return from_float<BFloat16>(x).bits;
+#endif
+}
+
+__device__ __forceinline__ uint32_t to_bfloat16_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  return to_bfloat16_bits(low) | (static_cast<uint32_t>(to_bfloat16_bits(high)) << 16);
+#endif
+}
+
+#endif
 
 __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }
-
-#endif
 
 }  // namespace bnb::gpu

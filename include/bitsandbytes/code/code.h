@@ -22,6 +22,10 @@ struct Table {
 using CodeTable = Table<float, kCodeLevels>;
 using ThresholdTable = Table<float, kCodeThresholds>;
 
+// How a table of levels is encoded: the dynamic maps have a one-lookup encode, any other table is
+// searched.
+enum class CodeKind : int { kSignedDynamic8, kUnsignedDynamic8, kTable };
+
 // Threshold k separates codes k and k + 1: code = number of thresholds <= x. It is the float32
 // midpoint of the two levels; an x exactly on the midpoint takes the even code, so where k is even
 // the threshold lies one float above.
@@ -37,12 +41,13 @@ constexpr ThresholdTable make_thresholds(const CodeTable& levels) {
 }
 
 // Number of thresholds <= x by halving steps: the definition of encode for a code given as a
-// table. NaN compares false everywhere and takes code 0.
-BNB_HD constexpr int search_code(const float* thresholds,  // [255], ascending
-                                 float x) {
+// table. `threshold(k)` gives the k-th of 255, ascending. NaN compares false everywhere and takes
+// code 0.
+template <class Threshold>
+BNB_HD constexpr int search_code(Threshold threshold, float x) {
   int code = 0;
   for (int step = kCodeLevels / 2; step > 0; step /= 2) {
-    if (x >= thresholds[code + step - 1]) code += step;
+    if (x >= threshold(code + step - 1)) code += step;
   }
   return code;
 }

@@ -1,15 +1,16 @@
 // The dynamic 8-bit maps (Dettmers 2015, arXiv:1511.04561; Dettmers et al. 2022, arXiv:2110.02861):
 // levels, thresholds, and an exact encode by one table lookup.
 //
-// The levels are seven decades of equally spaced midpoints. Encode looks at the leading bits of
-// |x|: its sign-free bits shifted right by kShift name a bucket so narrow that it holds at most one
-// threshold. The bucket's entry is (codes below the bucket) << kShift plus the distance from the
-// threshold to the bucket's end, so adding the remaining bits of |x| carries into the code exactly
-// when |x| has reached the threshold:
+// The levels are seven decades of equally spaced midpoints. Encode looks at the upper half of the
+// bits u of |x|, which names a bucket so narrow that it holds at most one threshold. The bucket's
+// entry is chosen so that adding u to it gives the code in bits 16 to 23, with a carry into it
+// exactly when u has reached the threshold:
 //
-//     code(|x|) = (entry[bits >> kShift] + (bits & kRest)) >> kShift
+//     code(x) = (entry[u >> 16] + u) >> 16
 //
-// One shared-memory or cache access, no search, no comparison.
+// For negative x the bits are inverted first, which makes them ascend with x again, and the buckets
+// of negative values lie in front of the others. One access to shared memory or cache, no search,
+// no comparison, no branch on the sign. u counts from the lowest bucket in use.
 // SPDX-License-Identifier: MIT
 #pragma once
 
@@ -53,46 +54,63 @@ constexpr float positive_level(int i) {
   return 1.0f;
 }
 
-// Encode buckets for magnitudes in [2^-kLowExponent, 2): one bucket per value of the leading
-// kMantissa mantissa bits, and one in front for everything smaller.
-template <int kMantissaBits, int kLowestExponent>
+// Buckets for magnitudes in [2^-kLowExponent, 2), one per value of the leading seven mantissa bits,
+// and one in front for everything smaller.
+template <int kLowestExponent>
 struct BucketLayout {
-  static constexpr int kMantissa = kMantissaBits;
-  static constexpr int kShift = 23 - kMantissa;
-  static constexpr uint32_t kRest = (1u << kShift) - 1;
+  static constexpr int kShift = 16;
+  static constexpr int32_t kWidth = 1 << kShift;
+  static constexpr int kMantissa = 23 - kShift;
   static constexpr int kLowExponent = kLowestExponent;  // 2^-kLowExponent < every threshold
-  static constexpr uint32_t kOrigin = ((127u - kLowExponent) << kMantissa) - 1;
+  // Bits of the first float of the front bucket. Magnitudes below it are raised to it: they all
+  // encode as zero.
+  static constexpr int32_t kOrigin = (((127 - kLowExponent) << kMantissa) - 1) * kWidth;
   static constexpr int kBuckets = (kLowExponent << kMantissa) + 2;  // and one at 1
-  // The largest float of the front bucket: |x| is raised to it so that no bucket index is negative.
-  // It lies below the first threshold, hence still encodes as zero.
-  static constexpr float kFloor = bits_float(((kOrigin + 1) << kShift) - 1);
 };
 
-template <class Layout>
-using BucketTable = Table<uint32_t, Layout::kBuckets>;
+// One bucket's contents: the number of thresholds at or below its first value, and the distance of
+// the one threshold inside it, if any, from that value.
+struct Bucket {
+  int code;
+  int32_t offset;  // 0: none
+};
 
-template <class Layout>
-constexpr BucketTable<Layout> make_buckets(const float* thresholds,  // [count], of |x|, ascending
-                                           int count) {
-  BucketTable<Layout> table{};
-  int code = 0;  // thresholds at or below the bucket's first value
+// Walks over the buckets of a layout in ascending order, calling fill(bucket index, Bucket).
+// `thresholds` are of |x|, ascending.
+template <class Layout, class Fill>
+constexpr void for_each_bucket(const float* thresholds,  // [count]
+                               int count, Fill fill) {
+  int code = 0;
   for (int b = 0; b < Layout::kBuckets; ++b) {
-    const uint32_t first = (Layout::kOrigin + static_cast<uint32_t>(b)) << Layout::kShift;
-    while (code < count && float_bits(thresholds[code]) <= first) ++code;
-    uint32_t entry = static_cast<uint32_t>(code) << Layout::kShift;
+    const int32_t first = Layout::kOrigin + b * Layout::kWidth;
+    while (code < count && static_cast<int32_t>(float_bits(thresholds[code])) <= first) ++code;
+    Bucket bucket{code, 0};
     if (code < count) {
-      const uint32_t offset = float_bits(thresholds[code]) - first;
-      if (offset <= Layout::kRest) {
-        entry += Layout::kRest + 1 - offset;
-        // Two thresholds in one bucket would need a second comparison: the layout is too coarse.
-        if (code + 1 < count && float_bits(thresholds[code + 1]) - first <= Layout::kRest) {
-          entry = 0xffffffffu;
-        }
-      }
+      const int32_t offset = static_cast<int32_t>(float_bits(thresholds[code])) - first;
+      if (offset < Layout::kWidth) bucket.offset = offset;
     }
-    table[b] = entry;
+    fill(b, bucket);
   }
-  return table;
+}
+
+// True when no bucket holds two thresholds, which one addition could not tell apart.
+template <class Layout>
+constexpr bool buckets_hold_one_threshold(const float* thresholds, int count) {
+  bool fine = true;
+  for_each_bucket<Layout>(thresholds, count, [&](int b, Bucket bucket) {
+    if (bucket.offset == 0 || bucket.code + 1 >= count) return;
+    const int32_t last = Layout::kOrigin + (b + 1) * Layout::kWidth - 1;
+    fine = fine && static_cast<int32_t>(float_bits(thresholds[bucket.code + 1])) > last;
+  });
+  return fine;
+}
+
+// Entry of a bucket whose values u lie in [first, first + kWidth): they get `low`, and from
+// `threshold` values into the bucket on `high`, which is `low` or `low` + 1.
+template <class Layout>
+constexpr uint32_t entry(int low, int high, int32_t first, int32_t threshold) {
+  const int32_t carry = high > low ? Layout::kWidth - threshold : 0;
+  return static_cast<uint32_t>(low * Layout::kWidth + carry - first);
 }
 
 }  // namespace detail
@@ -100,9 +118,12 @@ constexpr BucketTable<Layout> make_buckets(const float* thresholds,  // [count],
 // Signed map: 127 negative levels, zero, 128 positive ones. Mirror-symmetric but for +1, which has
 // no negative twin.
 struct SignedDynamic8 {
-  using Layout = detail::BucketLayout<6, 22>;
-  static constexpr bool kSigned = true;
+  using Layout = detail::BucketLayout<22>;
   static constexpr int kZero = 127;
+  // Buckets of negative values lie before kCenter in descending order of |x|.
+  static constexpr int kCenter = Layout::kBuckets;
+  static constexpr int kEntries = 2 * Layout::kBuckets;
+  using Buckets = Table<uint32_t, kEntries>;
 
   static constexpr CodeTable make_levels() {
     CodeTable t{};
@@ -115,42 +136,54 @@ struct SignedDynamic8 {
     return t;
   }
 
-  // Tie parity mirrors with the levels: the index 127 - i is even exactly when 127 + i is, so the
-  // thresholds of |x| serve both signs.
-  static constexpr auto make_buckets() {
+  // `keep_sign`: a value with a negative sign never becomes zero but takes the smallest negative
+  // level. 8-bit optimizer states are stored so: the sign of a momentum survives.
+  static constexpr Buckets make_buckets(bool keep_sign) {
     const ThresholdTable thresholds = make_thresholds(make_levels());
-    return detail::make_buckets<Layout>(thresholds.values + kZero, 128);
+    // Tie parity mirrors with the levels: 127 - i is even exactly when 127 + i is, so the
+    // thresholds of |x| serve both signs.
+    const float* magnitudes = thresholds.values + kZero;
+    Buckets table{};
+    detail::for_each_bucket<Layout>(magnitudes, 128, [&](int b, detail::Bucket bucket) {
+      const int first = bucket.code;
+      const int last = bucket.offset != 0 ? first + 1 : first;
+      const int32_t up = b * Layout::kWidth;
+      table[kCenter + b] = detail::entry<Layout>(kZero + first, kZero + last, up, bucket.offset);
+      // Inverted bits reach the other side of the threshold kWidth - offset values in.
+      const int32_t down = -up - Layout::kWidth;
+      table[kCenter - 1 - b] =
+          detail::entry<Layout>(negative_code(last, keep_sign), negative_code(first, keep_sign),
+                                down, Layout::kWidth - bucket.offset);
+    });
+    return table;
   }
 
-  // Code of a finite x with |x| <= 1 (and rounding).
-  BNB_HD static int encode(const uint32_t* buckets,  // [Layout::kBuckets]
-                           float x) {
-    const int i = bucket_code<Layout>(buckets, x);
-    const int negative = kZero - i;
-    return sign_bit(x) ? (negative > 0 ? negative : 0) : kZero + i;
+  // The code of a finite x with |x| <= 1 (and rounding) in bits 16 to 23.
+  BNB_HD static uint32_t encode_shifted(const uint32_t* buckets,  // [kEntries]
+                                        float x) {
+    const int32_t bits = static_cast<int32_t>(float_bits(x));
+    const int32_t above = (bits & 0x7fffffff) - Layout::kOrigin;
+    const int32_t u = (above > 0 ? above : 0) ^ (bits >> 31);
+    return buckets[kCenter + (u >> Layout::kShift)] + static_cast<uint32_t>(u);
   }
 
-  // As encode, but a value with a negative sign never becomes zero: it takes the smallest negative
-  // level. 8-bit optimizer states are stored so (the sign of a momentum survives).
-  BNB_HD static int encode_keeping_sign(const uint32_t* buckets, float x) {
-    const int code = encode(buckets, x);
-    return code - ((sign_bit(x) && code == kZero) ? 1 : 0);
+  BNB_HD static int encode(const uint32_t* buckets, float x) {
+    return static_cast<int>((encode_shifted(buckets, x) >> Layout::kShift) & 0xff);
   }
 
-  template <class L>
-  BNB_HD static int bucket_code(const uint32_t* buckets, float x) {
-    const float m = magnitude(x);
-    const uint32_t bits = float_bits(m > L::kFloor ? m : L::kFloor);
-    return static_cast<int>((buckets[(bits >> L::kShift) - L::kOrigin] + (bits & L::kRest)) >>
-                            L::kShift);
+ private:
+  // Code of a negative value whose magnitude has level i.
+  static constexpr int negative_code(int i, bool keep_sign) {
+    if (keep_sign && i == 0) i = 1;
+    return i < kZero ? kZero - i : 0;
   }
 };
 
 // Unsigned map: zero and 255 positive levels.
 struct UnsignedDynamic8 {
-  using Layout = detail::BucketLayout<7, 23>;
-  static constexpr bool kSigned = false;
-  static constexpr int kZero = 0;
+  using Layout = detail::BucketLayout<23>;
+  static constexpr int kEntries = Layout::kBuckets;
+  using Buckets = Table<uint32_t, kEntries>;
 
   static constexpr CodeTable make_levels() {
     CodeTable t{};
@@ -158,19 +191,38 @@ struct UnsignedDynamic8 {
     return t;
   }
 
-  static constexpr auto make_buckets() {
+  static constexpr Buckets make_buckets() {
     const ThresholdTable thresholds = make_thresholds(make_levels());
-    return detail::make_buckets<Layout>(thresholds.values, kCodeThresholds);
+    Buckets table{};
+    detail::for_each_bucket<Layout>(
+        thresholds.values, kCodeThresholds, [&](int b, detail::Bucket bucket) {
+          const int last = bucket.offset != 0 ? bucket.code + 1 : bucket.code;
+          table[b] = detail::entry<Layout>(bucket.code, last, Layout::kOrigin + b * Layout::kWidth,
+                                           bucket.offset);
+        });
+    return table;
   }
 
-  // Code of a finite x <= 1 (and rounding); negative values take code 0.
+  // The code of a finite x <= 1 (and rounding) in bits 16 to 23. Negative values, smaller than the
+  // origin as integers too, take code 0.
+  BNB_HD static uint32_t encode_shifted(const uint32_t* buckets,  // [kEntries]
+                                        float x) {
+    const int32_t bits = static_cast<int32_t>(float_bits(x));
+    const int32_t u = bits > Layout::kOrigin ? bits : Layout::kOrigin;
+    return buckets[(u >> Layout::kShift) - kFirst] + static_cast<uint32_t>(u);
+  }
+
   BNB_HD static int encode(const uint32_t* buckets, float x) {
-    return sign_bit(x) ? 0 : SignedDynamic8::bucket_code<Layout>(buckets, x);
+    return static_cast<int>((encode_shifted(buckets, x) >> Layout::kShift) & 0xff);
   }
 
-  BNB_HD static int encode_keeping_sign(const uint32_t* buckets, float x) {
-    return encode(buckets, x);
-  }
+  // u of the front bucket, shifted: what to subtract from a shifted u to get an index.
+  static constexpr int32_t kFirst = Layout::kOrigin >> Layout::kShift;
 };
+
+static_assert(detail::buckets_hold_one_threshold<SignedDynamic8::Layout>(
+    make_thresholds(SignedDynamic8::make_levels()).values + SignedDynamic8::kZero, 128));
+static_assert(detail::buckets_hold_one_threshold<UnsignedDynamic8::Layout>(
+    make_thresholds(UnsignedDynamic8::make_levels()).values, kCodeThresholds));
 
 }  // namespace bnb

@@ -17,7 +17,7 @@ struct Int8VectorwiseQuant {
   const void* a;          // [rows, cols] of dtype
   int8_t* out;            // [rows, cols]
   float* row_stats;       // [rows]
-  uint8_t* outlier_cols;  // [cols], zero on entry, 1 where the column holds an outlier;
+  uint8_t* outlier_mask;  // [cols], zero on entry, 1 where the column holds an outlier;
                           // null when threshold is 0
   int64_t rows;
   int64_t cols;

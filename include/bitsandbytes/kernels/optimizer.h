@@ -24,7 +24,7 @@ struct OptimizerStep {
   Rule rule;
   DType dtype;           // of parameters and gradients
   const float* qmap[2];  // [256] each: levels of the 8-bit states; null for 32-bit states
-  const int64_t* step;   // number of this step, from 1; on the device of the tensors
+  const int64_t* step;   // steps taken before this one; on the device of the tensors
   const float* lr;       // learning rate on the device of the tensors, or null: hyper.lr
   Hyper hyper;
 };

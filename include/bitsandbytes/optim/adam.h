@@ -15,7 +15,8 @@ namespace bnb {
 // p <- p - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
 //
 // Both corrections are folded into two constants: with c1 = 1 - beta1^t and c2 = sqrt(1 - beta2^t)
-// the direction is m / (sqrt(v) + eps c2) and the step size lr c2 / c1.
+// the direction is m / (sqrt(v) + eps c2) and the step size lr c2 / c1. v counts as no less than
+// the smallest normal float, so that eps = 0 leaves elements alone that never had a gradient.
 struct Adam {
   static constexpr const char* kName = "adam";
   static constexpr int kStates = 2;
@@ -47,7 +48,7 @@ struct Adam {
   BNB_HD static F update(F grad, F /*param*/, F (&s)[2], const Constants& c) {
     s[0] = fma(s[0], F(c.beta1), grad * F(c.one_minus_beta1));
     s[1] = fma(s[1], F(c.beta2), grad * grad * F(c.one_minus_beta2));
-    return s[0] / (sqrt(s[1]) + F(c.eps));
+    return fast_divide(s[0], fast_sqrt(max(s[1], F(kSmallestNormal))) + F(c.eps));
   }
 };
 

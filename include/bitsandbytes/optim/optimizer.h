@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "bitsandbytes/config.h"
+#include "bitsandbytes/numeric.h"
 
 namespace bnb {
 
@@ -41,7 +42,16 @@ enum class WeightDecay {
 //                    advances the states and returns the direction d of the step
 //                    param <- param - step_size * d
 // update() is a template on its scalar: float on a GPU, a SIMD vector on a CPU. It spells every
-// fused multiply-add, so that states come out with the same bits on every device.
+// fused multiply-add, so that states come out with the same bits on every device. Only what enters
+// a parameter but no state may use fast_divide() and fast_sqrt(): correctly rounded on a CPU, off
+// by at most two units in the last place on a GPU, where their arguments must not be subnormal.
+
+// What becomes of a state that is not finite after its update: an overflow stays the largest float,
+// NaN is forgotten. Otherwise one element would spoil the scale of its whole quantization block.
+BNB_HD constexpr float finite_state(float s) {
+  if (is_nan(s)) return 0.0f;
+  return s > kFloatMax ? kFloatMax : (s < -kFloatMax ? -kFloatMax : s);
+}
 
 // Bias correction 1 - beta^step.
 BNB_HD double bias_correction(double beta, double step) { return 1.0 - std::pow(beta, step); }

@@ -14,11 +14,11 @@ template <class R>
 struct Step {
   typename R::Constants constants;
   float gnorm_scale;
-  float weight_decay;  // L2: factor on the parameter; decoupled: 1 - lr * weight_decay
-  bool decays;
+  float
+      weight_decay;  // L2: factor on the parameter; decoupled: 1 - lr * weight_decay, so 1 for none
   bool skip_zeros;
 
-  // `step` counts from 1; `lr` replaces hyper.lr when it is not null.
+  // `step`: number of this step, from 1. `lr` replaces hyper.lr when it is not null.
   BNB_HD static Step make(Hyper hyper, int64_t step, const float* lr) {
     if (lr != nullptr) hyper.lr = *lr;
     Step s;
@@ -27,7 +27,6 @@ struct Step {
     s.weight_decay = static_cast<float>(R::kWeightDecay == WeightDecay::kL2
                                             ? hyper.weight_decay
                                             : 1.0 - hyper.lr * hyper.weight_decay);
-    s.decays = hyper.weight_decay != 0.0;
     s.skip_zeros = hyper.skip_zeros;
     return s;
   }
@@ -35,11 +34,13 @@ struct Step {
   // Advances the states by one scaled gradient; returns the new parameter.
   template <class F>
   BNB_HD F advance(F grad, F param, F (&states)[R::kStates]) const {
-    if (R::kWeightDecay == WeightDecay::kL2 && decays) grad = fma(F(weight_decay), param, grad);
-    if (R::kWeightDecay == WeightDecay::kDecoupledBefore && decays) param = param * F(weight_decay);
+    if (R::kWeightDecay == WeightDecay::kL2 && weight_decay != 0.0f) {
+      grad = fma(F(weight_decay), param, grad);
+    }
+    if (R::kWeightDecay == WeightDecay::kDecoupledBefore) param = param * F(weight_decay);
     const F direction = R::update(grad, param, states, constants);
     param = fma(F(-constants.step_size), direction, param);
-    if (R::kWeightDecay == WeightDecay::kDecoupledAfter && decays) param = param * F(weight_decay);
+    if (R::kWeightDecay == WeightDecay::kDecoupledAfter) param = param * F(weight_decay);
     return param;
   }
 };

@@ -2,6 +2,8 @@
 """The engine behind every optimizer: states, overrides, checkpoints, one native call per list."""
 
 import copy
+import itertools
+import operator
 import warnings
 from collections import abc, defaultdict
 from typing import Any
@@ -25,6 +27,14 @@ class MockArgs:
     def __init__(self, initial_data: dict[str, Any]):
         for key, value in initial_data.items():
             setattr(self, key, value)
+
+
+def _same_objects(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _holds_none(objects: list) -> bool:
+    return any(map(operator.is_, objects, itertools.repeat(None)))
 
 
 class _Bucket:
@@ -109,7 +119,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 stacklevel=3,
             )
 
-    # ---- State access -----------------------------------------------------------------------------
+    # ---- State access ---------------------------------------------------------------------------
     #
     # Between steps the optimizer works on lists prepared once (buckets). Whoever looks at `state`
     # gets current step numbers, and may change anything: the lists are then prepared anew.
@@ -131,7 +141,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                 bucket.write_steps()
             self._buckets = None
 
-    # ---- Configuration ----------------------------------------------------------------------------
+    # ---- Configuration --------------------------------------------------------------------------
 
     def get_config(self, gindex: int, pindex: int, group: dict) -> dict[str, Any]:
         """Returns the settings of one parameter: group, then `args`, then overrides.
@@ -178,7 +188,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self._release_buckets()
         super().add_param_group(param_group)
 
-    # ---- States -----------------------------------------------------------------------------------
+    # ---- States ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def init_state(self, group: dict, p: Tensor, gindex: int, pindex: int) -> None:
@@ -204,7 +214,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def prefetch_state(self, p: Tensor) -> None:
         """Brings the paged states of one parameter to its device."""
 
-    # ---- Step -------------------------------------------------------------------------------------
+    # ---- Step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -229,16 +239,26 @@ class Optimizer8bit(torch.optim.Optimizer):
         return loss
 
     def _prepared_buckets(self) -> list[tuple[_Bucket, list[Tensor]]]:
-        signature = [self.mng.version, *[len(group["params"]) for group in self.param_groups]]
-        if self._buckets is not None and signature == self._signature:
-            # Whether the same parameters have gradients is all there is to check per parameter.
-            if all(p.grad is None for p in self._without_grad):
-                ready = [(bucket, [p.grad for p in bucket.params]) for bucket in self._buckets]
-                if not any(any(g is None for g in grads) for _, grads in ready):
-                    return ready
+        if self._buckets is not None and self._still_valid():
+            ready = [(bucket, [p.grad for p in bucket.params]) for bucket in self._buckets]
+            if not any(_holds_none(grads) for _, grads in ready):
+                return ready
         self._build_buckets()
-        self._signature = [self.mng.version, *signature[1:]]
+        self._signature = (self.mng.version, [list(g["params"]) for g in self.param_groups])
         return [(bucket, [p.grad for p in bucket.params]) for bucket in self._buckets]
+
+    def _still_valid(self) -> bool:
+        """Whether the buckets hold the parameters of today's groups, as far as they have grads."""
+        version, members = self._signature
+        return (
+            version == self.mng.version
+            and len(members) == len(self.param_groups)
+            and all(
+                _same_objects(known, group["params"])
+                for known, group in zip(members, self.param_groups, strict=True)
+            )
+            and all(p.grad is None for p in self._without_grad)
+        )
 
     def _build_buckets(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -308,7 +328,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             else:
                 lr = float(lr)
         betas = config["betas"]
-        bucket.step_tensor.add_(1)
         hyper = (
             bucket.step_tensor,
             lr_tensor,
@@ -335,6 +354,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             )
         else:
             torch.ops.bitsandbytes.optimizer_step_32bit(self.optimizer_name, *lists, *hyper)
+        bucket.step_tensor.add_(1)
         bucket.steps += 1
         bucket.pending = True
         bucket.captured = bucket.captured or capturing
@@ -351,7 +371,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._update_bucket(bucket, [p.grad])
         bucket.write_steps()
 
-    # ---- Checkpoints ------------------------------------------------------------------------------
+    # ---- Checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the optimizer, in the format of bitsandbytes 0.49.2 and newer.
@@ -473,7 +493,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         new, value[f"absmax{i}"] = torch.ops.bitsandbytes.quantize_blockwise(numbers, qmap, BLOCK)
         value[f"state{i}"] = new.view(codes.shape)
 
-    # ---- Copies -----------------------------------------------------------------------------------
+    # ---- Copies ---------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         own = {
@@ -488,7 +508,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._buckets = None
         self._signature = None
         self.mng = GlobalOptimManager.get_instance()
-        super().__setstate__(state)
+        # torch writes into __dict__, past the property.
+        own = {key: value for key, value in state.items() if key != "state"}
+        self._state = state["state"]
+        super().__setstate__(own)
 
 
 class _StateOptimizer(Optimizer8bit):

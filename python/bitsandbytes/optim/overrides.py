@@ -45,8 +45,8 @@ class GlobalOptimManager:
         # the same id.
         self.pid2config: dict[int, Config] = {}
         self._owners: dict[int, weakref.ref[Tensor]] = {}
-        # (group, index) -> the parameter registered there; see config_of.
-        self._registered: dict[tuple[int, int], tuple[int, weakref.ref[Tensor]]] = {}
+        # (group, index) -> settings of the parameter registered there, and itself; see config_of.
+        self._registered: dict[tuple[int, int], tuple[Config | None, weakref.ref[Tensor]]] = {}
         self.module_weight_config_triple: list[tuple[Any, str, Config]] = []
         self.uses_config_override = False
         self.version = getattr(self, "version", 0) + 1
@@ -70,8 +70,8 @@ class GlobalOptimManager:
             for index, parameter in enumerate(
                 [members] if isinstance(members, Tensor) else members
             ):
-                place = (group_index, index)
-                self._registered[place] = (id(parameter), weakref.ref(parameter))
+                known = self._config_by_id(parameter)
+                self._registered[group_index, index] = (known, weakref.ref(parameter))
         self.version += 1
 
     def override_config(
@@ -144,9 +144,9 @@ class GlobalOptimManager:
         registered = self._registered.get((group_index, index))
         if registered is None:
             return None
-        old_id, reference = registered
+        settings, reference = registered
         # A registered parameter that still lives is another optimizer's, not this one's past.
-        return self.pid2config.get(old_id) if reference() is None else None
+        return settings if reference() is None else None
 
     def _config_by_id(self, parameter: Tensor) -> Config | None:
         owner = self._owners.get(id(parameter))
@@ -155,6 +155,15 @@ class GlobalOptimManager:
         )
 
     def _set(self, parameter: Tensor, config: Config) -> None:
-        self.pid2config[id(parameter)] = config
-        self._owners[id(parameter)] = weakref.ref(parameter)
+        key = id(parameter)
+
+        def forget(reference: weakref.ref) -> None:
+            if self._owners.get(key) is reference:
+                del self._owners[key], self.pid2config[key]
+
+        self.pid2config[key] = config
+        self._owners[key] = weakref.ref(parameter, forget)
+        for place, (_, reference) in self._registered.items():
+            if reference() is parameter:
+                self._registered[place] = (config, reference)
         self.version += 1

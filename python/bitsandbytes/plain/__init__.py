@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Plain-PyTorch implementation of every op: what runs on a device that has no native kernel."""
 
 from . import int8, optimizer, quantize

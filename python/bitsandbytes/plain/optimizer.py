@@ -3,16 +3,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional
 from torch import Tensor
 
 from .._checks import FLOATS, check, check_dtype, check_numel
 from .._ops import register_kernel
 from .quantize import dequantize_blocks, quantize_blocks
 
-__all__ = ["BLOCK", "RULES", "Hyper", "Rule"]
+__all__ = ["BLOCK", "RULES", "Decay", "Hyper", "Rule"]
 
 # Elements that share one absmax in 8-bit states; fixed by the checkpoint format.
 BLOCK = 256
@@ -32,28 +34,43 @@ class Hyper(NamedTuple):
     skip_zeros: bool
 
 
+class Decay(Enum):
+    """Where weight decay enters."""
+
+    L2 = "added to the gradient"
+    BEFORE = "the parameter shrinks before its update"
+    AFTER = "the parameter shrinks after its update"
+
+
 @dataclass(frozen=True)
 class Rule:
-    """An update rule: states per element and ``direction(grad, states, hyper, step)``.
+    """An update rule: states per element, weight decay, ``change(grad, states, hyper, step)``.
 
-    `direction` advances the float32 `states` in place and returns the change of the parameter,
+    `change` advances the float32 `states` in place and returns the change of the parameter,
     learning rate included.
     """
 
     states: int
-    direction: Callable[[Tensor, list[Tensor], Hyper, float], Tensor]
+    decay: Decay
+    change: Callable[[Tensor, list[Tensor], Hyper, int], Tensor]
 
 
-def _adam(grad: Tensor, states: list[Tensor], h: Hyper, step: float) -> Tensor:
+def _one_minus(beta: float) -> float:
+    # As the native rules compute it: both numbers in float32.
+    return 1.0 - torch.tensor(beta, dtype=torch.float32).item()
+
+
+def _adam(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
     m, v = states
-    m.mul_(h.beta1).add_(grad * (1.0 - h.beta1))
-    v.mul_(h.beta2).add_(grad * grad * (1.0 - h.beta2))
+    m.mul_(h.beta1).add_(grad * _one_minus(h.beta1))
+    v.mul_(h.beta2).add_(grad * grad * _one_minus(h.beta2))
     c1 = 1.0 - h.beta1**step
     c2 = (1.0 - h.beta2**step) ** 0.5
-    return m / (v.sqrt() + h.eps * c2) * (-h.lr * c2 / c1)
+    smallest = torch.finfo(torch.float32).tiny
+    return m / (v.clamp(min=smallest).sqrt() + h.eps * c2) * (-h.lr * c2 / c1)
 
 
-RULES = {"adam": Rule(states=2, direction=_adam)}
+RULES = {"adam": Rule(states=2, decay=Decay.AFTER, change=_adam)}
 
 
 def _find_rule(op: str, name: str) -> Rule:
@@ -73,19 +90,32 @@ def _hyper(lr_tensor: Tensor | None, lr: float, *rest) -> Hyper:
 
 
 def _advance(
-    rule: Rule, param: Tensor, grad: Tensor, states: list[Tensor], h: Hyper, step: float
+    rule: Rule, param: Tensor, grad: Tensor, states: list[Tensor], h: Hyper, step: int
 ) -> tuple[Tensor, Tensor]:
     """Advances flat float32 `states` of one tensor; returns the new parameter and the gradient."""
     g = grad.reshape(-1).float() * h.gnorm_scale
     p = param.reshape(-1).float()
     before = [s.clone() for s in states] if h.skip_zeros else []
-    updated = (p + rule.direction(g, states, h, step)) * (1.0 - h.lr * h.weight_decay)
+    shrink = 1.0 - h.lr * h.weight_decay
+    if rule.decay is Decay.L2:
+        g = g + p * h.weight_decay
+    if rule.decay is Decay.BEFORE:
+        p = p * shrink
+    updated = p + rule.change(g, states, h, step)
+    if rule.decay is Decay.AFTER:
+        updated = updated * shrink
     if h.skip_zeros:
         skip = g == 0
         updated = torch.where(skip, p, updated)
         for state, old in zip(states, before, strict=True):
             state.copy_(torch.where(skip, old, state))
     return updated, g
+
+
+def _idle_blocks(grad: Tensor) -> Tensor:
+    """Blocks of a flat gradient in which every element is zero."""
+    padded = torch.nn.functional.pad(grad, (0, -grad.numel() % BLOCK))
+    return (padded.view(-1, BLOCK) == 0).all(dim=1)
 
 
 @register_kernel("optimizer_step_32bit", "default")
@@ -108,7 +138,7 @@ def optimizer_step_32bit(
     expected["state2"] = (state2, count if found.states == 2 else 0)
     _check_lists(op, params, expected)
     h = _hyper(lr_tensor, *hyper)
-    number = float(step.item())
+    number = int(step.item()) + 1
     for i, param in enumerate(params):
         check_numel(op, f"grads[{i}]", grads[i], param.numel(), "as its parameter")
         states = [tensors[i] for tensors in lists]
@@ -155,7 +185,7 @@ def optimizer_step_8bit_blockwise(
     )
     check(found.states == 1 or qmap2 is not None, op, "qmap2", "given for this rule", None)
     h = _hyper(lr_tensor, *hyper)
-    number = float(step.item())
+    number = int(step.item()) + 1
     largest = torch.finfo(torch.float32).max
     packs = [(state1, absmax1, qmap1), (state2, absmax2, qmap2)][: found.states]
     for i, param in enumerate(params):
@@ -175,7 +205,13 @@ def optimizer_step_8bit_blockwise(
         finite = g.isfinite()
         param.copy_(torch.where(finite, updated, param.reshape(-1).float()).view(param.shape))
         for (codes, absmax, qmap), state in zip(packs, states, strict=True):
-            kept = torch.where(finite, state.clamp(-largest, largest), 0.0)
+            kept = torch.where(finite, state.nan_to_num(0.0, largest, -largest), 0.0)
             new, scales = quantize_blocks(kept, qmap, BLOCK, keep_sign=True)
+            if h.skip_zeros:
+                # Codes that mean the same numbers again would still lose a little each time.
+                idle = _idle_blocks(g)
+                scales = torch.where(idle, absmax[i], scales)
+                same = idle.repeat_interleave(BLOCK)[: g.numel()]
+                new = torch.where(same, codes[i].reshape(-1), new)
             codes[i].copy_(new.view(codes[i].shape))
             absmax[i].copy_(scales)

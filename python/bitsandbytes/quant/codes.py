@@ -6,6 +6,7 @@ where the public format rounds, instead of through `torch.linspace`, whose last 
 processor.
 """
 
+import itertools
 import struct
 
 import torch
@@ -42,7 +43,7 @@ def _midpoints(cells: int, scale: float) -> list[float]:
     scale = _round32(scale)
     return [
         _round32(_round32(_round32(low + high) / 2.0) * scale)
-        for low, high in zip(edges[:-1], edges[1:], strict=True)
+        for low, high in itertools.pairwise(edges)
     ]
 
 

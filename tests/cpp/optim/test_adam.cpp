@@ -1,0 +1,171 @@
+// The rule of Adam on a scalar of its own, and the driver's order of operations around a rule.
+// SPDX-License-Identifier: MIT
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <limits>
+#include <string>
+
+#include "bitsandbytes/optim/adam.h"
+#include "bitsandbytes/optim/registry.h"
+#include "bitsandbytes/optim/step.h"
+
+namespace bnb {
+namespace {
+
+// float64 with the names that a rule expects of its scalar.
+struct Real {
+  double v;
+  explicit Real(double x) : v(x) {}
+};
+Real operator+(Real a, Real b) { return Real(a.v + b.v); }
+Real operator*(Real a, Real b) { return Real(a.v * b.v); }
+Real operator/(Real a, Real b) { return Real(a.v / b.v); }
+Real fma(Real a, Real b, Real c) { return Real(std::fma(a.v, b.v, c.v)); }
+Real sqrt(Real a) { return Real(std::sqrt(a.v)); }
+Real max(Real a, Real b) { return Real(std::max(a.v, b.v)); }
+Real fast_divide(Real a, Real b) { return a / b; }
+Real fast_sqrt(Real a) { return sqrt(a); }
+
+constexpr Hyper kHyper = {.lr = 1e-2,
+                          .beta1 = 0.9,
+                          .beta2 = 0.999,
+                          .beta3 = 0,
+                          .alpha = 0,
+                          .eps = 1e-8,
+                          .weight_decay = 0.1,
+                          .gnorm_scale = 1,
+                          .skip_zeros = false};
+
+// Each of the six constants is rounded to float once, and so is its product: 8 * 2^-24.
+constexpr double kTolerance = 8 * 0x1p-24;
+
+TEST(AdamTest, FollowsThePaper) {
+  double m = 0;
+  double v = 0;
+  double p = 0.5;
+  Real states[2] = {Real(0), Real(0)};
+  Real param(p);
+  const double beta1 = static_cast<float>(kHyper.beta1);
+  const double beta2 = static_cast<float>(kHyper.beta2);
+  for (int t = 1; t <= 50; ++t) {
+    const double g = std::sin(t) * std::exp2(t % 7 - 3);
+    m = beta1 * m + (1 - beta1) * g;
+    v = beta2 * v + (1 - beta2) * g * g;
+    const double m_hat = m / (1 - std::pow(kHyper.beta1, t));
+    const double v_hat = v / (1 - std::pow(kHyper.beta2, t));
+    const double update = kHyper.lr * m_hat / (std::sqrt(v_hat) + kHyper.eps);
+
+    const Adam::Constants c = Adam::constants(kHyper, t);
+    const Real direction = Adam::update(Real(g), param, states, c);
+    EXPECT_NEAR(states[0].v, m, std::abs(m) * 1e-12) << t;
+    EXPECT_NEAR(states[1].v, v, std::abs(v) * 1e-12) << t;
+    EXPECT_NEAR(c.step_size * direction.v, update, std::abs(update) * kTolerance) << t;
+  }
+}
+
+TEST(AdamTest, EpsilonIsAddedToTheCorrectedRoot) {
+  Hyper h = kHyper;
+  h.eps = 10;  // dominates the denominator
+  const Adam::Constants c = Adam::constants(h, 1);
+  Real states[2] = {Real(0), Real(0)};
+  const Real direction = Adam::update(Real(1.0), Real(0), states, c);
+  // At step 1 the corrected moments are g and g^2, but for the rounding of beta2: 1 - beta2 is off
+  // by 2^-25 / 1e-3, its root by half of that, and eps outweighs the root by ten.
+  EXPECT_NEAR(c.step_size * direction.v, h.lr / 11, h.lr / 11 * 4e-6);
+}
+
+TEST(AdamTest, LateStepsNeedNoCorrection) {
+  const Adam::Constants c = Adam::constants(kHyper, 1e6);
+  EXPECT_FLOAT_EQ(c.step_size, 1e-2f);
+  EXPECT_FLOAT_EQ(c.eps, 1e-8f);
+}
+
+TEST(AdamTest, ElementWithoutAnyGradientStaysWithoutEpsilon) {
+  Hyper h = kHyper;
+  h.eps = 0;
+  Real states[2] = {Real(0), Real(0)};
+  EXPECT_EQ(Adam::update(Real(0), Real(1), states, Adam::constants(h, 1)).v, 0);
+}
+
+TEST(StepTest, DecoupledDecayComesAfterTheUpdate) {
+  const Step<Adam> step = Step<Adam>::make(kHyper, 1, nullptr);
+  Hyper without = kHyper;
+  without.weight_decay = 0;
+  const Step<Adam> plain = Step<Adam>::make(without, 1, nullptr);
+  Real a[2] = {Real(0), Real(0)};
+  Real b[2] = {Real(0), Real(0)};
+  const Real decayed = step.advance(Real(3.0), Real(2.0), a);
+  const Real updated = plain.advance(Real(3.0), Real(2.0), b);
+  EXPECT_NEAR(decayed.v, updated.v * (1 - 1e-2 * 0.1), std::abs(updated.v) * 0x1p-24);
+  EXPECT_NE(decayed.v, updated.v);
+  EXPECT_EQ(a[0].v, b[0].v);
+  EXPECT_EQ(a[1].v, b[1].v);
+}
+
+TEST(StepTest, LearningRateOnTheDeviceReplacesTheGivenOne) {
+  const float lr = 0.25f;
+  Hyper h = kHyper;
+  h.lr = 0;
+  const Step<Adam> step = Step<Adam>::make(h, 1000000, &lr);
+  EXPECT_FLOAT_EQ(step.constants.step_size, 0.25f);
+  EXPECT_FLOAT_EQ(step.weight_decay, 1.0f - 0.25f * 0.1f);
+}
+
+// A rule that shows what the driver hands it.
+template <WeightDecay kWhen>
+struct Echo {
+  static constexpr const char* kName = "echo";
+  static constexpr int kStates = 1;
+  static constexpr WeightDecay kWeightDecay = kWhen;
+  struct Constants {
+    float step_size;
+  };
+  static Constants constants(const Hyper& h, double) { return {static_cast<float>(h.lr)}; }
+  template <class F>
+  static F update(F grad, F param, F (&s)[1], const Constants&) {
+    s[0] = grad;
+    return param;
+  }
+};
+
+TEST(StepTest, OrderOfWeightDecay) {
+  Hyper h = kHyper;
+  h.lr = 0.5;
+  h.weight_decay = 0.25;
+  Real s[1] = {Real(0)};
+  const auto l2 = Step<Echo<WeightDecay::kL2>>::make(h, 1, nullptr);
+  EXPECT_EQ(l2.advance(Real(1.0), Real(8.0), s).v, 8 - 0.5 * 8);
+  EXPECT_EQ(s[0].v, 1 + 0.25 * 8);
+  const auto before = Step<Echo<WeightDecay::kDecoupledBefore>>::make(h, 1, nullptr);
+  EXPECT_EQ(before.advance(Real(1.0), Real(8.0), s).v, 7 - 0.5 * 7);
+  EXPECT_EQ(s[0].v, 1);
+  const auto after = Step<Echo<WeightDecay::kDecoupledAfter>>::make(h, 1, nullptr);
+  EXPECT_EQ(after.advance(Real(1.0), Real(8.0), s).v, (8 - 0.5 * 8) * (1 - 0.125));
+  EXPECT_EQ(s[0].v, 1);
+}
+
+TEST(FiniteState, OverflowStaysAndNanIsForgotten) {
+  EXPECT_EQ(finite_state(1.5f), 1.5f);
+  EXPECT_EQ(finite_state(-kFloatMax), -kFloatMax);
+  EXPECT_EQ(finite_state(kInfinity), kFloatMax);
+  EXPECT_EQ(finite_state(-kInfinity), -kFloatMax);
+  EXPECT_EQ(finite_state(std::numeric_limits<float>::quiet_NaN()), 0.0f);
+}
+
+TEST(Registry, ListsEveryRule) {
+  ASSERT_EQ(static_cast<int>(std::size(kRules)), kRuleCount);
+  EXPECT_EQ(std::string(kRules[static_cast<int>(Rule::kAdam)].name), "adam");
+  EXPECT_EQ(kRules[static_cast<int>(Rule::kAdam)].states, 2);
+}
+
+TEST(BiasCorrection, IsComputedInDouble) {
+  EXPECT_NEAR(bias_correction(0.999, 1), 1e-3, 1e-15);
+  EXPECT_EQ(bias_correction(0.0, 1), 1.0);
+  EXPECT_EQ(bias_correction(0.9, 0), 0.0);
+}
+
+}  // namespace
+}  // namespace bnb
