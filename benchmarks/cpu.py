@@ -5,6 +5,7 @@ python benchmarks/cpu.py [--out FILE] [--only optimizer,quantize]
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import torch
@@ -44,15 +45,15 @@ def quantize(record: Record) -> None:
         for blocksize in (256, 4096):
             codes, state = F.quantize_blockwise(x, blocksize=blocksize)
             name = f"{str(dtype)[6:]}/block{blocksize}"
-            for verb, work in (
-                ("quantize", lambda b=blocksize: F.quantize_blockwise(x, blocksize=b)),  # noqa: B023
-                ("dequantize", lambda c=codes, s=state: F.dequantize_blockwise(c, s)),
-                (
-                    "dequantize(out=)",
-                    lambda c=codes, s=state: F.dequantize_blockwise(c, s, out=target),  # noqa: B023
+            works = {
+                "quantize": functools.partial(F.quantize_blockwise, x, blocksize=blocksize),
+                "dequantize": functools.partial(F.dequantize_blockwise, codes, state),
+                "dequantize(out=)": functools.partial(
+                    F.dequantize_blockwise, codes, state, out=target
                 ),
-            ):
-                ms, copy = time_cpu(work, lambda: target.copy_(x))  # noqa: B023
+            }
+            for verb, work in works.items():
+                ms, copy = time_cpu(work, functools.partial(target.copy_, x))
                 record.add(f"{verb}_blockwise/{name}", ms, copy_ms=copy, times_copy=copy / ms)
 
 

@@ -8,6 +8,7 @@ device-to-device copy (bytes read plus bytes written).
 """
 
 import argparse
+import functools
 import gc
 from pathlib import Path
 
@@ -55,50 +56,50 @@ def with_gradients(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[nn
     return params
 
 
+def time_step(
+    record: Record,
+    bandwidth: float,
+    name: str,
+    params: list[nn.Parameter],
+    make,
+    state_bytes: float,
+) -> float:
+    """Times the step of ``make(params)``, whose states take `state_bytes` per number."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    instance = make(params, lr=1e-5)
+    instance.step()
+    ms = time_cuda(instance.step, repeats=11)
+    numbers = sum(p.numel() for p in params)
+    floor = numbers * (3 * params[0].element_size() + state_bytes) / bandwidth
+    record.add(name, ms, of_copy=floor / ms, floor_ms=floor)
+    return ms
+
+
 def optimizer(record: Record, bandwidth: float) -> None:
     """Steps of every optimizer over whole parameter lists."""
     cases = {
-        "llama1b/bf16": lambda: llama_1b(torch.bfloat16),
-        "llama1b/fp32": lambda: llama_1b(torch.float32),
-        "2000x16K/bf16": lambda: small(torch.bfloat16),
+        "llama1b/bf16": functools.partial(llama_1b, torch.bfloat16),
+        "llama1b/fp32": functools.partial(llama_1b, torch.float32),
+        "2000x16K/bf16": functools.partial(small, torch.bfloat16),
     }
-    for case, make in cases.items():
-        params = make()
-        numbers = sum(p.numel() for p in params)
-        element = params[0].element_size()
-
-        def run(name: str, make_optimizer, state_bytes: float, **facts) -> float:
-            gc.collect()
-            torch.cuda.empty_cache()
-            instance = make_optimizer(params)  # noqa: B023
-            instance.step()
-            ms = time_cuda(instance.step, repeats=11)
-            moved = numbers * (3 * element + state_bytes)  # noqa: B023
-            record.add(
-                f"optimizer/{case}/{name}",  # noqa: B023
-                ms,
-                of_copy=moved / ms / bandwidth,
-                floor_ms=moved / bandwidth,
-                **facts,
-            )
-            return ms
-
-        def ours(cls):
-            return lambda p: cls(p, lr=1e-5)
-
-        fused = run(
-            "torch.AdamW(fused)",
-            lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True),
-            4 * element,
+    ours = (
+        (bnb.optim.Adam8bit, 4 + 16 / BLOCK),
+        (bnb.optim.AdamW8bit, 4 + 16 / BLOCK),
+        (bnb.optim.Adam32bit, 16),
+    )
+    for case, make_params in cases.items():
+        params = make_params()
+        prefix = f"optimizer/{case}"
+        fused = functools.partial(torch.optim.AdamW, fused=True)
+        moments = 4 * params[0].element_size()
+        reference = time_step(
+            record, bandwidth, f"{prefix}/torch.AdamW(fused)", params, fused, moments
         )
-        for cls, state_bytes in (
-            (bnb.optim.Adam8bit, 4 + 16 / BLOCK),
-            (bnb.optim.AdamW8bit, 4 + 16 / BLOCK),
-            (bnb.optim.Adam32bit, 16),
-        ):
-            ms = run(cls.__name__, ours(cls), state_bytes)
-            record.rows[f"optimizer/{case}/{cls.__name__}"]["times_torch_fused"] = fused / ms
-        del params
+        for cls, state_bytes in ours:
+            name = f"{prefix}/{cls.__name__}"
+            ms = time_step(record, bandwidth, name, params, cls, state_bytes)
+            record.rows[name]["times_torch_fused"] = reference / ms
 
 
 def quantize(record: Record, bandwidth: float) -> None:
@@ -111,11 +112,10 @@ def quantize(record: Record, bandwidth: float) -> None:
             codes, state = F.quantize_blockwise(x, blocksize=blocksize)
             floor = (n * (x.element_size() + 1) + n / blocksize * 4) / bandwidth
             name = f"{str(dtype)[6:]}/block{blocksize}"
-            ms = time_cuda(lambda b=blocksize: F.quantize_blockwise(x, blocksize=b))  # noqa: B023
+            work = functools.partial(F.quantize_blockwise, x, blocksize=blocksize)
+            ms = time_cuda(work)
             record.add(f"quantize_blockwise/{name}", ms, of_copy=floor / ms)
-            ms = time_cuda(
-                lambda c=codes, s=state: F.dequantize_blockwise(c, s, out=out)  # noqa: B023
-            )
+            ms = time_cuda(functools.partial(F.dequantize_blockwise, codes, state, out=out))
             record.add(f"dequantize_blockwise/{name}", ms, of_copy=floor / ms)
     x = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
     ms = time_cuda(lambda: F.quantize_blockwise(x), inner=50)

@@ -318,7 +318,7 @@ def main() -> int:
     """Runs the comparison; returns 1 when a promise is broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each optimizer")
+    parser.add_argument("--steps", type=int, default=50, help="training steps of each optimizer")
     parser.add_argument("--batch", type=int, default=32, help="pairs per step")
     parser.add_argument("--lr", type=float, default=1e-4, help="initial learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

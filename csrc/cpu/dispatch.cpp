@@ -17,6 +17,8 @@ constexpr CodeTable kUnsignedLevels = UnsignedDynamic8::make_levels();
 constexpr SignedDynamic8::Buckets kSignedBuckets = SignedDynamic8::make_buckets(false);
 constexpr SignedDynamic8::Buckets kSignKeepingBuckets = SignedDynamic8::make_buckets(true);
 constexpr UnsignedDynamic8::Buckets kUnsignedBuckets = UnsignedDynamic8::make_buckets();
+constexpr detail::DecadeTables kSignedDecades = SignedDynamic8::make_decade_tables();
+constexpr detail::DecadeTables kUnsignedDecades = UnsignedDynamic8::make_decade_tables();
 
 Code prepare_code(const float* levels) {
   CodeKind kind = CodeKind::kTable;
@@ -25,7 +27,14 @@ Code prepare_code(const float* levels) {
   } else if (std::memcmp(levels, kUnsignedLevels.values, sizeof(kUnsignedLevels)) == 0) {
     kind = CodeKind::kUnsignedDynamic8;
   }
-  return {levels, kind};
+  Code code{levels, kind, {}};
+  for (int i = 0; i < kCodeLevels; ++i) {
+    const uint32_t bits = float_bits(levels[i]);
+    for (int plane = 0; plane < 4; ++plane) {
+      code.planes[plane][i] = static_cast<uint8_t>(bits >> (8 * plane));
+    }
+  }
+  return code;
 }
 
 namespace {
@@ -42,7 +51,8 @@ std::vector<Candidate> candidates() {
   __builtin_cpu_init();
   list.push_back({avx512::kernel_table(),
                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vbmi")});
   list.push_back({avx2::kernel_table(), __builtin_cpu_supports("avx2") &&
                                             __builtin_cpu_supports("fma") &&
                                             __builtin_cpu_supports("f16c")});

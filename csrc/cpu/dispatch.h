@@ -17,6 +17,7 @@ namespace bnb::cpu {
 struct Code {
   const float* levels;  // [256]
   CodeKind kind;
+  alignas(64) uint8_t planes[4][kCodeLevels];  // byte p of every level, for lookups by bytes
 };
 
 Code prepare_code(const float* levels);
@@ -26,7 +27,8 @@ struct Kernels {
   const char* isa;
   void (*quantize_blockwise)(const QuantizeBlockwise&, const Code&, int64_t first_block,
                              int64_t last_block);
-  void (*dequantize_blockwise)(const DequantizeBlockwise&, int64_t first, int64_t last);
+  void (*dequantize_blockwise)(const DequantizeBlockwise&, const Code&, int64_t first,
+                               int64_t last);
   void (*int8_row_stats)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_quantize_rows)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_linear_matmul)(const Int8Matmul&, int64_t first_col, int64_t last_col);

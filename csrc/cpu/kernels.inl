@@ -97,21 +97,70 @@ BNB_HD float absmax(const T* a, int64_t n) {
 // ---- Encode of the dynamic maps (code/dynamic8.h on vectors)
 // -------------------------------------
 
-BNB_HD Int encode_signed(const uint32_t* buckets, Float x) {
-  using Layout = SignedDynamic8::Layout;
-  const Int above = magnitude_bits(x) - broadcast_int(Layout::kOrigin);
-  const Int u = max(above, broadcast_int(0)) ^ shift_right_signed<31>(bits(x));
-  const Int entry =
-      gather(buckets + SignedDynamic8::kCenter, shift_right_signed<Layout::kShift>(u));
-  return shift_right<Layout::kShift>(entry + u);
-}
+// The dynamic maps as the loops below see them: by one access to the bucket table, or by decades.
+struct SignedMap {
+  const uint32_t* buckets;
+  bool keep_sign;
 
-BNB_HD Int encode_unsigned(const uint32_t* buckets, Float x) {
-  using Layout = UnsignedDynamic8::Layout;
-  const Int u = max(bits(x), broadcast_int(Layout::kOrigin));
-  const Int bucket = shift_right<Layout::kShift>(u) - broadcast_int(UnsignedDynamic8::kFirst);
-  const Int entry = gather(buckets, bucket);
-  return shift_right<Layout::kShift>(entry + u);
+  explicit SignedMap(bool keep)
+      : buckets((keep ? kSignKeepingBuckets : kSignedBuckets).values), keep_sign(keep) {}
+
+  BNB_HD Int by_buckets(Float x) const {
+    using Layout = SignedDynamic8::Layout;
+    const Int above = magnitude_bits(x) - broadcast_int(Layout::kOrigin);
+    const Int u = max(above, broadcast_int(0)) ^ shift_right_signed<31>(bits(x));
+    const Int entry =
+        gather(buckets + SignedDynamic8::kCenter, shift_right_signed<Layout::kShift>(u));
+    return shift_right<Layout::kShift>(entry + u);
+  }
+
+  static const detail::DecadeTables& decades() { return kSignedDecades; }
+  static BNB_HD Int usable_bits(Float x) { return magnitude_bits(x); }
+
+  // Code from the index of the level among the positive ones.
+  BNB_HD Int from_index(Int index, Float x) const {
+    const Int least = max(index, broadcast_int(keep_sign ? 1 : 0));
+    const Int negative =
+        broadcast_int(SignedDynamic8::kZero) - min(least, broadcast_int(SignedDynamic8::kZero));
+    return select(is_negative(x), negative, index + broadcast_int(SignedDynamic8::kZero));
+  }
+};
+
+struct UnsignedMap {
+  BNB_HD Int by_buckets(Float x) const {
+    using Layout = UnsignedDynamic8::Layout;
+    const Int u = max(bits(x), broadcast_int(Layout::kOrigin));
+    const Int bucket = shift_right<Layout::kShift>(u) - broadcast_int(UnsignedDynamic8::kFirst);
+    return shift_right<Layout::kShift>(gather(kUnsignedBuckets.values, bucket) + u);
+  }
+
+  static const detail::DecadeTables& decades() { return kUnsignedDecades; }
+  static BNB_HD Int usable_bits(Float x) { return bits(x); }
+  BNB_HD Int from_index(Int index, Float) const { return index; }
+};
+
+// Codes of finite x, |x| <= 1 (and rounding).
+template <class Map>
+BNB_HD Int encode(const Map& map, Float x) {
+  if constexpr (kHasRegisterTables) {
+    const detail::DecadeTables& t = Map::decades();
+    // Negative floats are negative integers: an unsigned map takes them for zero.
+    const Int b =
+        max(Map::usable_bits(x), broadcast_int(static_cast<int32_t>(detail::kLeastExponent << 23)));
+    const Float m = from_bits(b);
+    const Int exponent = shift_right<23>(b);
+    const Mask next = greater_equal(m, lookup32(t.next_region, exponent));
+    const Int start = lookup32(t.region, exponent);
+    const Int region = select(next, start + broadcast_int(1), start);
+    const Float position = min(fma(m, lookup16(t.scale, region), lookup16(t.offset, region)),
+                               lookup16(t.most, region));
+    if (any(less(fraction(position), Float(detail::kUndecided)))) [[unlikely]] {
+      return map.by_buckets(x);
+    }
+    return map.from_index(truncate_to_int(position), x);
+  } else {
+    return map.by_buckets(x);
+  }
 }
 
 // Codes of a whole block whose absmax is known. `kKeepSign`: a negative value never becomes zero.
@@ -131,17 +180,21 @@ BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, 
     return;
   }
   const Float scale(inverse);
-  if (code.kind == CodeKind::kSignedDynamic8) {
-    const uint32_t* buckets = kKeepSign ? kSignKeepingBuckets.values : kSignedBuckets.values;
+  const auto encode_all = [&](const auto& map) {
     for_each_vector(0, n, [&](int64_t i, int64_t count) {
-      store_codes_some(out + i, encode_signed(buckets, load_some(a + i, count) * scale), count);
+      store_codes_some(out + i, encode(map, load_some(a + i, count) * scale), count);
     });
-  } else {
-    const uint32_t* buckets = kUnsignedBuckets.values;
-    for_each_vector(0, n, [&](int64_t i, int64_t count) {
-      store_codes_some(out + i, encode_unsigned(buckets, load_some(a + i, count) * scale), count);
-    });
-  }
+  };
+  code.kind == CodeKind::kSignedDynamic8 ? encode_all(SignedMap(kKeepSign))
+                                         : encode_all(UnsignedMap());
+}
+
+// Levels of n codes.
+BNB_HD void decode(const Code& code, const uint8_t* codes, float* out,  // [n]
+                   int64_t n) {
+  int64_t i = 0;
+  for (; i + kDecodeRun <= n; i += kDecodeRun) decode_run(code, codes + i, out + i);
+  for (; i < n; ++i) out[i] = code.levels[codes[i]];
 }
 
 // ---- Blockwise quantization --------------------------------------------------------------------
@@ -161,18 +214,24 @@ void quantize_blocks(const QuantizeBlockwise& args, const Code& code, int64_t fi
 }
 
 template <class T>
-void dequantize_range(const DequantizeBlockwise& args, int64_t first, int64_t last) {
+void dequantize_range(const DequantizeBlockwise& args, const Code& code, int64_t first,
+                      int64_t last) {
+  constexpr int64_t kRun = 512;  // levels between the lookup and the multiplication
   T* out = static_cast<T*>(args.out);
+  alignas(64) float levels[kRun];
   int64_t i = first;
   while (i < last) {
     const int64_t block = i / args.block_size;
     const int64_t block_end = (block + 1) * args.block_size;
     const int64_t end = block_end < last ? block_end : last;
     const Float scale(args.absmax[block]);
-    for_each_vector(i, end, [&](int64_t j, int64_t count) {
-      const Float level = gather(args.code, load_codes_some(args.a + j, count));
-      store_some(out + j, level * scale, count);
-    });
+    for (; i < end; i += kRun) {
+      const int64_t n = end - i < kRun ? end - i : kRun;
+      decode(code, args.a + i, levels, n);
+      for_each_vector(0, n, [&](int64_t j, int64_t count) {
+        store_some(out + i + j, load_some(levels + j, count) * scale, count);
+      });
+    }
     i = end;
   }
 }
@@ -344,7 +403,7 @@ void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tenso
   const T* const grad = static_cast<const T*>(tensor.grad);
   uint8_t* const state[2] = {static_cast<uint8_t*>(tensor.state[0]),
                              static_cast<uint8_t*>(tensor.state[1])};
-  float buffer[R::kStates][kOptimizerBlock];
+  alignas(64) float buffer[R::kStates][kOptimizerBlock];  // old levels, then new states
   for (int64_t b = first_block; b < last_block; ++b) {
     const int64_t begin = b * kOptimizerBlock;
     const int64_t rest = tensor.n - begin;
@@ -354,6 +413,7 @@ void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tenso
     for (int k = 0; k < R::kStates; ++k) {
       most[k] = broadcast_int(0);
       scale[k] = Float(tensor.absmax[k][b]);
+      decode(codes[k], state[k] + begin, buffer[k], n);
     }
     bool idle = step.skip_zeros;  // every element is skipped
     for_each_vector(0, n, [&](int64_t i, int64_t count) {
@@ -362,8 +422,7 @@ void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tenso
       Float s[R::kStates];
       Float old[R::kStates];
       for (int k = 0; k < R::kStates; ++k) {
-        const Int code = load_codes_some(state[k] + begin + i, count);
-        old[k] = s[k] = gather(codes[k].levels, code) * scale[k];
+        old[k] = s[k] = load_some(buffer[k] + i, count) * scale[k];
       }
       Float updated = step.advance(g, p, s);
       // A gradient that is not finite has no use: its element loses the state and keeps the
@@ -380,9 +439,8 @@ void step_8bit_blockwise(const OptimizerStep& args, const OptimizerTensor& tenso
       store_some(param + begin + i, updated, count);
       for (int k = 0; k < R::kStates; ++k) {
         store_some(buffer[k] + i, s[k], count);
-        // Lanes past the end hold the update of code 0, which must not count.
-        const Float kept = count == kLanes ? s[k] : load_first(buffer[k] + i, count);
-        most[k] = max(most[k], magnitude_bits(kept));
+        // Lanes past the end hold the update of zeros: zeros, which no maximum notices.
+        most[k] = max(most[k], magnitude_bits(s[k]));
       }
     });
     // Codes that mean the same numbers again would still lose a little each time.
@@ -419,8 +477,9 @@ void quantize_blockwise(const QuantizeBlockwise& args, const Code& code, int64_t
   BNB_BY_DTYPE(args.dtype, quantize_blocks, args, code, first_block, last_block)
 }
 
-void dequantize_blockwise(const DequantizeBlockwise& args, int64_t first, int64_t last) {
-  BNB_BY_DTYPE(args.dtype, dequantize_range, args, first, last)
+void dequantize_blockwise(const DequantizeBlockwise& args, const Code& code, int64_t first,
+                          int64_t last) {
+  BNB_BY_DTYPE(args.dtype, dequantize_range, args, code, first, last)
 }
 
 void int8_row_stats(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_row) {

@@ -18,13 +18,13 @@
 namespace bnb::gpu {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kTileBlocks = 32;  // quantization blocks of a tile: 8192 elements
 constexpr int64_t kTile = int64_t{kTileBlocks} * kOptimizerBlock;
 constexpr int kLaneElements = kOptimizerBlock / kWarp;
 // Blocks of threads per multiprocessor, and the registers they leave each other.
-constexpr int kResident = 4;
+constexpr int kResident = 2;
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
@@ -68,8 +68,9 @@ __device__ __forceinline__ int find_entry(const TensorList& list, int64_t tile) 
 // Turns the states of a lane into codes, after reducing their absmax over the warp, and stores the
 // absmax. `largest`: the lane's largest magnitude, NaN if it holds NaN.
 template <int kCount>
-__device__ __forceinline__ void encode_block(const Code8<true>& code, float (&states)[kCount],
-                                             float largest, float* absmax,
+__device__ __forceinline__ void encode_block(const Code8<true>& code,
+                                             const EncodeTables<true>& tables,
+                                             float (&states)[kCount], float largest, float* absmax,
                                              uint32_t (&words)[kCount / 4]) {
   uint32_t most = warp_max(magnitude_bits(largest));
   if (most >= kInfinityBits) {
@@ -83,47 +84,65 @@ __device__ __forceinline__ void encode_block(const Code8<true>& code, float (&st
   }
   const float scale = absmax_from_bits(most);
   if (threadIdx.x % kWarp == 0) *absmax = scale;
-  code.encode(states, scale, words);
+  code.encode(tables, states, scale, words);
 }
 
-// The step of a full block whose pointers allow packs. Returns false, having done nothing, when a
-// gradient is not finite.
+// What a lane reads of a full block whose pointers allow packs.
+template <class R, class T>
+struct FullBlock {
+  static constexpr int kPack = kPackSize<T>;
+  static constexpr int kPacks = kLaneElements / kPack;
+  static constexpr int kStride = kWarp * kPack;
+
+  Words<T, kPack> grad[kPacks];
+  Words<T, kPack> param[kPacks];
+  uint32_t codes[R::kStates][kLaneElements / 4];
+  float scale[R::kStates];
+
+  __device__ __forceinline__ static int64_t begin(int64_t index) {
+    return index * kOptimizerBlock + static_cast<int>(threadIdx.x) % kWarp * kPack;
+  }
+
+  __device__ __forceinline__ void load(const OptimizerTensor& tensor, int64_t index) {
+    const int64_t at = begin(index);
+#pragma unroll
+    for (int k = 0; k < R::kStates; ++k) scale[k] = tensor.absmax[k][index];
+#pragma unroll
+    for (int v = 0; v < kPacks; ++v) {
+      grad[v] =
+          load_aligned<Words<T, kPack>>(static_cast<const T*>(tensor.grad) + at + v * kStride);
+      param[v] =
+          load_aligned<Words<T, kPack>>(static_cast<const T*>(tensor.param) + at + v * kStride);
+#pragma unroll
+      for (int k = 0; k < R::kStates; ++k) {
+        const auto* state = static_cast<const uint8_t*>(tensor.state[k]) + at + v * kStride;
+        const auto words = load_aligned<Words<uint8_t, kPack>>(state);
+#pragma unroll
+        for (int w = 0; w < kPack / 4; ++w) codes[k][v * (kPack / 4) + w] = words.words[w];
+      }
+    }
+  }
+};
+
+// The step of a full block. Returns false, having done nothing, when a gradient is not finite.
 template <class R, class T>
 __device__ __forceinline__ bool step_full_block(
     const OptimizerTensor& tensor,
     const Code8<true>* code,  // [R::kStates], shared memory
-    const Step<R>& step, int64_t index) {
-  constexpr int kPack = kPackSize<T>;
-  constexpr int kPacks = kLaneElements / kPack;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t begin = index * kOptimizerBlock + lane * kPack;
+    const EncodeTables<true>& tables, const Step<R>& step, int64_t index) {
+  constexpr int kPack = FullBlock<R, T>::kPack;
+  constexpr int kPacks = FullBlock<R, T>::kPacks;
+  constexpr int kStride = FullBlock<R, T>::kStride;
+  FullBlock<R, T> block;
+  block.load(tensor, index);
+  const int64_t begin = FullBlock<R, T>::begin(index);
   T* const param = static_cast<T*>(tensor.param) + begin;
-  const T* const grad = static_cast<const T*>(tensor.grad) + begin;
-
-  float scale[R::kStates];
-  uint32_t codes[R::kStates][kLaneElements / 4];
-  Words<T, kPack> g[kPacks];
-  Words<T, kPack> p[kPacks];
-#pragma unroll
-  for (int k = 0; k < R::kStates; ++k) scale[k] = tensor.absmax[k][index];
-#pragma unroll
-  for (int v = 0; v < kPacks; ++v) {
-    g[v] = load_aligned<Words<T, kPack>>(grad + v * kWarp * kPack);
-    p[v] = load_aligned<Words<T, kPack>>(param + v * kWarp * kPack);
-#pragma unroll
-    for (int k = 0; k < R::kStates; ++k) {
-      const uint8_t* state = static_cast<const uint8_t*>(tensor.state[k]) + begin;
-      const auto words = load_aligned<Words<uint8_t, kPack>>(state + v * kWarp * kPack);
-#pragma unroll
-      for (int w = 0; w < kPack / 4; ++w) codes[k][v * (kPack / 4) + w] = words.words[w];
-    }
-  }
 
   float gradient[kLaneElements];
   float largest_gradient = 0.0f;
 #pragma unroll
   for (int e = 0; e < kLaneElements; ++e) {
-    gradient[e] = __fmul_rn(g[e / kPack].get(e % kPack), step.gnorm_scale);
+    gradient[e] = __fmul_rn(block.grad[e / kPack].get(e % kPack), step.gnorm_scale);
     largest_gradient = absmax_step(largest_gradient, gradient[e]);
   }
   if (!warp_all(largest_gradient <= kFloatMax)) return false;
@@ -139,28 +158,28 @@ __device__ __forceinline__ bool step_full_block(
       Scalar s[R::kStates];
 #pragma unroll
       for (int k = 0; k < R::kStates; ++k) {
-        s[k] = Scalar(__fmul_rn(code[k].level(codes[k], e), scale[k]));
+        s[k] = Scalar(__fmul_rn(code[k].level(block.codes[k], e), block.scale[k]));
       }
-      updated[j] = step.advance(Scalar(gradient[e]), Scalar(p[v].get(j)), s).v;
+      updated[j] = step.advance(Scalar(gradient[e]), Scalar(block.param[v].get(j)), s).v;
 #pragma unroll
       for (int k = 0; k < R::kStates; ++k) {
         states[k][e] = s[k].v;
         largest[k] = absmax_step(largest[k], s[k].v);
       }
     }
-    p[v].set(updated);
-    store_aligned(param + v * kWarp * kPack, p[v]);
+    block.param[v].set(updated);
+    store_aligned(param + v * kStride, block.param[v]);
   }
 #pragma unroll
   for (int k = 0; k < R::kStates; ++k) {
-    encode_block(code[k], states[k], largest[k], tensor.absmax[k] + index, codes[k]);
+    encode_block(code[k], tables, states[k], largest[k], tensor.absmax[k] + index, block.codes[k]);
     uint8_t* state = static_cast<uint8_t*>(tensor.state[k]) + begin;
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
       Words<uint8_t, kPack> words;
 #pragma unroll
-      for (int w = 0; w < kPack / 4; ++w) words.words[w] = codes[k][v * (kPack / 4) + w];
-      store_aligned(state + v * kWarp * kPack, words);
+      for (int w = 0; w < kPack / 4; ++w) words.words[w] = block.codes[k][v * (kPack / 4) + w];
+      store_aligned(state + v * kStride, words);
     }
   }
   return true;
@@ -171,7 +190,8 @@ __device__ __forceinline__ bool step_full_block(
 template <class R, class T>
 __device__ __noinline__ void step_any_block(const OptimizerTensor& tensor,
                                             const Code8<true>* code,  // [R::kStates], shared memory
-                                            const Step<R>& step, int64_t index) {
+                                            const EncodeTables<true>& tables, const Step<R>& step,
+                                            int64_t index) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t begin = index * kOptimizerBlock + lane * kLaneElements;
   const int64_t left = tensor.n - begin;
@@ -214,7 +234,7 @@ __device__ __noinline__ void step_any_block(const OptimizerTensor& tensor,
 #pragma unroll
   for (int k = 0; k < R::kStates; ++k) {
     uint32_t words[kLaneElements / 4];
-    encode_block(code[k], states[k], largest[k], tensor.absmax[k] + index, words);
+    encode_block(code[k], tables, states[k], largest[k], tensor.absmax[k] + index, words);
     uint8_t* state = static_cast<uint8_t*>(tensor.state[k]) + begin;
 #pragma unroll
     for (int e = 0; e < kLaneElements; ++e) {
@@ -227,8 +247,9 @@ template <class R, class T>
 __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
     optimizer_step_8bit_blockwise_kernel(const BNB_GRID_CONSTANT TensorList list) {
   __shared__ Code8<true> codes[R::kStates];
+  __shared__ EncodeTables<true> tables;
   __shared__ Step<R> shared_step;
-  for (int k = 0; k < R::kStates; ++k) codes[k].fill(list.args.qmap[k]);
+  for (int k = 0; k < R::kStates; ++k) codes[k].fill(list.args.qmap[k], tables);
   if (threadIdx.x == 0) {
     shared_step = Step<R>::make(list.args.hyper, *list.args.step + 1, list.args.lr);
   }
@@ -247,8 +268,8 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
     const int64_t full = packs ? tensor.n / kOptimizerBlock : 0;
     const int64_t end = min(first + kTileBlocks, blocks);
     for (int64_t index = first + warp; index < end; index += kWarps) {
-      if (index < full && step_full_block<R, T>(tensor, codes, step, index)) continue;
-      step_any_block<R, T>(entry.tensor, codes, shared_step, index);
+      if (index < full && step_full_block<R, T>(tensor, codes, tables, step, index)) continue;
+      step_any_block<R, T>(entry.tensor, codes, tables, shared_step, index);
     }
   }
 }

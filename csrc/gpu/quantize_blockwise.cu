@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSlices = kTile / kSlice;
 
   __shared__ Code8<false> levels;
+  __shared__ EncodeTables<false> tables;
   __shared__ uint32_t warp_most[2][kSlices][kWarps];
-  levels.fill(code);
+  levels.fill(code, tables);
   __syncthreads();
 
   const int block_size = 1 << log2_block;
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
       const float scale = absmax_from_bits(most[v]);
       if ((i & (block_size - 1)) == 0) absmax[i >> log2_block] = scale;
       Words<uint8_t, kPack> codes;
-      levels.encode(x[v], scale, codes.words);
+      levels.encode(tables, x[v], scale, codes.words);
       if (aligned && n - i >= kPack) {
         store_aligned(out + i, codes);
       } else {

@@ -35,9 +35,11 @@ struct Cpu {
   }
 
   static void dequantize_blockwise(const DequantizeBlockwise& args, const Scope&) {
+    const cpu::Code code = cpu::prepare_code(args.code);
     const cpu::Kernels& kernels = cpu::kernels();
-    parallel(args.n, 1,
-             [&](int64_t first, int64_t last) { kernels.dequantize_blockwise(args, first, last); });
+    parallel(args.n, 1, [&](int64_t first, int64_t last) {
+      kernels.dequantize_blockwise(args, code, first, last);
+    });
   }
 
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {

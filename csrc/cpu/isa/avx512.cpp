@@ -1,4 +1,4 @@
-// The CPU kernels for x86-64 with AVX-512 F, BW, DQ and VL.
+// The CPU kernels for x86-64 with AVX-512 F, BW, DQ, VL and VBMI.
 // SPDX-License-Identifier: MIT
 #include "cpu/simd/avx512.h"
 

@@ -1,4 +1,4 @@
-// Sixteen lanes with AVX-512 F, BW, DQ and VL; see baseline.h for the interface.
+// Sixteen lanes with AVX-512 F, BW, DQ, VL and VBMI; see baseline.h for the interface.
 // SPDX-License-Identifier: MIT
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "bitsandbytes/numeric.h"
+#include "cpu/dispatch.h"
 
 namespace bnb::cpu::avx512 {
 
@@ -85,11 +86,17 @@ BNB_HD Int shift_right_signed(Int a) {
   return {_mm512_srai_epi32(a.v, kBits)};
 }
 BNB_HD Int round_to_int(Float a) { return {_mm512_cvtps_epi32(a.v)}; }
+BNB_HD Int truncate_to_int(Float a) { return {_mm512_cvttps_epi32(a.v)}; }
+// Distance to the nearest integer.
+BNB_HD Float fraction(Float a) {
+  return {_mm512_abs_ps(_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
 BNB_HD Float int_to_float(Int a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 BNB_HD Mask is_negative(Float a) { return {_mm512_movepi32_mask(_mm512_castps_si512(a.v))}; }
 BNB_HD Mask greater_equal(Float a, Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
 BNB_HD Mask equal(Float a, Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+BNB_HD Mask less(Float a, Float b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 BNB_HD Mask less(Int a, Int b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
 BNB_HD Mask equal(Int a, Int b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
 BNB_HD Float select(Mask m, Float a, Float b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
@@ -109,6 +116,50 @@ BNB_HD void store_codes(uint8_t* p, Int a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 BNB_HD Int load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+
+// Lookups in small tables, and whether they beat gathers from larger ones.
+inline constexpr bool kHasRegisterTables = true;
+BNB_HD Float lookup16(const float* table, Int index) {
+  return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
+}
+// Only the lowest five bits of the index count.
+BNB_HD Float lookup32(const float* table, Int index) {
+  return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + 16))};
+}
+BNB_HD Int lookup32(const int32_t* table, Int index) {
+  return {_mm512_permutex2var_epi32(_mm512_loadu_si512(table), index.v,
+                                    _mm512_loadu_si512(table + 16))};
+}
+
+// Levels of kDecodeRun consecutive codes: each of a level's four bytes is looked up on its own, in
+// two halves of the table, and the bytes are woven together.
+inline constexpr int kDecodeRun = 64;
+BNB_HD __m512i lookup_bytes(const uint8_t* table, __m512i index, __mmask64 upper) {
+  const __m512i low =
+      _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), index,
+                                                _mm512_load_si512(table + 192));
+  return _mm512_mask_mov_epi8(low, upper, high);
+}
+BNB_HD void decode_run(const Code& code, const uint8_t* codes, float* out) {
+  // Weaving works within 16-byte lanes: dword 4 l + q of the codes goes to dword 4 q + l first, so
+  // that the woven parts come out in order.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i index = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+  const __mmask64 upper = _mm512_movepi8_mask(index);
+  const __m512i byte0 = lookup_bytes(code.planes[0], index, upper);
+  const __m512i byte1 = lookup_bytes(code.planes[1], index, upper);
+  const __m512i byte2 = lookup_bytes(code.planes[2], index, upper);
+  const __m512i byte3 = lookup_bytes(code.planes[3], index, upper);
+  const __m512i low01 = _mm512_unpacklo_epi8(byte0, byte1);
+  const __m512i high01 = _mm512_unpackhi_epi8(byte0, byte1);
+  const __m512i low23 = _mm512_unpacklo_epi8(byte2, byte3);
+  const __m512i high23 = _mm512_unpackhi_epi8(byte2, byte3);
+  _mm512_storeu_si512(out, _mm512_unpacklo_epi16(low01, low23));
+  _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi16(low01, low23));
+  _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi16(high01, high23));
+  _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi16(high01, high23));
+}
 
 BNB_HD int32_t reduce_max(Int a) { return _mm512_reduce_max_epi32(a.v); }
 

@@ -18,19 +18,39 @@ __device__ const constexpr auto kUnsignedBuckets = UnsignedDynamic8::make_bucket
 
 }  // namespace
 
-inline constexpr int kBucketEntries = SignedDynamic8::kEntries > UnsignedDynamic8::kEntries
-                                          ? SignedDynamic8::kEntries
-                                          : UnsignedDynamic8::kEntries;
+// The encode buckets of the dynamic maps in shared memory. `kKeepSign`: a negative value never
+// becomes zero (optimizer states).
+template <bool kKeepSign>
+struct EncodeTables {
+  uint32_t signed_buckets[SignedDynamic8::kEntries];
+  uint32_t unsigned_buckets[UnsignedDynamic8::kEntries];
 
-// One code in shared memory. `kKeepSign`: a negative value never becomes zero (optimizer states).
+  // Called by all threads of the block.
+  __device__ void fill(CodeKind kind) {
+    if (kind == CodeKind::kSignedDynamic8) {
+      const auto& from = kKeepSign ? kSignKeepingBuckets : kSignedBuckets;
+      copy(signed_buckets, from.values, SignedDynamic8::kEntries);
+    } else if (kind == CodeKind::kUnsignedDynamic8) {
+      copy(unsigned_buckets, kUnsignedBuckets.values, UnsignedDynamic8::kEntries);
+    }
+  }
+
+ private:
+  __device__ static void copy(uint32_t* to, const uint32_t* from, int count) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+  }
+};
+
+// One code in shared memory.
 template <bool kKeepSign>
 struct Code8 {
   float levels[kCodeLevels];
-  uint32_t buckets[kBucketEntries];
   CodeKind kind;
 
-  // Called by all threads of the block, which must be synchronised before the code is used.
-  __device__ void fill(const float* table) {  // [256]
+  // Reads the table and recognises it; fills what its encode needs. Called by all threads of the
+  // block, which must be synchronised before the code is used.
+  __device__ void fill(const float* table,  // [256]
+                       EncodeTables<kKeepSign>& tables) {
     bool is_signed = true;
     bool is_unsigned = true;
     for (int i = threadIdx.x; i < kCodeLevels; i += blockDim.x) {
@@ -41,16 +61,11 @@ struct Code8 {
     }
     is_signed = block_all(is_signed);
     is_unsigned = block_all(is_unsigned);
-    if (is_signed) {
-      copy((kKeepSign ? kSignKeepingBuckets : kSignedBuckets).values, SignedDynamic8::kEntries);
-    } else if (is_unsigned) {
-      copy(kUnsignedBuckets.values, UnsignedDynamic8::kEntries);
-    }
-    if (threadIdx.x == 0) {
-      kind = is_signed     ? CodeKind::kSignedDynamic8
-             : is_unsigned ? CodeKind::kUnsignedDynamic8
-                           : CodeKind::kTable;
-    }
+    const CodeKind found = is_signed     ? CodeKind::kSignedDynamic8
+                           : is_unsigned ? CodeKind::kUnsignedDynamic8
+                                         : CodeKind::kTable;
+    tables.fill(found);
+    if (threadIdx.x == 0) kind = found;
   }
 
   // Level of code i of those packed in `words`.
@@ -64,7 +79,8 @@ struct Code8 {
 
   // Packs the codes of kCount elements of one quantization block into `words`.
   template <int kCount>
-  __device__ __forceinline__ void encode(const float (&x)[kCount], float absmax,
+  __device__ __forceinline__ void encode(const EncodeTables<kKeepSign>& tables,
+                                         const float (&x)[kCount], float absmax,
                                          uint32_t (&words)[kCount / 4]) const {
     const float inverse = __frcp_rn(absmax);
     uint32_t shifted[kCount];  // codes in bits 16 to 23
@@ -75,12 +91,14 @@ struct Code8 {
     } else if (kind == CodeKind::kSignedDynamic8) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        shifted[i] = SignedDynamic8::encode_shifted(buckets, __fmul_rn(x[i], inverse));
+        shifted[i] =
+            SignedDynamic8::encode_shifted(tables.signed_buckets, __fmul_rn(x[i], inverse));
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        shifted[i] = UnsignedDynamic8::encode_shifted(buckets, __fmul_rn(x[i], inverse));
+        shifted[i] =
+            UnsignedDynamic8::encode_shifted(tables.unsigned_buckets, __fmul_rn(x[i], inverse));
       }
     }
 #pragma unroll
@@ -92,10 +110,6 @@ struct Code8 {
   }
 
  private:
-  __device__ void copy(const uint32_t* from, int count) {
-    for (int i = threadIdx.x; i < count; i += blockDim.x) buckets[i] = from[i];
-  }
-
   __device__ __forceinline__ uint32_t search(float x) const {
     int code =
         search_code([this](int k) { return code_threshold(levels[k], levels[k + 1], k); }, x);

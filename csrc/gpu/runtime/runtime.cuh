@@ -89,8 +89,14 @@ __device__ __forceinline__ float approximate_reciprocal(float x) {
 
 __device__ __forceinline__ float approximate_sqrt(float x) { return __builtin_amdgcn_sqrtf(x); }
 
+__device__ __forceinline__ float absmax_step(float most, float x) { return absmax_of(most, x); }
+
 __device__ __forceinline__ uint16_t to_bfloat16_bits(float x) {
   return from_float<BFloat16>(x).bits;
+}
+
+__device__ __forceinline__ uint32_t to_bfloat16_pair(float low, float high) {
+  return to_bfloat16_bits(low) | (static_cast<uint32_t>(to_bfloat16_bits(high)) << 16);
 }
 
 #else

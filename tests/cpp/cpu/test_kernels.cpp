@@ -190,9 +190,10 @@ TYPED_TEST(FloatKernel, DequantizeBlockwise) {
         Guarded<T> out(n);
         const DequantizeBlockwise args{kDTypeOf<T>, a.data(), absmax.data(), kSigned.values,
                                        out.data(),  n,        block};
+        const Code code = prepare_code(kSigned.values);
         const int64_t middle = n / 3;  // inside a block
-        k.dequantize_blockwise(args, 0, middle);
-        k.dequantize_blockwise(args, middle, n);
+        k.dequantize_blockwise(args, code, 0, middle);
+        k.dequantize_blockwise(args, code, middle, n);
         return std::vector<Bytes>{out.bytes()};
       });
     }
@@ -370,7 +371,7 @@ TYPED_TEST(FloatKernel, OptimizerStep8bitBlockwise) {
 
 TEST_F(Kernel, OptimizerStep8bitKeepsTheRestOfABlockFromABadGradient) {
   constexpr int64_t n = 300;
-  const int64_t step = 1;
+  const int64_t step = 0;  // steps taken before this one
   const Code codes[2] = {prepare_code(kSigned.values), prepare_code(kUnsigned.values)};
   for (const std::string& isa : available_isas()) {
     ASSERT_TRUE(set_isa(isa));
@@ -398,7 +399,7 @@ TEST_F(Kernel, OptimizerStep8bitKeepsTheRestOfABlockFromABadGradient) {
 
 TEST_F(Kernel, OptimizerStep8bitStatesThatOverflowStayFinite) {
   constexpr int64_t n = 20;
-  const int64_t step = 1;
+  const int64_t step = 0;  // steps taken before this one
   const Code codes[2] = {prepare_code(kSigned.values), prepare_code(kUnsigned.values)};
   for (const std::string& isa : available_isas()) {
     ASSERT_TRUE(set_isa(isa));

@@ -156,7 +156,7 @@ def test_native_table_of_an_unknown_name():
     native = _library.native_module()
     if native is None:
         pytest.skip("installed without native code")
-    with pytest.raises(ValueError, match="code_table: name must be .* got 'nf5'"):
+    with pytest.raises(ValueError, match=r"code_table: name must be .* got 'nf5'"):
         native.code_table("nf5")
 
 

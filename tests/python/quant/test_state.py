@@ -57,7 +57,7 @@ STATES = {
 
 def tensors_of(state):
     tensors = [state.absmax, state.code]
-    return tensors + [state.offset, *tensors_of(state.state2)] if state.nested else tensors
+    return [*tensors, state.offset, *tensors_of(state.state2)] if state.nested else tensors
 
 
 def assert_same(a, b):

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""Arguments for every op of the package: what opcheck and the schema tests call it with."""
+
+from collections.abc import Callable
+
+import torch
+
+from bitsandbytes.functional import create_dynamic_map
+
+__all__ = ["SAMPLES", "Call"]
+
+Call = tuple[tuple, dict]  # positional and keyword arguments
+
+# Op and overload -> samples on a device. Every schema needs an entry; between them, the samples of
+# an op change everything that its schema marks as written.
+SAMPLES: dict[str, Callable[[str], list[Call]]] = {}
+
+
+def samples(name: str):
+    def register(function):
+        SAMPLES[name] = lambda device: [
+            sample if isinstance(sample[-1], dict) else (sample, {}) for sample in function(device)
+        ]
+        return function
+
+    return register
+
+
+# --- 8-bit blockwise quantization ---------------------------------------------------------------
+
+
+@samples("quantize_blockwise")
+def _(device):
+    code = create_dynamic_map().to(device)
+    x = torch.randn(3, 50, device=device)
+    return [
+        (x, code, 64),
+        (x.half().t(), code, 256),
+        (x.bfloat16()[:, ::2], create_dynamic_map(False).to(device), 4096),
+        (x[:0], code, 64),
+    ]
+
+
+@samples("quantize_blockwise.out")
+def _(device):
+    x = torch.randn(3, 50, device=device)
+    out = torch.zeros(3, 50, dtype=torch.uint8, device=device)
+    absmax = torch.zeros(3, device=device)
+    code = create_dynamic_map().to(device)
+    return [((x, code, 64), {"out": out, "absmax": absmax})]
+
+
+def _quantized(device):
+    codes = torch.randint(0, 256, (3, 50), dtype=torch.uint8, device=device)
+    return codes, torch.rand(3, device=device), create_dynamic_map().to(device)
+
+
+@samples("dequantize_blockwise")
+def _(device):
+    codes, absmax, code = _quantized(device)
+    return [
+        (codes, absmax, code, 64, torch.float32),
+        (codes.t(), absmax, code, 64, torch.float16),
+        (codes[:, ::2], absmax[:1], code, 4096, torch.bfloat16),
+        (codes[:0], absmax[:0], code, 64, torch.float32),
+    ]
+
+
+@samples("dequantize_blockwise.out")
+def _(device):
+    out = torch.zeros(3, 50, dtype=torch.float16, device=device)
+    return [(*_quantized(device), 64, torch.float16, out)]
+
+
+# --- LLM.int8() ---------------------------------------------------------------------------------
+
+
+def _int8(device):
+    a = torch.randint(-127, 128, (6, 33), dtype=torch.int8, device=device)
+    b = torch.randint(-127, 128, (5, 33), dtype=torch.int8, device=device)
+    return a, b, torch.rand(6, device=device) + 0.1, torch.rand(5, device=device) + 0.1
+
+
+@samples("int8_vectorwise_quant")
+def _(device):
+    x = torch.randn(6, 33, device=device)
+    x[2, 3] = 9
+    return [(x,), (x.half().view(2, 3, 33),), (x.bfloat16(), 6.0)]
+
+
+@samples("int8_vectorwise_dequant")
+def _(device):
+    a, _, row_stats, _ = _int8(device)
+    return [(a, row_stats), (a.view(2, 3, 33), row_stats)]
+
+
+@samples("int8_linear_matmul")
+def _(device):
+    a, b, _, _ = _int8(device)
+    return [(a, b), (a.view(2, 3, 33), b)]
+
+
+@samples("int8_linear_matmul.out")
+def _(device):
+    a, b, _, _ = _int8(device)
+    return [(a, b, torch.zeros(6, 5, dtype=torch.int32, device=device))]
+
+
+@samples("int8_mm_dequant")
+def _(device):
+    _, _, row_stats, col_stats = _int8(device)
+    product = torch.randint(-(10**6), 10**6, (6, 5), dtype=torch.int32, device=device)
+    return [
+        (product, row_stats, col_stats),
+        (product, row_stats, col_stats, torch.bfloat16, col_stats.half()),
+    ]
+
+
+@samples("int8_scaled_mm")
+def _(device):
+    a, b, row_stats, col_stats = _int8(device)
+    return [
+        (a, b, row_stats, col_stats),
+        (a, b, row_stats, col_stats, col_stats, torch.float32),
+    ]
+
+
+@samples("int8_mixed_scaled_mm")
+def _(device):
+    a, b, row_stats, col_stats = _int8(device)
+    x = torch.randn(6, 33, device=device)
+    columns = torch.tensor([3], device=device)
+    return [
+        (x, a, b, row_stats, col_stats),
+        (x, a, b, row_stats, col_stats, columns, col_stats),
+    ]
+
+
+# --- optimizers ---------------------------------------------------------------------------------
+
+
+def _step(device, dtype, lr_tensor):
+    params = [torch.randn(300, device=device).to(dtype), torch.randn(4, 7, device=device).to(dtype)]
+    grads = [torch.randn_like(p) for p in params]
+    step = torch.tensor(2, device=device)
+    lr = torch.tensor(1e-2, device=device) if lr_tensor else None
+    tail = (step, lr, 1e-2, 0.9, 0.999, 0.0, 0.0, 1e-8, 0.1, 0.5, False)
+    return params, grads, tail
+
+
+@samples("optimizer_step_32bit")
+def _(device):
+    calls = []
+    for dtype, lr_tensor in ((torch.float32, False), (torch.bfloat16, True)):
+        params, grads, tail = _step(device, dtype, lr_tensor)
+        states = [[torch.rand(p.shape, device=device) for p in params] for _ in range(2)]
+        calls.append(("adam", params, grads, *states, *tail))
+    return calls
+
+
+@samples("optimizer_step_8bit_blockwise")
+def _(device):
+    calls = []
+    qmaps = create_dynamic_map().to(device), create_dynamic_map(False).to(device)
+    for dtype, lr_tensor in ((torch.float32, False), (torch.float16, True)):
+        params, grads, tail = _step(device, dtype, lr_tensor)
+        codes = [
+            [torch.randint(0, 256, p.shape, dtype=torch.uint8, device=device) for p in params]
+            for _ in range(2)
+        ]
+        absmax = [
+            [torch.rand(-(-p.numel() // 256), device=device) for p in params] for _ in range(2)
+        ]
+        calls.append(("adam", params, grads, *codes, *absmax, *qmaps, *tail))
+    return calls
