@@ -1,7 +1,5 @@
 // The ops on CUDA and ROCm devices: kernels of csrc/gpu on the current stream.
 // SPDX-License-Identifier: MIT
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
 #include <array>
 #include <limits>
 
@@ -14,8 +12,7 @@ namespace {
 class GpuScope {
  public:
   explicit GpuScope(const Tensor& t) : guard_(t.get_device_index()) {
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_.handle));
+    stream_.handle = current_gpu_stream(t.get_device_index());
   }
   gpu::Stream stream() const { return stream_; }
 

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -163,6 +164,15 @@ inline Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype
 inline void call_torch(const char* name, const char* overload, StableIValue* stack) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
 }
+
+#if defined(USE_CUDA)
+// The raw current stream of a CUDA or ROCm device.
+inline void* current_gpu_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+#endif
 
 // The tensor itself when its elements already lie in order, else a copy that does.
 inline Tensor in_order(const Tensor& t) {

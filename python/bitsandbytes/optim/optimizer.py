@@ -196,10 +196,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         raise NotImplementedError("init_state: implemented by Optimizer1State and Optimizer2State")
 
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns zeros of p's shape for a state, in p's memory order if p fills its memory."""
-        dense = p.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(p)
-        layout = torch.preserve_format if dense else torch.contiguous_format
-        return torch.zeros_like(p, dtype=dtype, memory_format=layout)
+        """Returns zeros of p's shape for a state.
+
+        Row-major whatever p's strides: blocks, and with them checkpoints, do not depend on those.
+        """
+        return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
 
     def to_gpu(self) -> None:
         """Moves states to the devices of their parameters."""
@@ -399,6 +400,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             ValueError: The checkpoint has other groups than this optimizer, or a state that does
                 not fit its parameter. Nothing is changed then.
         """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
         state_dict = copy.deepcopy(state_dict)
         saved_groups = state_dict["param_groups"]
         if len(self.param_groups) != len(saved_groups):
@@ -433,6 +438,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             for group, saved in zip(self.param_groups, saved_groups, strict=True)
         ]
         self.__setstate__({"state": loaded, "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def _load_state(self, key: Any, p: Tensor, value: dict, move_to_device: bool) -> dict:
         value = dict(value)
@@ -462,6 +469,12 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _check_loaded_state(self, key: Any, p: Tensor, value: dict) -> None:
         where = f"load_state_dict: the state of parameter {key}"
+        if "state1" not in value:
+            return  # of an optimizer that keeps something else there; step() looks again
+        if not isinstance(value.get("step"), int):
+            raise ValueError(f"{where}: step must be an int, got {value.get('step')!r}")
+        if ("state2" in value) != (self.states == 2):
+            raise ValueError(f"{where}: state2 must {'not ' if self.states == 1 else ''}be there")
         for i in (1, 2):
             state = value.get(f"state{i}")
             if state is None:
@@ -474,11 +487,23 @@ class Optimizer8bit(torch.optim.Optimizer):
                     f"{where}: state{i} must have the parameter's shape {tuple(p.shape)}, "
                     f"got {tuple(state.shape)}"
                 )
-            if state.dtype == torch.uint8 and f"absmax{i}" in value:
+            if i == 2 and state.dtype != value["state1"].dtype:
+                raise ValueError(
+                    f"{where}: state2 must be {value['state1'].dtype} like state1, "
+                    f"got {state.dtype}"
+                )
+            if state.dtype == torch.uint8:
                 self._check_loaded_blocks(where, i, value)
 
     def _check_loaded_blocks(self, where: str, i: int, value: dict) -> None:
-        codes, absmax, qmap = value[f"state{i}"], value[f"absmax{i}"], value.get(f"qmap{i}")
+        codes, absmax, qmap = (
+            value[f"state{i}"],
+            value.get(f"absmax{i}"),
+            value.get(f"qmap{i}"),
+        )
+        if not isinstance(absmax, Tensor) or absmax.dtype != torch.float32:
+            got = absmax.dtype if isinstance(absmax, Tensor) else type(absmax).__name__
+            raise ValueError(f"{where}: absmax{i} must be a float32 tensor, got {got}")
         if qmap is None or qmap.numel() != 256 or qmap.dtype != torch.float32:
             raise ValueError(f"{where}: qmap{i} must be a float32 table of 256 levels")
         n = codes.numel()

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["GlobalOptimManager"]
@@ -46,7 +47,9 @@ class GlobalOptimManager:
         self.pid2config: dict[int, Config] = {}
         self._owners: dict[int, weakref.ref[Tensor]] = {}
         # (group, index) -> settings of the parameter registered there, and itself; see config_of.
-        self._registered: dict[tuple[int, int], tuple[Config | None, weakref.ref[Tensor]]] = {}
+        self._registered: dict[
+            tuple[int, int], tuple[Config | None, weakref.ref[Tensor], torch.Size]
+        ] = {}
         self.module_weight_config_triple: list[tuple[Any, str, Config]] = []
         self.uses_config_override = False
         self.version = getattr(self, "version", 0) + 1
@@ -71,7 +74,11 @@ class GlobalOptimManager:
                 [members] if isinstance(members, Tensor) else members
             ):
                 known = self._config_by_id(parameter)
-                self._registered[group_index, index] = (known, weakref.ref(parameter))
+                self._registered[group_index, index] = (
+                    known,
+                    weakref.ref(parameter),
+                    parameter.shape,
+                )
         self.version += 1
 
     def override_config(
@@ -144,9 +151,9 @@ class GlobalOptimManager:
         registered = self._registered.get((group_index, index))
         if registered is None:
             return None
-        settings, reference = registered
+        settings, reference, shape = registered
         # A registered parameter that still lives is another optimizer's, not this one's past.
-        return settings if reference() is None else None
+        return settings if reference() is None and shape == parameter.shape else None
 
     def _config_by_id(self, parameter: Tensor) -> Config | None:
         owner = self._owners.get(id(parameter))
@@ -163,7 +170,7 @@ class GlobalOptimManager:
 
         self.pid2config[key] = config
         self._owners[key] = weakref.ref(parameter, forget)
-        for place, (_, reference) in self._registered.items():
+        for place, (_, reference, shape) in self._registered.items():
             if reference() is parameter:
-                self._registered[place] = (config, reference)
+                self._registered[place] = (config, reference, shape)
         self.version += 1

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional
 from torch import Tensor
 
-from .._checks import FLOATS, check, check_dtype, check_numel
+from .._checks import FLOATS, check, check_device, check_dtype, check_numel
 from .._ops import register_kernel
-from .quantize import dequantize_blocks, quantize_blocks
+from .quantize import LEVELS, dequantize_blocks, quantize_blocks
 
 __all__ = ["BLOCK", "RULES", "Decay", "Hyper", "Rule"]
 
@@ -85,6 +85,28 @@ def _check_lists(op: str, params: list[Tensor], lists: dict[str, tuple[list[Tens
         check(len(tensors) == expected, op, name, f"a list of {expected}", len(tensors))
 
 
+def _check_step(op: str, params: list[Tensor], step: Tensor, lr_tensor: Tensor | None) -> None:
+    for i, param in enumerate(params):
+        check_dtype(op, f"params[{i}]", param, params[0].dtype)
+        check_device(op, f"params[{i}]", param, "params[0]", params[0])
+    check_dtype(op, "step", step, torch.int64)
+    check_numel(op, "step", step, 1, "the number of steps")
+    if lr_tensor is not None:
+        check_dtype(op, "lr_tensor", lr_tensor, torch.float32)
+        check_numel(op, "lr_tensor", lr_tensor, 1, "the learning rate")
+
+
+def _check_members(
+    op: str, name: str, tensors: list[Tensor], params: list[Tensor], dtype: torch.dtype
+) -> None:
+    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+        where = f"{name}[{i}]"
+        check(tensor.layout == torch.strided, op, where, "dense", tensor.layout)
+        check_dtype(op, where, tensor, dtype)
+        check_numel(op, where, tensor, param.numel(), "as its parameter")
+        check_device(op, where, tensor, f"params[{i}]", param)
+
+
 def _hyper(lr_tensor: Tensor | None, lr: float, *rest) -> Hyper:
     return Hyper(lr if lr_tensor is None else lr_tensor.item(), *rest)
 
@@ -137,14 +159,14 @@ def optimizer_step_32bit(
     expected = {"grads": (grads, count), "state1": (state1, count)}
     expected["state2"] = (state2, count if found.states == 2 else 0)
     _check_lists(op, params, expected)
+    _check_step(op, params, step, lr_tensor)
+    _check_members(op, "grads", grads, params, params[0].dtype)
+    for name, tensors in zip(("state1", "state2"), lists, strict=False):
+        _check_members(op, name, tensors, params, torch.float32)
     h = _hyper(lr_tensor, *hyper)
     number = int(step.item()) + 1
     for i, param in enumerate(params):
-        check_numel(op, f"grads[{i}]", grads[i], param.numel(), "as its parameter")
         states = [tensors[i] for tensors in lists]
-        for state in states:
-            check_dtype(op, f"states of params[{i}]", state, torch.float32)
-            check_numel(op, f"states of params[{i}]", state, param.numel(), "as the parameter")
         flat = [state.reshape(-1).clone() for state in states]
         updated, _ = _advance(found, param, grads[i], flat, h, number)
         for state, new in zip(states, flat, strict=True):
@@ -184,17 +206,21 @@ def optimizer_step_8bit_blockwise(
         },
     )
     check(found.states == 1 or qmap2 is not None, op, "qmap2", "given for this rule", None)
+    _check_step(op, params, step, lr_tensor)
+    _check_members(op, "grads", grads, params, params[0].dtype)
+    packs = [(state1, absmax1, qmap1), (state2, absmax2, qmap2)][: found.states]
+    for k, (codes, absmax, qmap) in enumerate(packs, 1):
+        _check_members(op, f"state{k}", codes, params, torch.uint8)
+        check_dtype(op, f"qmap{k}", qmap, torch.float32)
+        check_numel(op, f"qmap{k}", qmap, LEVELS, "levels")
+        for i, (scales, param) in enumerate(zip(absmax, params, strict=True)):
+            check_dtype(op, f"absmax{k}[{i}]", scales, torch.float32)
+            blocks = -(-param.numel() // BLOCK)
+            check_numel(op, f"absmax{k}[{i}]", scales, blocks, "one per block")
     h = _hyper(lr_tensor, *hyper)
     number = int(step.item()) + 1
     largest = torch.finfo(torch.float32).max
-    packs = [(state1, absmax1, qmap1), (state2, absmax2, qmap2)][: found.states]
     for i, param in enumerate(params):
-        check_numel(op, f"grads[{i}]", grads[i], param.numel(), "as its parameter")
-        blocks = -(-param.numel() // BLOCK)
-        for codes, absmax, _ in packs:
-            check_dtype(op, f"states of params[{i}]", codes[i], torch.uint8)
-            check_numel(op, f"states of params[{i}]", codes[i], param.numel(), "as the parameter")
-            check_numel(op, f"absmax of params[{i}]", absmax[i], blocks, "one per block")
         states = [
             dequantize_blocks(codes[i].reshape(-1), absmax[i], qmap, BLOCK)
             for codes, absmax, qmap in packs
