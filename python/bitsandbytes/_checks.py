@@ -6,7 +6,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "check", "check_device", "check_dtype", "check_numel", "check_shape"]
+__all__ = [
+    "AUTOCAST_DEVICES",
+    "FLOATS",
+    "check",
+    "check_device",
+    "check_dtype",
+    "check_numel",
+    "check_shape",
+]
+
+# Device types that have autocast. Asked once: torch.compile cannot trace the question in every
+# version of torch.
+AUTOCAST_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")
+    if torch.amp.is_autocast_available(name)
+)
 
 # What activations, weights, biases and results may be.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

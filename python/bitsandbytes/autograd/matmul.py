@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import check, check_device
+from .._checks import AUTOCAST_DEVICES, check, check_device
 
 __all__ = ["GlobalOutlierPooler", "MatMul8bitLt", "MatmulLtState", "matmul"]
 
@@ -242,7 +242,7 @@ def matmul(
         state.threshold = threshold
     check(A.is_floating_point(), "matmul", "A", "floating point", A.dtype)
     check(A.dim() >= 1, "matmul", "A", "of at least one dimension", "a scalar")
-    if torch.amp.is_autocast_available(A.device.type) and A.dtype != torch.float64:
+    if A.device.type in AUTOCAST_DEVICES and A.dtype != torch.float64:
         if torch.is_autocast_enabled(A.device.type):
             A = A.to(torch.get_autocast_dtype(A.device.type))
 

@@ -78,9 +78,11 @@ class Int8Params(nn.Parameter):
         if leaves and not self.has_fp16_weights:
             return self._quantized(device)
         moved = super().to(device=device, dtype=dtype, non_blocking=non_blocking)
-        if moved is self or moved.grad_fn is not None:
+        if moved is self or (moved.device == self.device and moved.grad_fn is not None):
             return moved  # nothing to do, or a cast inside a graph that gradients flow through
-        return Int8Params(moved, self.requires_grad, self.has_fp16_weights, self.CB, self.SCB)
+        return Int8Params(
+            moved.detach(), self.requires_grad, self.has_fp16_weights, self.CB, self.SCB
+        )
 
     def cpu(self):
         """Returns ``self.to("cpu")``."""

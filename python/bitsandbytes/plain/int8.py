@@ -12,7 +12,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check, check_device, check_dtype, check_numel, check_shape
+from .._checks import (
+    AUTOCAST_DEVICES,
+    FLOATS,
+    check,
+    check_device,
+    check_dtype,
+    check_numel,
+    check_shape,
+)
 from .._ops import register_kernel
 
 __all__: list[str] = []
@@ -27,7 +35,7 @@ EXACT_TERMS = 1024
 
 def _full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Keeps an enclosing autocast from rounding the operands of a float32 product to 16 bits."""
-    if torch.amp.is_autocast_available(device.type):
+    if device.type in AUTOCAST_DEVICES:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
