@@ -166,6 +166,11 @@ BNB_HD Int encode(const Map& map, Float x) {
 // Codes of a whole block whose absmax is known. `kKeepSign`: a negative value never becomes zero.
 template <bool kKeepSign, class T>
 BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, float absmax) {
+  if (absmax == 0.0f) {
+    // Every 0 / 0 is NaN. Common enough to be quick: rows of an embedding without gradients.
+    __builtin_memset(out, 0, static_cast<size_t>(n));
+    return;
+  }
   const float inverse = 1.0f / absmax;
   if (code.kind == CodeKind::kTable || !is_regular_block(absmax, inverse)) {
     const auto threshold = [&code](int k) {

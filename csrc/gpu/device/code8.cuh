@@ -82,6 +82,12 @@ struct Code8 {
   __device__ __forceinline__ void encode(const EncodeTables<kKeepSign>& tables,
                                          const float (&x)[kCount], float absmax,
                                          uint32_t (&words)[kCount / 4]) const {
+    if (absmax == 0.0f) {
+      // Every 0 / 0 is NaN. Common enough to be quick: rows of an embedding without gradients.
+#pragma unroll
+      for (int w = 0; w < kCount / 4; ++w) words[w] = 0;
+      return;
+    }
     const float inverse = __frcp_rn(absmax);
     uint32_t shifted[kCount];  // codes in bits 16 to 23
     if (kind == CodeKind::kTable || !is_regular_block(absmax, inverse)) {
