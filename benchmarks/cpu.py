@@ -29,8 +29,16 @@ def optimizer(record: Record) -> None:
     n = 2**25
     for dtype in (torch.float32, torch.bfloat16):
         fused = torch.optim.AdamW(parameters(n, dtype), lr=1e-5, fused=True)
-        for cls in (bnb.optim.Adam8bit, bnb.optim.AdamW8bit, bnb.optim.Adam32bit):
-            ours = cls(parameters(n, dtype), lr=1e-5)
+        for cls, kwargs in (
+            (bnb.optim.Adam8bit, {}),
+            (bnb.optim.AdamW8bit, {}),
+            (bnb.optim.Lion8bit, {}),
+            (bnb.optim.SGD8bit, {"momentum": 0.9}),
+            (bnb.optim.RMSprop8bit, {}),
+            (bnb.optim.Adagrad8bit, {}),
+            (bnb.optim.Adam32bit, {}),
+        ):
+            ours = cls(parameters(n, dtype), lr=1e-5, **kwargs)
             ms, reference = time_cpu(ours.step, fused.step)
             name = f"optimizer/{str(dtype)[6:]}/{cls.__name__}"
             record.add(name, ms, torch_fused_ms=reference, times_torch_fused=reference / ms)

@@ -83,11 +83,16 @@ def optimizer(record: Record, bandwidth: float) -> None:
         "llama1b/fp32": functools.partial(llama_1b, torch.float32),
         "2000x16K/bf16": functools.partial(small, torch.bfloat16),
     }
-    ours = (
-        (bnb.optim.Adam8bit, 4 + 16 / BLOCK),
-        (bnb.optim.AdamW8bit, 4 + 16 / BLOCK),
-        (bnb.optim.Adam32bit, 16),
-    )
+    two_states, one_state = 4 + 16 / BLOCK, 2 + 8 / BLOCK
+    ours = {
+        "Adam8bit": (bnb.optim.Adam8bit, two_states),
+        "AdamW8bit": (bnb.optim.AdamW8bit, two_states),
+        "Lion8bit": (bnb.optim.Lion8bit, one_state),
+        "SGD8bit": (functools.partial(bnb.optim.SGD8bit, momentum=0.9), one_state),
+        "RMSprop8bit": (bnb.optim.RMSprop8bit, one_state),
+        "Adagrad8bit": (bnb.optim.Adagrad8bit, one_state),
+        "Adam32bit": (bnb.optim.Adam32bit, 16),
+    }
     for case, make_params in cases.items():
         params = make_params()
         prefix = f"optimizer/{case}"
@@ -96,10 +101,10 @@ def optimizer(record: Record, bandwidth: float) -> None:
         reference = time_step(
             record, bandwidth, f"{prefix}/torch.AdamW(fused)", params, fused, moments
         )
-        for cls, state_bytes in ours:
-            name = f"{prefix}/{cls.__name__}"
-            ms = time_step(record, bandwidth, name, params, cls, state_bytes)
-            record.rows[name]["times_torch_fused"] = reference / ms
+        for name, (make, state_bytes) in ours.items():
+            row = f"{prefix}/{name}"
+            ms = time_step(record, bandwidth, row, params, make, state_bytes)
+            record.rows[row]["times_torch_fused"] = reference / ms
 
 
 def quantize(record: Record, bandwidth: float) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import codes
 
-__all__ = ["BLOCK", "Adam", "State8", "adam"]
+__all__ = ["BLOCK", "ONE_STATE", "Adam", "State8", "adam"]
 
 BLOCK = 256  # elements that share one absmax in 8-bit states
 SIGNED = codes.dynamic_map(True)
@@ -88,3 +88,44 @@ class State8:
         largest = np.finfo(np.float32).max
         m, v = (np.where(finite, np.clip(x, -largest, largest), 0.0) for x in (m, v))
         return np.where(finite, new, p), State8.of(m, v), (m, v)
+
+
+# --- rules with one state ------------------------------------------------------------------------
+#
+# Each returns the new parameter and the new state after step number `step`, in float64.
+
+
+def lion(h: Adam, p, g, m, step: int):
+    """Lion (Chen et al. 2023, arXiv:2302.06675); decoupled weight decay before the update."""
+    p, g, m = (np.asarray(x, np.float64) for x in (p, g, m))
+    beta1, beta2 = (np.float64(np.float32(beta)) for beta in (h.beta1, h.beta2))
+    p = p * (1 - h.lr * h.weight_decay) - h.lr * np.sign(beta1 * m + (1 - beta1) * g)
+    return p, beta2 * m + (1 - beta2) * g
+
+
+def momentum(h: Adam, p, g, m, step: int):
+    """SGD with momentum; weight decay is added to the gradient."""
+    p, g, m = (np.asarray(x, np.float64) for x in (p, g, m))
+    g = g + h.weight_decay * p
+    m = g if step == 1 else np.float64(np.float32(h.beta1)) * m + g
+    return p - h.lr * m, m
+
+
+def rmsprop(h: Adam, p, g, v, step: int):
+    """RMSprop (Tieleman & Hinton 2012); weight decay is added to the gradient."""
+    p, g, v = (np.asarray(x, np.float64) for x in (p, g, v))
+    beta1 = np.float64(np.float32(h.beta1))
+    g = g + h.weight_decay * p
+    v = beta1 * v + (1 - beta1) * g * g
+    return p - h.lr * g / (np.sqrt(v) + h.eps), v
+
+
+def adagrad(h: Adam, p, g, v, step: int):
+    """Adagrad (Duchi, Hazan & Singer 2011); weight decay is added to the gradient."""
+    p, g, v = (np.asarray(x, np.float64) for x in (p, g, v))
+    g = g + h.weight_decay * p
+    v = v + g * g
+    return p - h.lr * g / (np.sqrt(v) + h.eps), v
+
+
+ONE_STATE = {"lion": lion, "momentum": momentum, "rmsprop": rmsprop, "adagrad": adagrad}

@@ -70,6 +70,13 @@ BNB_HD Float fma(Float a, Float b, Float c) { return {_mm256_fmadd_ps(a.v, b.v, 
 BNB_HD Float sqrt(Float a) { return {_mm256_sqrt_ps(a.v)}; }
 BNB_HD Float fast_divide(Float a, Float b) { return a / b; }
 BNB_HD Float fast_sqrt(Float a) { return sqrt(a); }
+// -1, 0 or 1; 0 for NaN.
+BNB_HD Float sign(Float a) {
+  const __m256 zero = _mm256_setzero_ps();
+  const __m256 one = _mm256_set1_ps(1.0f);
+  const __m256 above = _mm256_and_ps(_mm256_cmp_ps(a.v, zero, _CMP_GT_OQ), one);
+  return {_mm256_sub_ps(above, _mm256_and_ps(_mm256_cmp_ps(a.v, zero, _CMP_LT_OQ), one))};
+}
 BNB_HD Float max(Float a, Float b) { return {_mm256_max_ps(a.v, b.v)}; }
 BNB_HD Float min(Float a, Float b) { return {_mm256_min_ps(a.v, b.v)}; }
 

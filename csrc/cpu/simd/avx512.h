@@ -66,6 +66,14 @@ BNB_HD Float fma(Float a, Float b, Float c) { return {_mm512_fmadd_ps(a.v, b.v, 
 BNB_HD Float sqrt(Float a) { return {_mm512_sqrt_ps(a.v)}; }
 BNB_HD Float fast_divide(Float a, Float b) { return a / b; }
 BNB_HD Float fast_sqrt(Float a) { return sqrt(a); }
+// -1, 0 or 1; 0 for NaN.
+BNB_HD Float sign(Float a) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 above =
+      _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, zero, _CMP_GT_OQ), _mm512_set1_ps(1.0f));
+  return {
+      _mm512_mask_mov_ps(above, _mm512_cmp_ps_mask(a.v, zero, _CMP_LT_OQ), _mm512_set1_ps(-1.0f))};
+}
 BNB_HD Float max(Float a, Float b) { return {_mm512_max_ps(a.v, b.v)}; }
 BNB_HD Float min(Float a, Float b) { return {_mm512_min_ps(a.v, b.v)}; }
 

@@ -46,6 +46,10 @@ BNB_HD Float fma(Float a, Float b, Float c) { return {__builtin_fmaf(a.v, b.v, c
 BNB_HD Float sqrt(Float a) { return {__builtin_sqrtf(a.v)}; }
 BNB_HD Float fast_divide(Float a, Float b) { return a / b; }
 BNB_HD Float fast_sqrt(Float a) { return sqrt(a); }
+// -1, 0 or 1; 0 for NaN.
+BNB_HD Float sign(Float a) {
+  return {static_cast<float>(a.v > 0.0f) - static_cast<float>(a.v < 0.0f)};
+}
 BNB_HD Float max(Float a, Float b) { return {a.v > b.v ? a.v : b.v}; }
 BNB_HD Float min(Float a, Float b) { return {a.v < b.v ? a.v : b.v}; }
 

@@ -25,6 +25,10 @@ struct Scalar {
   friend __device__ __forceinline__ Scalar max(Scalar a, Scalar b) {
     return Scalar(fmaxf(a.v, b.v));
   }
+  // -1, 0 or 1; 0 for NaN.
+  friend __device__ __forceinline__ Scalar sign(Scalar a) {
+    return Scalar(static_cast<float>(a.v > 0.0f) - static_cast<float>(a.v < 0.0f));
+  }
   // One special-function instruction each, within 2 units in the last place.
   friend __device__ __forceinline__ Scalar fast_divide(Scalar a, Scalar b) {
     return Scalar(__fmul_rn(a.v, approximate_reciprocal(b.v)));

@@ -3,9 +3,18 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include "bitsandbytes/optim/adagrad.h"
 #include "bitsandbytes/optim/adam.h"
+#include "bitsandbytes/optim/lion.h"
+#include "bitsandbytes/optim/momentum.h"
+#include "bitsandbytes/optim/rmsprop.h"
 
-#define BNB_OPTIMIZERS(X) X(Adam)
+#define BNB_OPTIMIZERS(X) \
+  X(Adam)                 \
+  X(Lion)                 \
+  X(Momentum)             \
+  X(RMSprop)              \
+  X(Adagrad)
 
 namespace bnb {
 

@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: MIT
 """Optimizers with 8-bit states."""
 
+from .adagrad import Adagrad, Adagrad8bit, Adagrad32bit
 from .adam import Adam, Adam8bit, Adam32bit
 from .adamw import AdamW, AdamW8bit, AdamW32bit
+from .lion import Lion, Lion8bit, Lion32bit
 from .overrides import GlobalOptimManager
+from .rmsprop import RMSprop, RMSprop8bit, RMSprop32bit
+from .sgd import SGD, SGD8bit, SGD32bit
 
 __all__ = [
+    "SGD",
+    "Adagrad",
+    "Adagrad8bit",
+    "Adagrad32bit",
     "Adam",
     "Adam8bit",
     "Adam32bit",
@@ -13,4 +21,12 @@ __all__ = [
     "AdamW8bit",
     "AdamW32bit",
     "GlobalOptimManager",
+    "Lion",
+    "Lion8bit",
+    "Lion32bit",
+    "RMSprop",
+    "RMSprop8bit",
+    "RMSprop32bit",
+    "SGD8bit",
+    "SGD32bit",
 ]

@@ -70,7 +70,43 @@ def _adam(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
     return m / (v.clamp(min=smallest).sqrt() + h.eps * c2) * (-h.lr * c2 / c1)
 
 
-RULES = {"adam": Rule(states=2, decay=Decay.AFTER, change=_adam)}
+def _lion(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
+    (m,) = states
+    direction = torch.sign(m * h.beta1 + grad * _one_minus(h.beta1))
+    m.mul_(h.beta2).add_(grad * _one_minus(h.beta2))
+    return direction.nan_to_num(0.0) * -h.lr
+
+
+def _momentum(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
+    (m,) = states
+    m.mul_(h.beta1 if step > 1 else 0.0).add_(grad)
+    return m * -h.lr
+
+
+def _over_root(grad: Tensor, v: Tensor, h: Hyper) -> Tensor:
+    smallest = torch.finfo(torch.float32).tiny
+    return grad / (v.clamp(min=smallest).sqrt() + h.eps) * -h.lr
+
+
+def _rmsprop(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
+    (v,) = states
+    v.mul_(h.beta1).add_(grad * grad * _one_minus(h.beta1))
+    return _over_root(grad, v, h)
+
+
+def _adagrad(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
+    (v,) = states
+    v.add_(grad * grad)
+    return _over_root(grad, v, h)
+
+
+RULES = {
+    "adam": Rule(states=2, decay=Decay.AFTER, change=_adam),
+    "lion": Rule(states=1, decay=Decay.BEFORE, change=_lion),
+    "momentum": Rule(states=1, decay=Decay.L2, change=_momentum),
+    "rmsprop": Rule(states=1, decay=Decay.L2, change=_rmsprop),
+    "adagrad": Rule(states=1, decay=Decay.L2, change=_adagrad),
+}
 
 
 def _find_rule(op: str, name: str) -> Rule:
@@ -114,16 +150,17 @@ def _hyper(lr_tensor: Tensor | None, lr: float, *rest) -> Hyper:
 def _advance(
     rule: Rule, param: Tensor, grad: Tensor, states: list[Tensor], h: Hyper, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Advances flat float32 `states` of one tensor; returns the new parameter and the gradient."""
+    """Advances flat float32 `states` of one tensor; returns the new parameter and the gradient.
+
+    The gradient is scaled, but without weight decay.
+    """
     g = grad.reshape(-1).float() * h.gnorm_scale
     p = param.reshape(-1).float()
     before = [s.clone() for s in states] if h.skip_zeros else []
     shrink = 1.0 - h.lr * h.weight_decay
-    if rule.decay is Decay.L2:
-        g = g + p * h.weight_decay
-    if rule.decay is Decay.BEFORE:
-        p = p * shrink
-    updated = p + rule.change(g, states, h, step)
+    start = p * shrink if rule.decay is Decay.BEFORE else p
+    decayed = g + p * h.weight_decay if rule.decay is Decay.L2 else g
+    updated = start + rule.change(decayed, states, h, step)
     if rule.decay is Decay.AFTER:
         updated = updated * shrink
     if h.skip_zeros:
