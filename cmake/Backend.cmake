@@ -33,8 +33,6 @@ if(BNB_BACKEND STREQUAL "cuda")
   else()
     set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90)
   endif()
-  # CMake 3.25 does not know this flag for nvcc, so CMAKE_CUDA_STANDARD cannot be used.
-  add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:-std=c++20>)
   find_package(CUDAToolkit REQUIRED)
 elseif(BNB_BACKEND STREQUAL "hip")
   set(CMAKE_HIP_ARCHITECTURES ${BNB_ROCM_ARCH})

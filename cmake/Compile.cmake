@@ -2,6 +2,8 @@
 function(bnb_target target)
   target_include_directories(${target} PRIVATE "${PROJECT_SOURCE_DIR}/include"
                                                "${PROJECT_SOURCE_DIR}/csrc")
+  # Spelled as a flag: CMake 3.25 does not know C++20 for nvcc, and CUDA would inherit the standard.
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX,CUDA>:-std=c++20>)
   # Fused multiply-adds are spelled where they are meant, so that every device rounds alike.
   target_compile_options(
     ${target}
