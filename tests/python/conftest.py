@@ -2,6 +2,7 @@
 """Fixtures of the Python tests that need the package."""
 
 import pytest
+import torch
 
 from bitsandbytes import _library
 
@@ -15,3 +16,10 @@ def cpu_isa(request) -> str:
     _native.set_cpu_isa(request.param)
     yield request.param
     _native.set_cpu_isa(before)
+
+
+@pytest.fixture
+def compile_fresh():
+    """torch.compile without what earlier tests left: it counts recompilations per function."""
+    torch._dynamo.reset()
+    return torch.compile

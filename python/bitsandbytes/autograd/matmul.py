@@ -137,7 +137,8 @@ def _product(
         out = ops.int8_scaled_mm.default(CA, CB, SCA, SCB, bias, a.dtype)
     else:
         out, _ = ops.int8_mixed_scaled_mm.default(a, CA, CB, SCA, SCB, outlier_cols, bias)
-    return out.to(A.dtype)
+    # Not a conversion to the same dtype: torch.compile of torch 2.11 loses the gradient behind one.
+    return out if out.dtype == A.dtype else out.to(A.dtype)
 
 
 class MatMul8bitLt(torch.autograd.Function):

@@ -248,14 +248,14 @@ def test_autocast(device, training):
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles_into_one_graph(device, training, threshold):
+def test_compiles_into_one_graph(device, training, threshold, compile_fresh):
     weight = torch.randn(4, 16, device=device)
     state = frozen(weight, training, threshold)
 
     def product(a, bias):
         return bnb.matmul(a, weight, state=state, bias=bias)
 
-    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    compiled = compile_fresh(product, fullgraph=True, backend="aot_eager")
     results = []
     # The number of outlier columns is known only to the data.
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):

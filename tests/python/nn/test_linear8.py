@@ -204,10 +204,10 @@ def test_lost_statistics_get_a_sentence(device):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles_into_one_graph(device, training):
+def test_compiles_into_one_graph(device, training, compile_fresh):
     layer = quantized(device).train(training)
     eager = copy.deepcopy(layer)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = compile_fresh(layer, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         x, y = inputs(device).requires_grad_(), inputs(device).requires_grad_()
         out, want = compiled(x), eager(y)
@@ -218,10 +218,10 @@ def test_compiles_into_one_graph(device, training):
     torch.testing.assert_close(layer.bias.grad, eager.bias.grad)
 
 
-def test_a_trained_layer_compiles_into_one_graph(device):
+def test_a_trained_layer_compiles_into_one_graph(device, compile_fresh):
     layer = make(has_fp16_weights=True).to(device)
     eager = copy.deepcopy(layer)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = compile_fresh(layer, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         for module in (layer, eager):
             with torch.no_grad():
