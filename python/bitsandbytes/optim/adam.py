@@ -5,7 +5,7 @@ import warnings
 
 from .optimizer import Optimizer2State
 
-__all__ = ["Adam", "Adam8bit", "Adam32bit"]
+__all__ = ["Adam", "Adam8bit", "Adam32bit", "PagedAdam", "PagedAdam8bit", "PagedAdam32bit"]
 
 
 class Adam(Optimizer2State):
@@ -94,3 +94,21 @@ class Adam32bit(Adam):
     """Adam with 32-bit states whatever `optim_bits` says. Same arguments as :class:`Adam`."""
 
     state_bits = 32
+
+
+class PagedAdam(Adam):
+    """Adam that asks for paged memory. Same arguments as :class:`Adam`."""
+
+    always_paged = True
+
+
+class PagedAdam8bit(Adam8bit):
+    """Adam8bit that asks for paged memory. Same arguments as :class:`Adam8bit`."""
+
+    always_paged = True
+
+
+class PagedAdam32bit(Adam32bit):
+    """Adam32bit that asks for paged memory. Same arguments as :class:`Adam32bit`."""
+
+    always_paged = True

@@ -3,7 +3,7 @@
 
 from .adam import Adam
 
-__all__ = ["AdamW", "AdamW8bit", "AdamW32bit"]
+__all__ = ["AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"]
 
 
 class AdamW(Adam):
@@ -59,3 +59,21 @@ class AdamW32bit(AdamW):
     """AdamW with 32-bit states whatever `optim_bits` says. Same arguments as :class:`AdamW`."""
 
     state_bits = 32
+
+
+class PagedAdamW(AdamW):
+    """AdamW that asks for paged memory. Same arguments as :class:`AdamW`."""
+
+    always_paged = True
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """AdamW8bit that asks for paged memory. Same arguments as :class:`AdamW8bit`."""
+
+    always_paged = True
+
+
+class PagedAdamW32bit(AdamW32bit):
+    """AdamW32bit that asks for paged memory. Same arguments as :class:`AdamW32bit`."""
+
+    always_paged = True

@@ -3,7 +3,7 @@
 
 from .optimizer import Optimizer1State
 
-__all__ = ["Lion", "Lion8bit", "Lion32bit"]
+__all__ = ["Lion", "Lion8bit", "Lion32bit", "PagedLion", "PagedLion8bit", "PagedLion32bit"]
 
 
 class Lion(Optimizer1State):
@@ -98,3 +98,21 @@ class Lion32bit(Lion8bit):
     """Lion with 32-bit state. The arguments of :class:`Lion` without `optim_bits`."""
 
     state_bits = 32
+
+
+class PagedLion(Lion):
+    """Lion that asks for paged memory. Same arguments as :class:`Lion`."""
+
+    always_paged = True
+
+
+class PagedLion8bit(Lion8bit):
+    """Lion8bit that asks for paged memory. Same arguments as :class:`Lion8bit`."""
+
+    always_paged = True
+
+
+class PagedLion32bit(Lion32bit):
+    """Lion32bit that asks for paged memory. Same arguments as :class:`Lion32bit`."""
+
+    always_paged = True

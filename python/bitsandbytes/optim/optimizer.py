@@ -102,17 +102,18 @@ class Optimizer8bit(torch.optim.Optimizer):
         }
     )
     _FSDP_WRAPPED_QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
+    always_paged = False  # the Paged... classes: whatever `is_paged` says
 
     def __init__(self, params, defaults: dict, optim_bits: int = 32, is_paged: bool = False):
         self._buckets: list[_Bucket] | None = None
         self._signature: Any = None
         super().__init__(params, defaults)
         self.initialized = False
-        self.is_paged = is_paged
+        self.is_paged = is_paged or self.always_paged
         self.optim_bits = optim_bits
         self.mng = GlobalOptimManager.get_instance()
         self.name2qmap: dict[str, Tensor] = {}
-        if is_paged:
+        if self.is_paged:
             warnings.warn(
                 f"{type(self).__name__}: this build has no paged memory; states stay in the "
                 "memory of their parameter's device",

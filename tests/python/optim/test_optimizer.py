@@ -6,6 +6,7 @@ import gc
 import inspect
 import io
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -963,3 +964,28 @@ def test_model_and_optimizer_copied_together():
 def test_repr_names_class_and_settings():
     text = repr(bnb.optim.AdamW8bit([parameter(3)], lr=0.25))
     assert text.startswith("AdamW8bit (") and "lr: 0.25" in text
+
+
+# --- paged classes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stem", ["Adam", "AdamW", "Lion"])
+@pytest.mark.parametrize("suffix", ["", "8bit", "32bit"])
+def test_paged_class_warns_once_and_steps_like_its_base(stem, suffix):
+    torch.manual_seed(0)
+    start, grad = torch.randn(5000), torch.randn(5000)
+    results = []
+    for name in (f"Paged{stem}{suffix}", f"{stem}{suffix}"):
+        p = nn.Parameter(start.clone())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            opt = getattr(bnb.optim, name)([p], lr=1e-2)
+            for _ in range(3):
+                p.grad = grad.clone()
+                opt.step()
+        paged = name.startswith("Paged")
+        messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+        assert len(messages) == paged and all("paged" in text for text in messages)
+        assert opt.is_paged == paged
+        results.append(p)
+    assert torch.equal(*results)
