@@ -20,6 +20,8 @@ endif
 
 BUILD := build/dev
 NATIVE := $(shell find CMakeLists.txt cmake csrc include tests/cpp pyproject.toml -type f)
+# The C++ tests are built where GoogleTest is; `make cpp-test` sees to it.
+HAVE_GTEST = $(shell echo '\#include <gtest/gtest.h>' | c++ -std=c++17 -E -x c++ - >/dev/null 2>&1 && echo ON || echo OFF)
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .PHONY: help quickstart test cpp-test python-test build lint format cuda-check hip-check gpu-test gpu-bench cpu-bench clean
@@ -45,13 +47,16 @@ $(BUILD)/.built: $(ENVIRONMENT) $(NATIVE)
 	@echo "== build: bitsandbytes in $(BUILD) (about a minute)"
 	@mkdir -p $(BUILD)
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --no-build-isolation --no-deps -e . \
-	  -C build-dir=$(BUILD) -C build.verbose=true -C cmake.define.BNB_BUILD_TESTS=ON \
+	  -C build-dir=$(BUILD) -C build.verbose=true -C cmake.define.BNB_BUILD_TESTS=$(HAVE_GTEST) \
 	  -C cmake.define.BNB_WERROR=ON $(BNB_CMAKE_ARGS)
 	@touch $@
 
 test: cpp-test python-test
 
-cpp-test: build
+cpp-test:
+	@scripts/ensure_gtest.sh
+	@test -d $(BUILD)/tests/cpp || rm -f $(BUILD)/.built
+	@$(MAKE) --no-print-directory build
 	@echo "== C++ tests"
 	ctest --test-dir $(BUILD) --output-on-failure
 

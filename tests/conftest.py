@@ -12,8 +12,14 @@ import re
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples on every run of CI; new ones on every run of a developer.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))  # for `from reference import ...`
