@@ -21,7 +21,7 @@ endif
 BUILD := build/dev
 NATIVE := $(shell find CMakeLists.txt cmake csrc include tests/cpp pyproject.toml -type f)
 # The C++ tests are built where GoogleTest is; `make cpp-test` sees to it.
-HAVE_GTEST = $(shell echo '\#include <gtest/gtest.h>' | c++ -std=c++17 -E -x c++ - >/dev/null 2>&1 && echo ON || echo OFF)
+HAVE_GTEST = $(shell scripts/ensure_gtest.sh --check)
 PIP := $(PY) -m pip --disable-pip-version-check
 
 .PHONY: help quickstart test cpp-test python-test build lint format cuda-check hip-check gpu-test gpu-bench cpu-bench clean
