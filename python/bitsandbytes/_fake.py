@@ -6,11 +6,10 @@ import math
 import torch
 from torch import Tensor
 
+from ._checks import FLOATS
 from ._ops import register_fake
 
 __all__: list[str] = []
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _check(condition, op: str, argument: str, expected: str, got) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..plain.optimizer import BLOCK
 from ..plain.quantize import dequantize_blocks
 from ..quant.codes import default_code
 from .overrides import GlobalOptimManager
 
 __all__ = ["MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
 
-BLOCK = 256  # elements per absmax of an 8-bit state, fixed by the checkpoint format
-LEGACY_BLOCK = 2048  # the same in checkpoints of bitsandbytes 0.43 and older
+LEGACY_BLOCK = 2048  # BLOCK in checkpoints of bitsandbytes 0.43 and older
 
 
 class MockArgs:

@@ -4,12 +4,11 @@
 import torch
 from torch import Tensor
 
+from .._checks import FLOATS
 from .codes import default_code
 from .state import QuantState
 
 __all__ = ["dequantize_blockwise", "quantize_blockwise"]
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def quantize_blockwise(
