@@ -3,7 +3,7 @@
 # PYTHON          interpreter to start from; an active environment that has torch is used as it is,
 #                 otherwise the environment .venv is made, with the torch of TORCH
 # TORCH           what pip installs as torch in .venv
-# BNB_CMAKE_ARGS  further -C cmake.define.NAME=VALUE settings of the build
+# BNB_CMAKE_ARGS  further --config-settings=cmake.define.NAME=VALUE settings of the build
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -47,8 +47,9 @@ $(BUILD)/.built: $(ENVIRONMENT) $(NATIVE)
 	@echo "== build: bitsandbytes in $(BUILD) (about a minute)"
 	@mkdir -p $(BUILD)
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --no-build-isolation --no-deps -e . \
-	  -C build-dir=$(BUILD) -C build.verbose=true -C cmake.define.BNB_BUILD_TESTS=$(HAVE_GTEST) \
-	  -C cmake.define.BNB_WERROR=ON $(BNB_CMAKE_ARGS)
+	  --config-settings=build-dir=$(BUILD) --config-settings=build.verbose=true \
+	  --config-settings=cmake.define.BNB_BUILD_TESTS=$(HAVE_GTEST) \
+	  --config-settings=cmake.define.BNB_WERROR=ON $(BNB_CMAKE_ARGS)
 	@touch $@
 
 test: cpp-test python-test
