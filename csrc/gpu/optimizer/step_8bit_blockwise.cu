@@ -18,16 +18,14 @@ namespace bnb::gpu {
 namespace {
 
 #ifndef BNB_T
-#define BNB_T 512
-#define BNB_R 2
+#define BNB_T (kStates < 3 ? 384 : 256)
 #endif
-#ifndef BNB_TB
-#define BNB_TB 4
-#endif
-constexpr int kThreads = BNB_T;  // at most; fewer where shared memory is small
-constexpr int kResident = BNB_R;   // blocks of kThreads per multiprocessor
+// Threads of a block, fewer where shared memory is small. Two blocks share a multiprocessor, and
+// with it its registers: a lane holds kLaneElements of every state, and none may be spilled.
+constexpr int block_threads(int kStates) { return BNB_T; }
+constexpr int kResident = 2;
 constexpr int kLaneElements = kOptimizerBlock / kWarp;
-constexpr int kTileBlocks = BNB_TB;
+constexpr int kTileBlocks = 4;
 constexpr int64_t kTile = int64_t{kTileBlocks} * kOptimizerBlock;
 constexpr int kSlots = 2;
 static_assert(kTileBlocks % kSlots == 0);  // a tile leaves the slots as it found them
@@ -99,9 +97,10 @@ template <class R>
 struct Shared {
   Code8<true> codes[state_tensors(R::kStates)];
   EncodeTables<true> tables;
-  Step<R> step;                    // what all tensors share
-  Step<R> steps[kThreads / kWarp];  // of the tensor that a warp is at: reading constants from here
-                                   // leaves registers to the elements
+  Step<R> step;  // what all tensors share
+  Step<R> steps[block_threads(R::kStates) /
+                kWarp];  // of the tensor that a warp is at: reading constants from here
+                         // leaves registers to the elements
 
   __device__ __forceinline__ const Code8<true>& code(int k) const {
     return codes[tensor_of_state(R::kStates, k)];
@@ -121,8 +120,7 @@ template <class R, class T, bool kStochastic, class MakeRounding>
 __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Pointers& to, int j,
                                                 char* slot, const float (&scale)[R::kStates],
                                                 const Shared<R>& shared, const Step<R>& step,
-                                                const MakeRounding& make_rounding,
-                                                int64_t block) {
+                                                const MakeRounding& make_rounding, int64_t block) {
   using L = Lane<R, T>;
   constexpr int kPack = L::kPack;
   float states[R::kStates][kLaneElements];
@@ -156,8 +154,7 @@ __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Point
     if constexpr (kStochastic) {
       const Rounding rounding = make_rounding();
       const int64_t group = block * kWarp + static_cast<int>(threadIdx.x) % kWarp;
-      param[v].set(updated,
-                   rounding_words(rounding.seed, group, rounding.tensor, rounding.step));
+      param[v].set(updated, rounding_words(rounding.seed, group, rounding.tensor, rounding.step));
     } else {
       param[v].set(updated);
     }
@@ -290,7 +287,7 @@ __device__ __forceinline__ Place place_of(const StepList& list, uint32_t tile, i
 }
 
 template <class R, class T, bool kStochastic>
-__global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
+__global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
     optimizer_step_8bit_blockwise_kernel(const BNB_GRID_CONSTANT StepList list) {
   using L = Lane<R, T>;
   extern __shared__ __align__(16) char slots[];
@@ -403,9 +400,10 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
         return choose<R, float>(false);
     }
   });
-  const LaunchShape shape = shape_for(reinterpret_cast<const void*>(chosen.kernel), kThreads,
-                                      kWarp, chosen.warp_bytes);
-  const int64_t most_blocks = int64_t{multiprocessors()} * kResident * (kThreads / shape.threads);
+  const int threads = block_threads(chosen.states);
+  const LaunchShape shape =
+      shape_for(reinterpret_cast<const void*>(chosen.kernel), threads, kWarp, chosen.warp_bytes);
+  const int64_t most_blocks = int64_t{multiprocessors()} * kResident * threads / shape.threads;
   const auto packs = [&](const OptimizerTensor& t) {
     bool aligned = is_aligned(t.param, 16) && is_aligned(t.grad, 16);
     for (int k = 0; k < chosen.states; ++k) {
@@ -415,8 +413,7 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
   };
   for_each_launch<StepList>(args, tensors, kTile, packs, [&](const StepList& list) {
     const int64_t warps = shape.threads / kWarp;
-    const int blocks =
-        static_cast<int>(std::min(most_blocks, ceil_div(list.header.tiles, warps)));
+    const int blocks = static_cast<int>(std::min(most_blocks, ceil_div(list.header.tiles, warps)));
     if (blocks == 0) return;
     chosen.kernel<<<blocks, shape.threads, shape.shared_bytes,
                     static_cast<cudaStream_t>(stream.handle)>>>(list);

@@ -51,9 +51,9 @@ struct OptimizerStep {
 
 // Elements behind one partial sum of the preview and of gradient norms, on every device.
 inline constexpr int64_t kPreviewTile = 8192;
-// Numbers of one partial result: sum of squares of the parameter and of the update, absmax of the
-// new states.
-inline constexpr int kPreviewNumbers = 4;
+// Numbers of one partial result: sums of squares of the parameter and of the update, absmax of two
+// new states, and 1 if an element is not skipped, else 0.
+inline constexpr int kPreviewNumbers = 5;
 
 // Number of partial results of a list.
 inline int64_t preview_tiles(std::span<const OptimizerTensor> tensors) {

@@ -52,7 +52,9 @@ inline constexpr RuleAlias kRuleAliases[] = {{"lamb", Rule::kAdam}, {"lars", Rul
 // Tensors that hold `states` numbers per element, and where state k lies among them: three states
 // share two tensors, the first of which has two rows.
 BNB_HD constexpr int state_tensors(int states) { return states == 1 ? 1 : 2; }
-BNB_HD constexpr int state_rows(int states, int tensor) { return states == 3 && tensor == 0 ? 2 : 1; }
+BNB_HD constexpr int state_rows(int states, int tensor) {
+  return states == 3 && tensor == 0 ? 2 : 1;
+}
 BNB_HD constexpr int tensor_of_state(int states, int k) { return states == 3 ? k / 2 : k; }
 BNB_HD constexpr int row_of_state(int states, int k) { return states == 3 && k == 1 ? 1 : 0; }
 
