@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "is_capturing"]
+__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "learning_rate"]
 
 NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
 
@@ -21,9 +21,18 @@ def all_are(a: list, b: list) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def is_capturing(device: torch.device) -> bool:
+def _is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being recorded on the current stream of `device`."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """Returns a learning rate as an op takes it: a number, or a tensor on `device`."""
+    if not isinstance(lr, Tensor):
+        return lr, None
+    if lr.device == device:
+        return 0.0, lr.to(torch.float32)
+    return float(lr), None
 
 
 def _derived_seed(seed: int, gindex: int, pindex: int) -> int:
@@ -117,7 +126,7 @@ class Bucket:
         return self._histories
 
     def _refuse_capture(self, key: str) -> None:
-        if is_capturing(self.device):
+        if _is_capturing(self.device):
             raise RuntimeError(
                 f"step: state entry {key} must exist before a CUDA graph is captured, take one "
                 "step eagerly first"
@@ -153,7 +162,7 @@ class Bucket:
         self.step_tensor.add_(1)
         self.steps += 1
         self._pending = True
-        self.captured = self.captured or is_capturing(self.device)
+        self.captured = self.captured or _is_capturing(self.device)
 
     def _step_tensor_wise(self, lists: tuple, options: tuple) -> None:
         keys = ("1", "2") if self.state2 else ("1",)
@@ -168,12 +177,7 @@ class Bucket:
             to.copy_(value)
 
     def _options(self, config: dict[str, Any], gnorm_scales: Tensor | None) -> tuple:
-        lr, lr_tensor = config["lr"], None
-        if isinstance(lr, Tensor):
-            if lr.device == self.device:
-                lr, lr_tensor = 0.0, lr.to(torch.float32)
-            else:
-                lr = float(lr)
+        lr, lr_tensor = learning_rate(config["lr"], self.device)
         betas = config["betas"]
         max_unorm = config["max_unorm"]
         seed = config["rounding_seed"]
