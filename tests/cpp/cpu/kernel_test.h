@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -56,7 +57,7 @@ inline constexpr DType kDTypeOf = std::is_same_v<T, float>  ? DType::kFloat32
                                   : std::is_same_v<T, Half> ? DType::kFloat16
                                                             : DType::kBFloat16;
 
-// Numbers over many magnitudes, with some special ones when `special` is set.
+// Numbers over many magnitudes, finite in T, with some special ones when `special` is set.
 template <class T>
 std::vector<T> numbers(size_t n, uint32_t seed, bool special = false) {
   std::mt19937 random(seed);
@@ -66,6 +67,7 @@ std::vector<T> numbers(size_t n, uint32_t seed, bool special = false) {
   const float specials[] = {nan, kInfinity, -kInfinity, 0.0f, -0.0f, 1e-40f, -3e38f};
   for (size_t i = 0; i < n; ++i) {
     float x = normal(random) * std::exp2(std::round(4 * normal(random)));
+    x = std::min(std::max(x, -6e4f), 6e4f);
     if (special && random() % 61 == 0) x = specials[random() % std::size(specials)];
     values[i] = from_float<T>(x);
   }
