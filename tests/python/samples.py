@@ -173,3 +173,35 @@ def _(device):
         ]
         calls.append(("adam", params, grads, *codes, *absmax, *qmaps, *tail))
     return calls
+
+
+@samples("optimizer_update_32bit")
+def _(device):
+    calls = []
+    for rule, dtype, step in (("lamb", torch.float32, 3), ("momentum", torch.bfloat16, 1)):
+        p = torch.randn(4, 75, device=device).to(dtype)
+        states = [torch.rand(4, 75, device=device) for _ in range(2 if rule == "lamb" else 1)]
+        unorm = torch.zeros(1, device=device)
+        bound = (unorm, 0.5, 1.0) if rule == "lamb" else (None, 0.0, 0.0)
+        hyper = (0.9, 0.999, 0.0, 0.0, 1e-8, 0.1, step, 1e-2, 0.5)
+        calls.append((rule, torch.randn_like(p), p, *([*states, None])[:2], *bound, *hyper))
+    return calls
+
+
+@samples("optimizer_update_8bit_blockwise")
+def _(device):
+    calls = []
+    qmaps = create_dynamic_map().to(device), create_dynamic_map(False).to(device)
+    for two, dtype in ((True, torch.float32), (False, torch.float16)):
+        p = torch.randn(4, 75, device=device).to(dtype)
+        codes = [torch.randint(0, 256, p.shape, dtype=torch.uint8, device=device) for _ in "12"]
+        absmax = [torch.rand(2, device=device) for _ in "12"]
+        second = [codes[1], qmaps[1], absmax[1]] if two else [None] * 3
+        hyper = (0.9, 0.999, 0.0, 0.0, 1e-8, 3, 1e-2)
+        calls.append(
+            (
+                *("adam" if two else "lion", torch.randn_like(p), p, codes[0], second[0]),
+                *(*hyper, qmaps[0], second[1], absmax[0], second[2], 0.1, 0.5),
+            )
+        )
+    return calls
