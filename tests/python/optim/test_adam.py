@@ -177,7 +177,7 @@ def call8(functions, rule, tensors, grads, states, qmaps, *hyper):
     )
 
 
-H = reference.Adam(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+H = reference.Hyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 COUNTS = [1, 2, 255, 256, 257, 511, 512, 513, 1300]
 
 
@@ -230,7 +230,7 @@ def test_every_instruction_set_gives_the_same_bits(cpu_isa, dtype, n):
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_hundred_steps_match_specification(device, dtype, bits, weight_decay):
-    h = reference.Adam(lr=1e-2, weight_decay=weight_decay)
+    h = reference.Hyper(lr=1e-2, weight_decay=weight_decay)
     p = parameter(700, dtype=dtype, device=device)
     opt = optimizer(bits, [p], lr=h.lr, weight_decay=weight_decay)
     before = None
@@ -256,7 +256,7 @@ def test_hundred_steps_match_specification(device, dtype, bits, weight_decay):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99), (0.95, 0.0), (0.9, 0.9999)])
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_other_hyperparameters(step_ops, device, betas, eps):
-    h = reference.Adam(lr=3e-3, beta1=betas[0], beta2=betas[1], eps=eps)
+    h = reference.Hyper(lr=3e-3, beta1=betas[0], beta2=betas[1], eps=eps)
     n = 300
     p, g = torch.randn(n, device=device), torch.randn(n, device=device)
     state = random_state8(n, device)
@@ -292,7 +292,7 @@ def test_first_step_is_the_learning_rate(device):
 
 
 def test_element_without_any_gradient_stays_without_epsilon(step_ops, device):
-    h = reference.Adam(lr=1e-2, eps=0.0)
+    h = reference.Hyper(lr=1e-2, eps=0.0)
     p, g = torch.ones(300, device=device), torch.zeros(300, device=device)
     g[7] = 1.0
     state = {key: torch.zeros_like(value) for key, value in random_state8(300, device).items()}
@@ -304,7 +304,7 @@ def test_element_without_any_gradient_stays_without_epsilon(step_ops, device):
 
 
 def test_negative_momentum_keeps_its_sign(step_ops, device):
-    h = reference.Adam(lr=1e-2)
+    h = reference.Hyper(lr=1e-2)
     p, g = torch.zeros(256, device=device), torch.zeros(256, device=device)
     g[0], g[1], g[2] = 1.0, -1e-12, 1e-12
     state = {key: torch.zeros_like(value) for key, value in random_state8(256, device).items()}

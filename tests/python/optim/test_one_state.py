@@ -23,10 +23,10 @@ RULES = {
     "adagrad": ("Adagrad", {}),
 }
 HYPER = {
-    "lion": reference.Adam(lr=1e-2, beta1=0.9, beta2=0.99, eps=0.0),
-    "momentum": reference.Adam(lr=1e-2, beta1=0.9, beta2=0.0, eps=0.0),
-    "rmsprop": reference.Adam(lr=1e-2, beta1=0.99, beta2=0.0, eps=1e-8),
-    "adagrad": reference.Adam(lr=1e-2, beta1=0.0, beta2=0.0, eps=1e-10),
+    "lion": reference.Hyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=0.0),
+    "momentum": reference.Hyper(lr=1e-2, beta1=0.9, beta2=0.0, eps=0.0),
+    "rmsprop": reference.Hyper(lr=1e-2, beta1=0.99, beta2=0.0, eps=1e-8),
+    "adagrad": reference.Hyper(lr=1e-2, beta1=0.0, beta2=0.0, eps=1e-10),
 }
 
 
@@ -49,7 +49,7 @@ def hyper_args(h, steps_taken, device, skip_zeros=False):
 
 
 def with_decay(h, weight_decay):
-    return reference.Adam(h.lr, h.beta1, h.beta2, h.eps, weight_decay)
+    return reference.Hyper(h.lr, h.beta1, h.beta2, h.eps, weight_decay)
 
 
 def assert_parameter(actual, want, old, gradients, dtype):
@@ -92,7 +92,8 @@ def test_32bit_op_matches_specification(step_ops, device, rule, dtype, weight_de
         state = state.abs()
     p0, g0, s0 = (numbers(t).astype(np.float64) for t in (p, g, state))
     step_ops.optimizer_step_32bit(rule, [p], [g], [state], [], *hyper_args(h, steps_taken, device))
-    want, want_state = reference.ONE_STATE[rule](h, p0, g0, s0, steps_taken + 1)
+    stepped = reference.advance(rule, h, p0, g0, (s0,), steps_taken + 1)
+    want, (want_state,) = stepped.param, stepped.states
     cancel = terms(h, p0, g0) if rule != "lion" else np.ones(n)
     scale = np.abs(s0) + np.abs(g0) + np.abs(h.weight_decay * p0)
     scale = scale if rule in ("lion", "momentum") else np.abs(want_state) * cancel**2
