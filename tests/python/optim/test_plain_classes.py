@@ -138,16 +138,18 @@ def test_analysis_applies_the_32_bit_update(device, routine, dtype):
         c1, c2 = 1 - 0.9**t, math.sqrt(1 - 0.999**t)
         q = q - 1e-2 * 0.1 * q - 1e-2 * c2 / c1 * m / (v.sqrt() + 1e-8)
         opt.step()
-    torch.testing.assert_close(
-        p.double(), q, rtol=1e-5 if dtype == torch.float32 else 0.02, atol=1e-6
-    )
+    # In bfloat16 one rounding per step, of numbers a step away from the last one.
+    exact = {"rtol": 1e-5, "atol": 1e-6}
+    rounded = {"rtol": 3 * 2.0**-8, "atol": 3 * 0.03 * 2.0**-8}
+    torch.testing.assert_close(p.double(), q, **(exact if dtype == torch.float32 else rounded))
     state = opt.state[p]
     assert state["step"] == 3 and state["exp_avg"].dtype == torch.float32
     for key in ("abserrors", "relerrors", "counts"):
         assert state[key].shape == (256, 256) and state[key].dtype == torch.float32
     assert state["counts"].sum() == 3 * p.numel()
-    assert 0 < state["relerrors"].sum() / state["counts"].sum() < 0.2
-    assert 0 < state["abserrors"].sum() / state["counts"].sum() < 0.2
+    for key in ("abserrors", "relerrors"):
+        assert state[key].isfinite().all() and 0 < state[key].sum()
+        assert not state[key][state["counts"] == 0].any()
 
 
 def test_analysis_ranks_the_routines():
