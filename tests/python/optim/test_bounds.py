@@ -265,7 +265,7 @@ def test_percentile_clipping_checks_its_arguments(functions):
     for args, message in (
         (([], [], step, 5), "grads must"),
         ((g, [], step, 5), "gnorm_vec must"),
-        ((g, history, step, 100), "percentile must lie|percentile must be"),
+        ((g, history, step, 100), "percentile must"),
         ((g, history, step, -1), "percentile must"),
         ((g, [torch.zeros(99)], step, 5), r"gnorm_vec\[0\] must"),
         ((g, [torch.zeros(100, dtype=torch.float64)], step, 5), r"gnorm_vec\[0\] must"),
