@@ -135,6 +135,46 @@ def test_settings_survive_a_checkpoint(what, name):
     assert_continues_alike(opt, params, other, others)
 
 
+STATES = [
+    *[(name, {}) for name in ("AdEMAMix", "LAMB", "LARS")],
+    *[("Adam", kwargs) for kwargs in list(SETTINGS.values())[:3]],
+]
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize(("name", "kwargs"), STATES)
+def test_parameter_with_strides_of_its_own(device, name, kwargs, bits):
+    p = nn.Parameter(torch.randn(8, 16, 6, 6, device=device).to(memory_format=torch.channels_last))
+    twin = nn.Parameter(p.detach().contiguous())
+    opt, other = make(name, [p], bits, **kwargs), make(name, [twin], bits, **kwargs)
+    address, strides = p.data_ptr(), p.stride()
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        twin.grad = p.grad.contiguous()
+        opt.step()
+        other.step()
+    assert (p.data_ptr(), p.stride()) == (address, strides)
+    assert torch.equal(p, twin)
+    assert_same_state(opt.state[p], other.state[twin])
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), ()])
+@pytest.mark.parametrize(("name", "kwargs"), STATES)
+def test_parameter_of_few_elements(device, name, kwargs, shape):
+    p, q = parameter(*shape, device=device), parameter(70, 80, device=device)
+    before = p.detach().clone()
+    opt = make(name, [p, q], 8, min_8bit_size=0, **kwargs)
+    for _ in range(2):
+        set_gradients([p, q])
+        opt.step()
+    assert p.shape == shape and (p.numel() == 0 or not torch.equal(p, before))
+    rows = (2,) if name == "AdEMAMix" else ()
+    assert opt.state[p]["state1"].shape == (*rows, *shape)
+    assert opt.state[p]["state1"].dtype == torch.uint8
+    other = make(name, [p, q], 8, min_8bit_size=0, **kwargs)
+    other.load_state_dict(opt.state_dict())
+
+
 # --- percentile clipping -------------------------------------------------------------------------
 
 
