@@ -10,7 +10,7 @@ from optim_helpers import assert_continues_alike, assert_same_state, parameter
 from torch import nn
 
 import bitsandbytes as bnb
-from bitsandbytes.optim import GlobalOptimManager
+from bitsandbytes.optim import GlobalOptimManager, buckets
 from bitsandbytes.optim.ademamix import _ReferenceAdEMAMix
 
 U = 2.0**-24
@@ -525,6 +525,44 @@ def test_equal_overrides_share_one_call(manager):
 
 
 # --- CUDA graphs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replaced", [None, "state1", "max1", "step"])
+def test_lists_of_a_graph_are_used_as_long_as_they_hold_the_states(monkeypatch, replaced):
+    # What capture and replays do to the optimizer, without a graph.
+    params = [parameter(5000), parameter(5000)]
+    opt = make("Adam", params, 8, block_wise=False)
+    set_gradients(params)
+    opt.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(buckets, "_is_capturing", lambda device: True)
+        opt.step()
+    (bucket,) = opt._buckets
+    for replays in (3, 4):
+        bucket.step_tensor.add_(1)
+        assert [opt.state[p]["step"] for p in params] == [replays] * 2
+    if replaced == "step":
+        for p in params:
+            opt.state[p]["step"] = 9
+    elif replaced:
+        opt.state[params[1]][replaced] = opt.state[params[1]][replaced].clone()
+    opt.step()
+    assert (opt._buckets[0] is bucket) == (replaced is None)
+    assert opt.state[params[0]]["step"] == (10 if replaced == "step" else 5)
+
+
+def test_a_graph_does_not_create_states(monkeypatch):
+    p = parameter(50)
+    opt = make("Adam", [p], 32)
+    set_gradients([p])
+    opt.step()
+    before = p.detach().clone()
+    opt.args.percentile_clipping = 5
+    monkeypatch.setattr(buckets, "_is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="gnorm_vec must exist before"):
+        opt.step()
+    assert torch.equal(p, before)
+
 
 CAPTURED = [
     *[(name, bits, {}) for name in CLASSES for bits in (8, 32)],
