@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: MIT
 """The public quantization functions, under the names that programs import."""
 
+from .optim.functional import (
+    is_on_gpu,
+    optimizer_update_8bit,
+    optimizer_update_8bit_blockwise,
+    optimizer_update_32bit,
+    percentile_clipping,
+)
 from .quant.blockwise import dequantize_blockwise, quantize_blockwise
 from .quant.codes import create_dynamic_map, create_linear_map, name2qmap
 from .quant.int8 import (
@@ -21,8 +28,13 @@ __all__ = [
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
+    "is_on_gpu",
     "name2qmap",
+    "optimizer_update_8bit",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "percentile_clipping",
     "quantize_blockwise",
     "unpack_tensor_to_dict",
 ]
