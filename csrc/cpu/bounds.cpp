@@ -15,11 +15,13 @@ void finish_preview(const OptimizerStep& args, std::span<const OptimizerTensor> 
   for (size_t i = 0; i < tensors.size(); ++i) {
     double param_squares = 0.0;
     double update_squares = 0.0;
-    float most[2] = {-1.0f, -1.0f};  // as tiles say it that skip all their elements
+    float most[2] = {};
+    bool active = false;
     for (int64_t tile = ceil_div(tensors[i].n, kPreviewTile); tile > 0; --tile) {
       param_squares += partial[0];
       update_squares += partial[1];
       for (int k = 0; k < 2; ++k) most[k] = std::max(most[k], partial[2 + k]);
+      active = active || partial[4] != 0.0f;
       partial += kPreviewNumbers;
     }
     if (args.unorm != nullptr) args.unorm[i] = static_cast<float>(update_squares);
@@ -29,7 +31,7 @@ void finish_preview(const OptimizerStep& args, std::span<const OptimizerTensor> 
     for (int k = 0; k < 2; ++k) {
       if (args.new_max[k] == nullptr) continue;
       // A tensor that stands still as a whole keeps its scale, and with it every code.
-      args.new_max[k][i] = most[k] < 0.0f ? args.max[k][i] : most[k];
+      args.new_max[k][i] = active ? most[k] : args.max[k][i];
     }
   }
 }

@@ -327,8 +327,9 @@ void preview_tiles(const OptimizerStep& args, const OptimizerTensor& tensor, int
     partial[0] = params.total();
     partial[1] = updates.total();
     partial[2] = partial[3] = 0.0f;
+    partial[4] = idle ? 0.0f : 1.0f;
     if constexpr (kFormat == StateFormat::kTensor8bit) {
-      for (int k = 0; k < R::kStates; ++k) partial[2 + k] = idle ? -1.0f : reduce_absmax(most[k]);
+      for (int k = 0; k < R::kStates; ++k) partial[2 + k] = reduce_absmax(most[k]);
     }
   }
 }

@@ -17,12 +17,9 @@
 namespace bnb::gpu {
 namespace {
 
-#ifndef BNB_T
-#define BNB_T (kStates < 3 ? 384 : 256)
-#endif
 // Threads of a block, fewer where shared memory is small. Two blocks share a multiprocessor, and
 // with it its registers: a lane holds kLaneElements of every state, and none may be spilled.
-constexpr int block_threads(int kStates) { return BNB_T; }
+constexpr int block_threads(int states) { return states < 3 ? 384 : 256; }
 constexpr int kResident = 2;
 constexpr int kLaneElements = kOptimizerBlock / kWarp;
 constexpr int kTileBlocks = 4;
@@ -387,7 +384,6 @@ Chosen choose(bool stochastic) {
 
 }  // namespace
 
-#ifndef BNB_BENCH
 void optimizer_step_8bit_blockwise(const OptimizerStep& args,
                                    std::span<const OptimizerTensor> tensors, Stream stream) {
   const Chosen chosen = choose_by_rule<Chosen>(args.rule, [&]<class R>() {
@@ -420,6 +416,5 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
     BNB_LAUNCH_CHECK("optimizer_step_8bit_blockwise");
   });
 }
-#endif
 
 }  // namespace bnb::gpu

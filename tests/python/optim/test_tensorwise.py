@@ -162,3 +162,20 @@ def test_bad_gradients_cost_their_own_state_only(device, functions, rule, form, 
     assert (numpy(p.param)[[0, 300, 699]] == before[0][[0, 300, 699]]).all()
     for states in p.snapshot()[1]:
         assert (states[[0, 300, 699]] == 0).all()
+
+
+def test_an_idle_stretch_keeps_the_scale_up(device, functions):
+    # The largest state of the tensor lies where all elements are skipped, far from those that move.
+    p, *_ = trained(functions, "momentum", "8bit", (20_000,), torch.float32, device)
+    g = torch.zeros(20_000, device=device)
+    g[:100] = 1000.0
+    call(functions, [p], [g], HYPER["momentum"], 3, skip_zeros=True)
+    before = p.snapshot()
+    g = torch.zeros(20_000, device=device)
+    g[19_000:] = 0.5
+    call(functions, [p], [g], HYPER["momentum"], 4, skip_zeros=True)
+    assert_step(
+        p.param, p.stored(), "momentum", HYPER["momentum"], before, numpy(g), 5, p.block,
+        skip_zeros=True,
+    )  # fmt: skip
+    assert p.scales[0].item() > 900
