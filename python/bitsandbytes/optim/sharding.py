@@ -111,22 +111,18 @@ def local_lists(params: list[Tensor], grads: list[Tensor]) -> tuple[list[Tensor]
 
     FSDP may put either elsewhere between two steps.
     """
-    parts = [local(p) for p in params]
-    return parts, [_local_gradient(*each) for each in zip(params, parts, grads, strict=True)]
+    pairs = zip(params, grads, strict=True)
+    return [local(p) for p in params], [_local_gradient(p, grad) for p, grad in pairs]
 
 
-def _local_gradient(p: Tensor, part: Tensor, grad: Tensor) -> Tensor:
+def _local_gradient(p: Tensor, grad: Tensor) -> Tensor:
     if not is_dtensor(p):
         return grad
     if grad.placements != p.placements:
         # For instance a sum that is still to be made over processes that hold replicas of p.
         grad = grad.redistribute(p.device_mesh, p.placements)
     found = grad.to_local()
-    if hasattr(found, "wait"):  # still on its way
-        found = found.wait()
-    if found.stride() != part.stride():
-        found = torch.empty_like(part, dtype=found.dtype).copy_(found)
-    return found
+    return found.wait() if hasattr(found, "wait") else found  # it may still be on its way
 
 
 def refuse_bounds(part: tuple | None, config: dict[str, Any]) -> None:

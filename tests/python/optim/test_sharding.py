@@ -258,9 +258,13 @@ def test_whole_state_dict(pool, backend, name):
 def run_fresh(name):
     model, untouched = sharded_model(), Model()
     optimizer = make(name, model, weight_decay=0.1)
-    get_optimizer_state_dict(model, optimizer)
+    states = get_optimizer_state_dict(model, optimizer)
     assert_same(model, untouched, tuple(SHAPES))
-    for p in model.parameters():
+    table = bnb.functional.create_dynamic_map()
+    for p, written in zip(model.parameters(), states["state"].values(), strict=True):
+        if "qmap1" in written:
+            written["qmap1"].zero_()  # as a checkpoint might write into it
+            assert torch.equal(optimizer.state[p]["qmap1"].cpu(), table)
         state = optimizer.state[p]
         assert isinstance(state["state1"], DTensor)
         assert state["state1"].placements[0] == Shard(name == "AdEMAMix8bit")
@@ -326,6 +330,13 @@ def test_numbers_give_back_codes_and_scales(device, kind):
     numbers = sharding._numbers(1, 1, state).view(-1)
     again = sharding._quantized(numbers, code, 256)
     assert torch.equal(again[0], codes) and torch.equal(again[1], absmax)
+
+
+def test_numbers_keep_their_sign(device):
+    code = bnb.functional.create_dynamic_map().to(device)
+    numbers = torch.tensor([1.0, -1e-30, 0.0], device=device)
+    codes, _ = sharding._quantized(numbers, code, 256)
+    assert code[codes.long()].sign().tolist() == [1.0, -1.0, 0.0]
 
 
 def run_refused(folder):
@@ -405,9 +416,16 @@ class Parallel(nn.Module):
         for p in self.parameters():
             grad = torch.randn(p.shape, generator=draw).to(device_type())
             if isinstance(p, DTensor):
-                # Not where the parameter lies: a sum still to be made.
-                parts = torch.distributed.get_world_size()
-                grad = DTensor.from_local(grad / parts, p.device_mesh, [Partial()])
+                if number % 2:
+                    # Not where the parameter lies: a sum still to be made.
+                    parts = torch.distributed.get_world_size()
+                    grad = DTensor.from_local(grad / parts, p.device_mesh, [Partial()])
+                else:
+                    # Not as the parameter lies in memory.
+                    grad = distribute_tensor(grad, p.device_mesh, p.placements)
+                    turned = grad.to_local().mT.contiguous().mT if p.dim() else grad.to_local()
+                    strides = {"shape": grad.shape, "stride": grad.stride()}
+                    grad = DTensor.from_local(turned, p.device_mesh, p.placements, **strides)
             p.grad = grad
 
 
