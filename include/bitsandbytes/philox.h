@@ -17,9 +17,6 @@ BNB_HD constexpr PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint3
                                     uint64_t seed) {
   uint32_t k0 = static_cast<uint32_t>(seed);
   uint32_t k1 = static_cast<uint32_t>(seed >> 32);
-#if defined(__CUDACC__) || defined(__HIP__)
-#pragma unroll
-#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t{0xd2511f53u} * c0;
     const uint64_t b = uint64_t{0xcd9e8d57u} * c2;

@@ -45,7 +45,7 @@ ALLOWED = {
     "csrc/gpu/runtime": (["bitsandbytes/", "gpu/runtime/"], ["cuda", "hip", "cub"]),
     "csrc/ops": (["bitsandbytes/", "ops/"], []),
     "csrc/ops/torch_api.h": (["bitsandbytes/"], ["torch/"]),
-    "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", "cpu/dispatch.h"], []),
+    "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", "cpu/bounds.h", "cpu/dispatch.h"], []),
     "csrc/ops/gpu.cpp": (["bitsandbytes/", "ops/", "gpu/runtime/"], []),
     "csrc/bindings": (["bitsandbytes/", "cpu/dispatch.h"], ["pybind11/"]),
 }
