@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ..plain.optimizer import BLOCK
-from ..plain.quantize import quantize_blocks
+from ..plain.quantize import LEVELS, quantize_blocks
 from ..quant.codes import default_code
 
 __all__ = [
@@ -361,10 +361,10 @@ def detached(
     Raises:
         ValueError: A tensor has another shape than the parameter asks for.
     """
+    if not all(isinstance(saved.get(f"state{i}"), Tensor) for i, _ in enumerate(state_rows, 1)):
+        return dict(saved)  # `check` says what is wrong
     # Flattening to one dictionary and back leaves an empty one for each entry that was not written.
     state = {k: v for k, v in saved.items() if not (isinstance(v, dict) and not v)}
-    if not isinstance(state.get("state1"), Tensor):
-        return state
     for i, rows in enumerate(state_rows, 1):
         keys = _row_keys(i, rows)
         if keys[-1] in state and rows > 1:
@@ -378,7 +378,9 @@ def detached(
     part = local(p)
     for i, rows in enumerate(state_rows, 1):
         _read_blocks(i, rows, state, part.shape)
-        _read_numbers(i, rows, p, state, config)
+    if all(state[f"state{i}"].dtype == torch.float32 for i in range(1, len(state_rows) + 1)):
+        for i, rows in enumerate(state_rows, 1):
+            _read_numbers(where, i, rows, p, state, config)
     return state
 
 
@@ -423,8 +425,8 @@ def _take_parts(where: str, p: Tensor, state: dict[str, Any], state_rows: tuple[
 
 def _read_blocks(i: int, rows: int, state: dict[str, Any], shape: tuple[int, ...]) -> None:
     """Gives codes and scales written by rows of blocks the shapes they have in memory."""
-    codes, absmax, lead = state.get(f"state{i}"), state.get(f"absmax{i}"), _lead(rows)
-    if not isinstance(codes, Tensor) or not isinstance(absmax, Tensor) or not shape:
+    codes, absmax, lead = state[f"state{i}"], state.get(f"absmax{i}"), _lead(rows)
+    if not isinstance(absmax, Tensor) or not shape:
         return
     written = _written_shapes(i, shape, by_blocks=True).values()
     if [codes.shape, absmax.shape] == [(*lead, *each) for each in written]:
@@ -433,12 +435,15 @@ def _read_blocks(i: int, rows: int, state: dict[str, Any], shape: tuple[int, ...
 
 
 def _read_numbers(
-    i: int, rows: int, p: Tensor, state: dict[str, Any], config: Callable[[], dict[str, Any]]
+    where: str,
+    i: int,
+    rows: int,
+    p: Tensor,
+    state: dict[str, Any],
+    config: Callable[[], dict[str, Any]],
 ) -> None:
     """Quantizes a float32 state that was or will be an 8-bit one."""
-    numbers = state.get(f"state{i}")
-    if not isinstance(numbers, Tensor) or numbers.dtype != torch.float32:
-        return
+    numbers = state[f"state{i}"]
     # Only numbers of an 8-bit state have a table beside them; FSDP1 cannot carry it.
     qmap, by_blocks = state.get(f"qmap{i}"), f"max{i}" not in state
     if qmap is None and _is_flattened(p):
@@ -447,6 +452,9 @@ def _read_numbers(
             qmap, by_blocks = default_code(_MAPS[i - 1], numbers.device), settings["block_wise"]
     if qmap is None:
         return
+    if not isinstance(qmap, Tensor) or qmap.numel() != LEVELS:
+        got = list(qmap.shape) if isinstance(qmap, Tensor) else repr(qmap)
+        raise ValueError(f"{where}: qmap{i} must be a table of {LEVELS} levels, got {got}")
     state[f"qmap{i}"] = qmap
     codes, scales = [], []
     for row in numbers.reshape(rows, -1):

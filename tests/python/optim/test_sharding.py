@@ -355,6 +355,41 @@ def test_codes_are_not_read_as_numbers(pool, backend, tmp_path):
     pool(2, backend, run_refused, str(tmp_path))
 
 
+def spoiled(states, **entries):
+    return {0: {**states["state"][0], **entries}}
+
+
+def run_misfits():
+    model, alone = sharded_model(), Model()
+    optimizer, single = make("Adam8bit", model), make("Adam8bit", alone)
+    train(model, optimizer, range(1))
+    states = optimizer.state_dict()
+    first = states["state"][0]
+    rows = DTensor.from_local(torch.zeros(3, 2, 256, dtype=torch.uint8), mesh(), [Shard(0)])
+    columns = first["state1"].redistribute(placements=[Shard(1)])
+    numbers = distribute_tensor(torch.zeros(11, 512), mesh(), [Shard(0)], src_data_rank=None)
+    short = {"state1": numbers, "state2": numbers, "qmap1": torch.zeros(255)}
+    for target, entries, message in (
+        (optimizer, {"state1": rows}, "state1 must be a DTensor of shape .11, 2, 256. placed"),
+        (optimizer, {"absmax2": columns}, "absmax2 must be a DTensor"),
+        (optimizer, {"state1": columns}, "state1 must be a DTensor"),
+        (optimizer, {"state1": {}}, "state1 must be uint8 or float32, got dict"),
+        (optimizer, short, "qmap1 must be a table of 256 levels, got .255."),
+        (optimizer, {"state2": numbers}, "state2 must be"),
+        (single, {}, "state1 must be a plain tensor like its parameter"),
+    ):
+        saved = {**states, "state": spoiled(states, **entries)}
+        with pytest.raises(ValueError, match=f"load_state_dict: .* parameter 0: {message}"):
+            target.load_state_dict(saved)
+    assert torch.equal(
+        whole(optimizer.state[model.whole]["state1"]), whole(first["state1"]).view(11, 512)
+    )
+
+
+def test_states_that_do_not_fit_are_refused_by_name(pool):
+    pool(2, "gloo", run_misfits)
+
+
 # ---- Dictionaries of whole tensors ---------------------------------------------------------------
 
 
