@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import sharding
 
-__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "learning_rate"]
+__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "holds_none", "learning_rate"]
 
 NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
 
@@ -26,6 +26,11 @@ def all_are(a: list, b: list) -> bool:
 def _is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being recorded on the current stream of `device`."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def holds_none(objects: list) -> bool:
+    """Whether one of them is None."""
+    return any(map(operator.is_, objects, itertools.repeat(None)))
 
 
 def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:

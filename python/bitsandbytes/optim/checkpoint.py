@@ -8,6 +8,7 @@
 | 0.43 and older | the same, blocks of 2048 elements |
 | 0.41.0 and older | ``qmap2`` is another table; each state carries its own |
 | up to 0.49, ``block_wise=False`` | ``max1``, ``max2`` instead of ``absmax1``, ``absmax2`` |
+| AdEMAMix, written on CUDA | scales of the two averages overlap, see `_rows_of_scales` |
 """
 
 import copy
@@ -226,6 +227,8 @@ def _check_blocks(where: str, i: int, rows: int, state: dict[str, Any]) -> None:
     n = codes.numel() // rows
     blocks = rows * -(-n // BLOCK)
     if absmax.numel() == blocks:
+        if rows == 2:
+            state[f"absmax{i}"] = _rows_of_scales(codes.reshape(2, n), absmax, qmap)
         return
     if rows > 1 or absmax.numel() != -(-n // LEGACY_BLOCK):
         raise ValueError(
@@ -235,3 +238,22 @@ def _check_blocks(where: str, i: int, rows: int, state: dict[str, Any]) -> None:
     numbers = dequantize_blocks(codes.reshape(-1), absmax, qmap, LEGACY_BLOCK)
     new, state[f"absmax{i}"] = torch.ops.bitsandbytes.quantize_blockwise(numbers, qmap, BLOCK)
     state[f"state{i}"] = new.view(codes.shape)
+
+
+def _rows_of_scales(codes: Tensor, absmax: Tensor, qmap: Tensor) -> Tensor:
+    """Returns the scales of two states, float32 [2, blocks], whichever device wrote them.
+
+    Public CUDA kernels put the scales of the second state ``n // 256`` places after those of the
+    first. If n is no multiple of 256, that is one place too early: the last one stays zero, though
+    codes that are not zero want it; and the last block of the first state shares its scale with
+    the first block of the second.
+    """
+    n = codes.shape[1]
+    scales = absmax.reshape(2, -1)
+    tail = n % BLOCK
+    if tail == 0 or scales[1, -1] != 0 or scales[0, -1] == 0:
+        return scales
+    if not qmap[codes[1, -tail:].long()].any():
+        return scales
+    flat = absmax.reshape(-1)
+    return torch.stack([scales[0], flat[n // BLOCK : -1]])

@@ -12,7 +12,7 @@ from .._checks import warn_user
 from ..plain.optimizer import BLOCK
 from ..quant.codes import default_code
 from . import sharding
-from .buckets import Bucket, all_are
+from .buckets import Bucket, all_are, holds_none
 from .checkpoint import QUANT_STATE_KEYS, WRAPPER, StateReader, nested, read_state_dict
 from .overrides import GlobalOptimManager
 from .signature import derived_init
@@ -236,7 +236,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _prepared_buckets(self) -> list[tuple[Bucket, list[Tensor]]]:
         if self._buckets is not None and self._still_valid():
             ready = [(bucket, bucket.gradients()) for bucket in self._buckets]
-            if not any(grad is None for _, grads in ready for grad in grads):
+            if not any(holds_none(grads) for _, grads in ready):
                 return ready
         self._build_buckets()
         self._signature = (self.mng.version, [list(g["params"]) for g in self.param_groups])

@@ -175,6 +175,78 @@ def test_checkpoint_of_2048_blocks_is_requantized(shape):
     assert other.state[q]["step"] == 3
 
 
+@pytest.mark.parametrize("n", [4096 + 1, 4096 + 200, 5120])
+@pytest.mark.parametrize("last", ["in use", "never stepped"])
+def test_overlapping_scales_of_ademamix_are_put_right(n, last):
+    p = parameter(n)
+    opt = bnb.optim.AdEMAMix8bit([p], lr=1e-2)
+    opt.args.skip_zeros = last == "never stepped"
+    for _ in range(2):
+        p.grad = torch.randn(n)
+        if last == "never stepped":
+            p.grad[-(n % 256 or 256) :] = 0
+        opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    scales = saved["state"][0][WRAPPED]["absmax1"]
+    want = scales.clone()
+    if last == "in use":
+        # As public CUDA kernels lay them out: one shared place, and an empty one at the end.
+        flat = torch.zeros(scales.numel())
+        flat[: scales.shape[1]] = scales[0]
+        flat[n // 256 : n // 256 + scales.shape[1]] = scales[1]
+        saved["state"][0][WRAPPED]["absmax1"] = flat.view(scales.shape)
+        if n % 256:
+            want[0, -1] = scales[1, 0]
+    other = bnb.optim.AdEMAMix8bit([nn.Parameter(p.detach().clone())], lr=1e-2)
+    other.load_state_dict(saved)
+    (state,) = other.state.values()
+    assert torch.equal(state["absmax1"], want)
+    assert torch.equal(state["state1"], opt.state[p]["state1"])
+    step(other, *other.param_groups[0]["params"])
+
+
+def test_tensor_wise_checkpoint_of_old_releases():
+    # Flat, without new_max: those of the step before last may be missing.
+    p = parameter(5000)
+    opt = bnb.optim.Adam8bit([p], lr=1e-2, block_wise=False, percentile_clipping=50)
+    for _ in range(2):
+        step(opt, p)
+    saved = flat(opt.state_dict())
+    for key in ("new_max1", "new_max2"):
+        del saved["state"][0][key]
+    q = nn.Parameter(p.detach().clone())
+    # Settings decide on new states only: the parameter goes on tensor-wise.
+    other = bnb.optim.Adam8bit([q], lr=1e-2, percentile_clipping=50)
+    other.load_state_dict(saved)
+    p.grad = torch.randn_like(p)
+    q.grad = p.grad.clone()
+    opt.step()
+    other.step()
+    assert torch.equal(p, q)
+    assert_same_state(opt.state[p], other.state[q])
+
+
+def test_equal_foreign_maps_become_one():
+    params = [parameter(5000), parameter(5000)]
+    opt = bnb.optim.AdamW8bit(params)
+    step(opt, *params)
+    saved = copy.deepcopy(opt.state_dict())
+    for state in saved["state"].values():
+        state[WRAPPED]["qmap2"] = F.create_linear_map(signed=False)
+    opt.load_state_dict(saved)
+    p, q = params
+    assert opt.state[p]["qmap2"] is opt.state[q]["qmap2"]
+
+
+def test_number_of_the_step_as_a_tensor():
+    opt, params = trained()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["step"] = torch.tensor(2.0)
+    other, others = fresh(params)
+    other.load_state_dict(saved)
+    assert_continues_alike(opt, params, other, others)
+
+
 def test_other_entries_keep_their_type():
     opt, params = trained(bits=32)
     saved = copy.deepcopy(opt.state_dict())
@@ -289,6 +361,18 @@ MISFITS = {
     "mixed precision": (
         spoil(lambda s, c: s.update(state2=torch.zeros(5000))),
         "parameter 0: state2",
+    ),
+    "unorm_vec": (
+        spoil(lambda s, c: s.update(unorm_vec=torch.zeros(2))),
+        "parameter 0: unorm_vec .* 1 elements",
+    ),
+    "gnorm_vec": (
+        spoil(lambda s, c: s.update(gnorm_vec=torch.zeros(99))),
+        "parameter 0: gnorm_vec .* 100 elements",
+    ),
+    "tensor-wise and blockwise": (
+        spoil(lambda s, c: (s.pop("absmax1"), s.update(max1=torch.zeros(1)))),
+        "parameter 0: max2",
     ),
     "no step": (spoil(lambda s, c: c["state"][0].pop("step")), "parameter 0: step"),
 }

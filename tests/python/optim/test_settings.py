@@ -10,7 +10,7 @@ from optim_helpers import assert_continues_alike, assert_same_state, parameter
 from torch import nn
 
 import bitsandbytes as bnb
-from bitsandbytes.optim import GlobalOptimManager
+from bitsandbytes.optim import GlobalOptimManager, buckets
 from bitsandbytes.optim.ademamix import _ReferenceAdEMAMix
 
 U = 2.0**-24
@@ -133,6 +133,43 @@ def test_settings_survive_a_checkpoint(what, name):
     other = make(name, others, 8, **SETTINGS[what])
     other.load_state_dict(opt.state_dict())
     assert_continues_alike(opt, params, other, others)
+
+
+STATES = [("AdEMAMix", {}), ("LAMB", {}), ("LARS", {}), ("Adam", {"block_wise": False})]
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize(("name", "kwargs"), STATES)
+def test_parameter_with_strides_of_its_own(device, name, kwargs, bits):
+    p = nn.Parameter(torch.randn(8, 16, 6, 6, device=device).to(memory_format=torch.channels_last))
+    twin = nn.Parameter(p.detach().contiguous())
+    opt, other = make(name, [p], bits, **kwargs), make(name, [twin], bits, **kwargs)
+    address, strides = p.data_ptr(), p.stride()
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        twin.grad = p.grad.contiguous()
+        opt.step()
+        other.step()
+    assert (p.data_ptr(), p.stride()) == (address, strides)
+    assert torch.equal(p, twin)
+    assert_same_state(opt.state[p], other.state[twin])
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), ()])
+@pytest.mark.parametrize(("name", "kwargs"), STATES)
+def test_parameter_of_few_elements(device, name, kwargs, shape):
+    p, q = parameter(*shape, device=device), parameter(70, 80, device=device)
+    before = p.detach().clone()
+    opt = make(name, [p, q], 8, min_8bit_size=0, **kwargs)
+    for _ in range(2):
+        set_gradients([p, q])
+        opt.step()
+    assert p.shape == shape and (p.numel() == 0 or not torch.equal(p, before))
+    rows = (2,) if name == "AdEMAMix" else ()
+    assert opt.state[p]["state1"].shape == (*rows, *shape)
+    assert opt.state[p]["state1"].dtype == torch.uint8
+    other = make(name, [p, q], 8, min_8bit_size=0, **kwargs)
+    other.load_state_dict(opt.state_dict())
 
 
 # --- percentile clipping -------------------------------------------------------------------------
@@ -485,6 +522,44 @@ def test_equal_overrides_share_one_call(manager):
 
 
 # --- CUDA graphs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replaced", [None, "state1", "max1", "step"])
+def test_lists_of_a_graph_are_used_as_long_as_they_hold_the_states(monkeypatch, replaced):
+    # What capture and replays do to the optimizer, without a graph.
+    params = [parameter(5000), parameter(5000)]
+    opt = make("Adam", params, 8, block_wise=False)
+    set_gradients(params)
+    opt.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(buckets, "_is_capturing", lambda device: True)
+        opt.step()
+    (bucket,) = opt._buckets
+    for replays in (3, 4):
+        bucket.step_tensor.add_(1)
+        assert [opt.state[p]["step"] for p in params] == [replays] * 2
+    if replaced == "step":
+        for p in params:
+            opt.state[p]["step"] = 9
+    elif replaced:
+        opt.state[params[1]][replaced] = opt.state[params[1]][replaced].clone()
+    opt.step()
+    assert (opt._buckets[0] is bucket) == (replaced is None)
+    assert opt.state[params[0]]["step"] == (10 if replaced == "step" else 5)
+
+
+def test_a_graph_does_not_create_states(monkeypatch):
+    p = parameter(50)
+    opt = make("Adam", [p], 32)
+    set_gradients([p])
+    opt.step()
+    before = p.detach().clone()
+    opt.args.percentile_clipping = 5
+    monkeypatch.setattr(buckets, "_is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="gnorm_vec must exist before"):
+        opt.step()
+    assert torch.equal(p, before)
+
 
 CAPTURED = [
     *[(name, bits, {}) for name in CLASSES for bits in (8, 32)],
