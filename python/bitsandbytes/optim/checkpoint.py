@@ -12,7 +12,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ def read_state_dict(
     state_rows: tuple[int, ...],
     quant_keys: Collection[str],
     move_to_device: bool,
+    own_buffer: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[defaultdict, list[dict[str, Any]]]:
     """Reads a checkpoint for the parameters of an optimizer.
 
@@ -69,6 +70,7 @@ def read_state_dict(
         state_rows: Rows of each state tensor.
         quant_keys: Entries that keep their dtype.
         move_to_device: Move each state to the device of its parameter.
+        own_buffer: Copies a state tensor of a parameter into memory of the optimizer's choice.
 
     Returns:
         States by parameter, and the new groups.
@@ -76,7 +78,10 @@ def read_state_dict(
     Raises:
         ValueError: The checkpoint does not fit; the message names what does not.
     """
-    state_dict = copy.deepcopy(state_dict)
+    own_buffer = own_buffer if move_to_device else None
+    # What is copied into such memory needs no copy before, which would not fit beside it.
+    memo = {} if own_buffer is None else _state_tensors(state_dict)
+    state_dict = copy.deepcopy(state_dict, memo)
     saved_groups = state_dict["param_groups"]
     if len(param_groups) != len(saved_groups):
         raise ValueError(
@@ -93,16 +98,29 @@ def read_state_dict(
     parameters = (p for group in param_groups for p in group["params"])
     parameter_of = dict(zip(saved_ids, parameters, strict=True))
 
-    read = _StateReader(state_rows, quant_keys, move_to_device)
+    read = _StateReader(state_rows, quant_keys, move_to_device, own_buffer)
     states: defaultdict = defaultdict(dict)
     for key, value in state_dict["state"].items():
         parameter = parameter_of.get(key)
         if parameter is None:
-            states[key] = value
+            states[key] = copy.deepcopy(value)
         else:
             states[parameter] = read(key, parameter, value)
     groups = [_merged(*pair) for pair in zip(param_groups, saved_groups, strict=True)]
     return states, groups
+
+
+def _state_tensors(state_dict: dict[str, Any]) -> dict[int, Tensor]:
+    """Returns `state1` and `state2` of every parameter by their id, as copy.deepcopy takes them."""
+    entries = (
+        holder[key]
+        for state in state_dict["state"].values()
+        for holder in (state, state.get(WRAPPER, {}))
+        if "state1" in holder
+        for key in ("state1", "state2")
+        if isinstance(holder.get(key), Tensor)
+    )
+    return {id(entry): entry for entry in entries}
 
 
 def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
@@ -118,11 +136,16 @@ class _StateReader:
     """Reads the states of single parameters: ``read(key, parameter, saved state)``."""
 
     def __init__(
-        self, state_rows: tuple[int, ...], quant_keys: Collection[str], move_to_device: bool
+        self,
+        state_rows: tuple[int, ...],
+        quant_keys: Collection[str],
+        move_to_device: bool,
+        own_buffer: Callable[[Tensor, Tensor], Tensor] | None,
     ):
         self._rows = state_rows
         self._quant_keys = quant_keys
         self._move = move_to_device
+        self._own_buffer = own_buffer
         self._maps: list[Tensor] = []
 
     def __call__(self, key: Any, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +154,9 @@ class _StateReader:
         where = f"load_state_dict: the state of parameter {key}"
         if "state1" in state:  # otherwise of another kind of optimizer; step() looks again
             self._check_and_convert(where, p, state)
+            if self._own_buffer is not None:
+                for i in range(1, len(self._rows) + 1):
+                    state[f"state{i}"] = self._own_buffer(p, state[f"state{i}"])
         return {name: self._placed(name, entry, p) for name, entry in state.items()}
 
     def _placed(self, name: str, entry: Any, p: Tensor) -> Any:

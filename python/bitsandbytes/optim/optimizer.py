@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import paged
 from .._checks import warn_user
 from ..plain.optimizer import BLOCK
 from ..quant.codes import default_code
@@ -16,6 +17,11 @@ from .overrides import GlobalOptimManager
 from .signature import derived_init
 
 __all__ = ["MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "warn_ignored"]
+
+PAGED_SIZE = 100_000  # elements from which on states of paged optimizers lie in paged memory
+# Bytes of states that are prefetched before one native call. Where all states do not fit the
+# device, those of the next call displace those of the last.
+PAGED_RUN = 2**30
 
 
 class MockArgs:
@@ -60,6 +66,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     _FSDP_WRAPPED_QUANT_STATE_KEY = WRAPPER
     state_bits: int | None = None  # None: as `optim_bits` says
     always_paged = False  # the Paged... classes: whatever `is_paged` says
+    _warned_of_plain_memory = False
     # Rows of each state tensor: two if it holds two numbers per element.
     state_rows: tuple[int, ...] = ()
 
@@ -82,11 +89,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.optim_bits = optim_bits
         self.mng = GlobalOptimManager.get_instance()
         self.name2qmap: dict[str, Tensor] = {}
-        if self.is_paged:
-            warn_user(
-                f"{type(self).__name__}: this build has no paged memory; states stay in the "
-                "memory of their parameter's device"
-            )
+
+    @property
+    def page_mng(self) -> paged.GlobalPageManager:
+        """The paged tensors of this process."""
+        return paged.GlobalPageManager.get_instance()
 
     # ---- State access ---------------------------------------------------------------------------
     #
@@ -186,7 +193,35 @@ class Optimizer8bit(torch.optim.Optimizer):
         Row-major whatever p's strides: blocks, and with them checkpoints, do not depend on those.
         """
         shape = p.shape if rows == 1 else (rows, *p.shape)
+        if self._pages_state_of(p):
+            return paged.get_paged(*shape, dtype=dtype, device=p.device)
         return torch.zeros(shape, dtype=dtype, device=p.device)
+
+    def _pages_state_of(self, p: Tensor) -> bool:
+        """Whether states of this parameter belong in paged memory; warns once if there is none."""
+        reason = paged.unavailable(p.device) if self.is_paged else None
+        if reason is not None and not self._warned_of_plain_memory:
+            self._warned_of_plain_memory = True
+            warn_user(
+                f"{type(self).__name__}: states on {p.device} lie in plain memory, there is no "
+                f"paged memory: {reason}"
+            )
+        return self.is_paged and reason is None and p.numel() >= PAGED_SIZE
+
+    def _own_buffer(self, p: Tensor, entry: Tensor) -> Tensor:
+        """Copies a state of a parameter into a buffer like those that this optimizer makes."""
+        rows = () if entry.dim() == p.dim() else (entry.shape[0],)
+        return self.get_state_buffer(p, entry.dtype, *rows).copy_(entry)
+
+    def _page_states(self) -> None:
+        """Moves states that came into ordinary memory by copying or unpickling."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            state = self._state.get(p, {})
+            for key in ("state1", "state2"):
+                entry = state.get(key)
+                if isinstance(entry, Tensor) and entry.device == p.device:
+                    if self._pages_state_of(p) and not paged.is_paged(entry):
+                        state[key] = self._own_buffer(p, entry)
 
     def to_gpu(self) -> None:
         """Moves states to the devices of their parameters."""
@@ -200,6 +235,10 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def prefetch_state(self, p: Tensor) -> None:
         """Brings the paged states of one parameter to its device."""
+        if self.is_paged:
+            state = self._state.get(p, {})
+            entries = [state[key] for key in ("state1", "state2") if key in state]
+            paged.prefetch_pages(paged.pages_of(entries), p.device)
 
     # ---- Step -----------------------------------------------------------------------------------
 
@@ -223,6 +262,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.initialized = True
         for bucket, grads in self._prepared_buckets():
             config = self._merge_config(bucket.group, bucket.override)
+            if self.is_paged:
+                bucket.prefetch()
             bucket.step(self.optimizer_name, config, grads)
         return loss
 
@@ -258,6 +299,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         members: dict[tuple, tuple[list, list]] = {}
         contexts: dict[tuple, tuple[dict, dict | None, tuple[int, int]]] = {}
         self._without_grad = []
+        paged_bytes = 0
         for gindex, group in enumerate(self.param_groups):
             for pindex, p in enumerate(group["params"]):
                 if p.grad is None:
@@ -269,7 +311,10 @@ class Optimizer8bit(torch.optim.Optimizer):
                     self.init_state(group, p, gindex, pindex)
                 self._check_state(state, gindex, pindex)
                 override = self.mng.config_of(gindex, pindex, p)
+                if self.is_paged:
+                    paged_bytes += sum(state[k].nbytes for k in ("state1", "state2") if k in state)
                 key = (
+                    paged_bytes // PAGED_RUN,
                     gindex,
                     _by_content(override),
                     p.dtype,
@@ -355,6 +400,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.state_rows,
             self.non_castable_tensor_keys,
             move_to_device,
+            self._own_buffer if self.is_paged else None,
         )
         self.__setstate__({"state": states, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -378,6 +424,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         own = {key: value for key, value in state.items() if key != "state"}
         self._state = state["state"]
         super().__setstate__(own)
+        if self.is_paged:
+            self._page_states()
 
 
 def _by_content(override: dict[str, Any] | None) -> Any:
