@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import paged
+from . import sharding
 
 __all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "learning_rate"]
 
@@ -84,6 +85,8 @@ class Bucket:
         self.qmap1 = first.get("qmap1")
         self.qmap2 = first.get("qmap2")
         self.steps = first["step"]
+        self.part = sharding.part_of(params[0])
+        self.sharded = any(map(sharding.is_dtensor, params))
         self.device = params[0].device
         self.step_tensor = torch.full((), self.steps, dtype=torch.int64, device=self.device)
         self.captured = False
@@ -93,7 +96,7 @@ class Bucket:
         self._pages: list[int] | None = None
 
     def _entries(self, key: str) -> list[Tensor]:
-        return [state[key] for state in self.states] if key in self.states[0] else []
+        return [sharding.local(s[key]) for s in self.states] if key in self.states[0] else []
 
     # ---- What lies beside the states ------------------------------------------------------------
 
@@ -146,14 +149,18 @@ class Bucket:
             grads: The gradients.
         """
         ops = torch.ops.bitsandbytes
-        gnorm_scales = None
+        params, gnorm_scales = self.params, None
+        if self.sharded:
+            params, grads = sharding.local_lists(params, grads)
         if config["percentile_clipping"] < 100:
             percentile = int(config["percentile_clipping"])
+            # The norm of a norm is that norm.
+            whole = grads if self.part is None else sharding.gradient_norms(self.params, grads)
             norms = ops.percentile_clipping_step(
-                grads, self.histories(), self.step_tensor, percentile
+                whole, self.histories(), self.step_tensor, percentile
             )
             gnorm_scales = norms[2]
-        lists = (rule, self.params, grads, self.state1, self.state2)
+        lists = (rule, params, grads, self.state1, self.state2)
         options = self._options(config, gnorm_scales)
         if not self.eight_bit:
             ops.optimizer_step_32bit(*lists, *options)
@@ -194,6 +201,8 @@ class Bucket:
         seed = config["rounding_seed"]
         if seed is not None and self.params[0].dtype is torch.bfloat16:
             seed = _derived_seed(seed, *self.place)
+            for coordinate in self.part or ():  # replicas round alike, parts do not
+                seed = _derived_seed(seed, 0, coordinate)
         else:
             seed = None
         return (

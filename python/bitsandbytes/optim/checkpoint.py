@@ -11,6 +11,7 @@
 """
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any
@@ -21,9 +22,10 @@ from torch import Tensor
 from ..plain.optimizer import BLOCK
 from ..plain.quantize import LEVELS, dequantize_blocks
 from ..quant.codes import default_code
+from . import sharding
 from .buckets import NORM_HISTORY
 
-__all__ = ["QUANT_STATE_KEYS", "WRAPPER", "nested", "read_state_dict"]
+__all__ = ["QUANT_STATE_KEYS", "WRAPPER", "StateReader", "nested", "read_state_dict"]
 
 LEGACY_BLOCK = 2048
 WRAPPER = "__bnb_optimizer_quant_state__"
@@ -57,20 +59,16 @@ def nested(state: dict[str, Any], inner_keys: Collection[str]) -> dict[str, Any]
 def read_state_dict(
     state_dict: dict[str, Any],
     param_groups: list[dict[str, Any]],
-    state_rows: tuple[int, ...],
-    quant_keys: Collection[str],
-    move_to_device: bool,
-    own_buffer: Callable[[Tensor, Tensor], Tensor] | None = None,
+    read: "StateReader",
+    config: Callable[[int, int, dict[str, Any]], dict[str, Any]],
 ) -> tuple[defaultdict, list[dict[str, Any]]]:
     """Reads a checkpoint for the parameters of an optimizer.
 
     Args:
         state_dict: The checkpoint; not changed.
         param_groups: The groups of the optimizer.
-        state_rows: Rows of each state tensor.
-        quant_keys: Entries that keep their dtype.
-        move_to_device: Move each state to the device of its parameter.
-        own_buffer: Copies a state tensor of a parameter into memory of the optimizer's choice.
+        read: Reads the state of one parameter.
+        config: Settings of a parameter, by its group's index, its own, and the group.
 
     Returns:
         States by parameter, and the new groups.
@@ -78,9 +76,8 @@ def read_state_dict(
     Raises:
         ValueError: The checkpoint does not fit; the message names what does not.
     """
-    own_buffer = own_buffer if move_to_device else None
-    # What is copied into such memory needs no copy before, which would not fit beside it.
-    memo = {} if own_buffer is None else _state_tensors(state_dict)
+    # What is copied into other memory needs no copy before, which might not fit beside it.
+    memo = {} if read.own_buffer is None else _state_tensors(state_dict)
     state_dict = copy.deepcopy(state_dict, memo)
     saved_groups = state_dict["param_groups"]
     if len(param_groups) != len(saved_groups):
@@ -95,17 +92,20 @@ def read_state_dict(
                 f"{len(group['params'])} parameters, got {len(saved['params'])}"
             )
     saved_ids = (i for group in saved_groups for i in group["params"])
-    parameters = (p for group in param_groups for p in group["params"])
+    parameters = (
+        (p, functools.partial(config, gindex, pindex, group))
+        for gindex, group in enumerate(param_groups)
+        for pindex, p in enumerate(group["params"])
+    )
     parameter_of = dict(zip(saved_ids, parameters, strict=True))
 
-    read = _StateReader(state_rows, quant_keys, move_to_device, own_buffer)
     states: defaultdict = defaultdict(dict)
     for key, value in state_dict["state"].items():
-        parameter = parameter_of.get(key)
-        if parameter is None:
+        if key not in parameter_of:
             states[key] = copy.deepcopy(value)
         else:
-            states[parameter] = read(key, parameter, value)
+            parameter, settings = parameter_of[key]
+            states[parameter] = read(key, parameter, value, settings)
     groups = [_merged(*pair) for pair in zip(param_groups, saved_groups, strict=True)]
     return states, groups
 
@@ -132,32 +132,52 @@ def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class _StateReader:
-    """Reads the states of single parameters: ``read(key, parameter, saved state)``."""
+class StateReader:
+    """Reads the states of single parameters: ``read(key, parameter, saved state, config)``.
+
+    Args:
+        state_rows: Rows of each state tensor.
+        quant_keys: Entries that keep their dtype.
+        move_to_device: Move each state to the device of its parameter.
+        own_buffer: Copies a state tensor of a (local) parameter into memory of the optimizer's
+            choice; None: where it is, or on the parameter's device.
+    """
 
     def __init__(
         self,
         state_rows: tuple[int, ...],
         quant_keys: Collection[str],
         move_to_device: bool,
-        own_buffer: Callable[[Tensor, Tensor], Tensor] | None,
+        own_buffer: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         self._rows = state_rows
         self._quant_keys = quant_keys
         self._move = move_to_device
-        self._own_buffer = own_buffer
+        self.own_buffer = own_buffer if move_to_device else None
         self._maps: list[Tensor] = []
 
-    def __call__(self, key: Any, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+    @torch.no_grad()
+    def __call__(
+        self,
+        key: Any,
+        p: Tensor,
+        saved: dict[str, Any],
+        config: Callable[[], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Returns the state of parameter `p`, which the checkpoint calls `key`."""
         state = dict(saved)
         state.update(state.pop(WRAPPER, {}))
         where = f"load_state_dict: the state of parameter {key}"
         if "state1" in state:  # otherwise of another kind of optimizer; step() looks again
-            self._check_and_convert(where, p, state)
-            if self._own_buffer is not None:
+            check = self._check_and_convert
+            state = sharding.detached(where, p, state, self._rows, check, config)
+            part = sharding.local(p)
+            check(where, part, state)
+            if self.own_buffer is not None:
                 for i in range(1, len(self._rows) + 1):
-                    state[f"state{i}"] = self._own_buffer(p, state[f"state{i}"])
-        return {name: self._placed(name, entry, p) for name, entry in state.items()}
+                    state[f"state{i}"] = self.own_buffer(part, state[f"state{i}"])
+        placed = {name: self._placed(name, entry, p) for name, entry in state.items()}
+        return sharding.attached(p, placed, self._rows)
 
     def _placed(self, name: str, entry: Any, p: Tensor) -> Any:
         if not isinstance(entry, Tensor):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The engine behind every optimizer: states, settings, steps, checkpoints."""
 
+import functools
 from collections import abc, defaultdict
 from typing import Any
 
@@ -11,8 +12,9 @@ from .. import paged
 from .._checks import warn_user
 from ..plain.optimizer import BLOCK
 from ..quant.codes import default_code
+from . import sharding
 from .buckets import Bucket, all_are
-from .checkpoint import QUANT_STATE_KEYS, WRAPPER, nested, read_state_dict
+from .checkpoint import QUANT_STATE_KEYS, WRAPPER, StateReader, nested, read_state_dict
 from .overrides import GlobalOptimManager
 from .signature import derived_init
 
@@ -216,12 +218,13 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _page_states(self) -> None:
         """Moves states that came into ordinary memory by copying or unpickling."""
         for p in (p for group in self.param_groups for p in group["params"]):
-            state = self._state.get(p, {})
+            part, state = sharding.local(p), self._state.get(p, {})
             for key in ("state1", "state2"):
-                entry = state.get(key)
-                if isinstance(entry, Tensor) and entry.device == p.device:
-                    if self._pages_state_of(p) and not paged.is_paged(entry):
-                        state[key] = self._own_buffer(p, entry)
+                entry = sharding.local(state.get(key))
+                if isinstance(entry, Tensor) and entry.device == part.device:
+                    if self._pages_state_of(part) and not paged.is_paged(entry):
+                        new = {key: self._own_buffer(part, entry)}
+                        state.update(sharding.attached(p, new, self.state_rows))
 
     def to_gpu(self) -> None:
         """Moves states to the devices of their parameters."""
@@ -237,7 +240,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Brings the paged states of one parameter to its device."""
         if self.is_paged:
             state = self._state.get(p, {})
-            entries = [state[key] for key in ("state1", "state2") if key in state]
+            entries = [sharding.local(state[k]) for k in ("state1", "state2") if k in state]
             paged.prefetch_pages(paged.pages_of(entries), p.device)
 
     # ---- Step -----------------------------------------------------------------------------------
@@ -260,8 +263,13 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
-        for bucket, grads in self._prepared_buckets():
-            config = self._merge_config(bucket.group, bucket.override)
+        ready = [
+            (bucket, self._merge_config(bucket.group, bucket.override), grads)
+            for bucket, grads in self._prepared_buckets()
+        ]
+        for bucket, config, _ in ready:
+            sharding.refuse_bounds(bucket.part, config)
+        for bucket, config, grads in ready:
             if self.is_paged:
                 bucket.prefetch()
             bucket.step(self.optimizer_name, config, grads)
@@ -309,10 +317,16 @@ class Optimizer8bit(torch.optim.Optimizer):
                 state = self._state[p]
                 if len(state) == 0:
                     self.init_state(group, p, gindex, pindex)
+                elif WRAPPER in state:
+                    # As checkpoints hold it: ZeroRedundancyOptimizer puts it here itself.
+                    config = functools.partial(self.get_config, gindex, pindex, group)
+                    state = self._state_reader()(pindex, p, state, config)
+                    self._state[p] = state
                 self._check_state(state, gindex, pindex)
                 override = self.mng.config_of(gindex, pindex, p)
                 if self.is_paged:
-                    paged_bytes += sum(state[k].nbytes for k in ("state1", "state2") if k in state)
+                    held = (sharding.local(state[k]) for k in ("state1", "state2") if k in state)
+                    paged_bytes += sum(entry.nbytes for entry in held)
                 key = (
                     paged_bytes // PAGED_RUN,
                     gindex,
@@ -324,6 +338,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                     id(state.get("qmap1")),
                     id(state.get("qmap2")),
                     state["step"],
+                    sharding.part_of(p),
                 )
                 params, states = members.setdefault(key, ([], []))
                 params.append(p)
@@ -361,7 +376,9 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._check_state(state, gindex, pindex)
         override = self.mng.config_of(gindex, pindex, p)
         bucket = Bucket(group, override, (gindex, pindex), [p], [state])
-        bucket.step(self.optimizer_name, self._merge_config(group, override), [p.grad])
+        config = self._merge_config(group, override)
+        sharding.refuse_bounds(bucket.part, config)
+        bucket.step(self.optimizer_name, config, [p.grad])
         bucket.write_steps()
 
     # ---- Checkpoints ----------------------------------------------------------------------------
@@ -370,13 +387,21 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Returns the state of the optimizer, in the format of bitsandbytes 0.49.2 and newer.
 
         The tensors of the states stand in a dictionary of their own per parameter, under
-        ``__bnb_optimizer_quant_state__``.
+        ``__bnb_optimizer_quant_state__``; with distributed parameters they stand beside ``step``,
+        in the layout that :mod:`bitsandbytes.optim.sharding` describes.
         """
         state_dict = super().state_dict()
-        state_dict["state"] = {
-            key: nested(value, self.non_castable_tensor_keys)
-            for key, value in state_dict["state"].items()
-        }
+        states = state_dict["state"]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if sharding.is_distributed(parameters):
+            written = {
+                i: sharding.portable(p, states[i], self.state_rows)
+                for i, p in enumerate(parameters)
+                if i in states
+            }
+        else:
+            written = {k: nested(v, self.non_castable_tensor_keys) for k, v in states.items()}
+        state_dict["state"] = {**states, **written}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -394,17 +419,16 @@ class Optimizer8bit(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        states, groups = read_state_dict(
-            state_dict,
-            self.param_groups,
-            self.state_rows,
-            self.non_castable_tensor_keys,
-            move_to_device,
-            self._own_buffer if self.is_paged else None,
-        )
+        read = self._state_reader(move_to_device)
+        states, groups = read_state_dict(state_dict, self.param_groups, read, self.get_config)
         self.__setstate__({"state": states, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def _state_reader(self, move_to_device: bool = True) -> StateReader:
+        own_buffer = self._own_buffer if self.is_paged else None
+        keys = self.non_castable_tensor_keys
+        return StateReader(self.state_rows, keys, move_to_device, own_buffer)
 
     # ---- Copies ---------------------------------------------------------------------------------
 
@@ -523,14 +547,16 @@ class _StateOptimizer(Optimizer8bit):
         dtype = torch.uint8 if eight_bit else torch.float32
         state = self._state[p]
         state["step"] = 0
+        part = sharding.local(p)
         maps = list(zip((1, 2), self.state_rows, ("dynamic", "udynamic"), strict=False))
         for i, rows, qmap in maps:
-            state[f"state{i}"] = self.get_state_buffer(p, dtype, *([rows] if rows > 1 else []))
+            state[f"state{i}"] = self.get_state_buffer(part, dtype, *([rows] if rows > 1 else []))
             if eight_bit:
                 self.name2qmap[qmap] = state[f"qmap{i}"] = default_code(qmap, p.device)
+        state.update(sharding.attached(p, state, self.state_rows))
         if not eight_bit:
             return
-        blocks = -(-p.numel() // BLOCK)
+        blocks = -(-part.numel() // BLOCK)
         for i, rows, _ in maps:
             scales = {f"absmax{i}": (blocks,) if rows == 1 else (rows, blocks)}
             if not config["block_wise"]:

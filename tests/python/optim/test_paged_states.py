@@ -290,6 +290,45 @@ def test_move_to_device_false_leaves_states_where_they_are(stub):
     assert all(state.is_meta for state in states_of(new, params[0]))
 
 
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_local_parts_of_distributed_states_are_paged(stub, mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    start = torch.randn(400, 256)
+    p = nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
+    optimizer = bnb.optim.PagedAdEMAMix8bit([p])
+    plain = nn.Parameter(start.clone())
+    other = bnb.optim.AdEMAMix8bit([plain])
+
+    def parts(optimizer):
+        return [state.to_local() for state in states_of(optimizer, p)]
+
+    for step in range(4):
+        if step == 2:
+            checkpoint = optimizer.state_dict()
+            optimizer = bnb.optim.PagedAdEMAMix8bit([p])
+            optimizer.load_state_dict(checkpoint)
+        if step == 3:
+            optimizer.__setstate__(copy.deepcopy(optimizer.__getstate__()))
+            p = optimizer.param_groups[0]["params"][0]
+        plain.grad = torch.randn(400, 256)
+        p.grad = distribute_tensor(plain.grad, mesh, [Shard(0)])
+        other.step()
+        stub.prefetched.clear()
+        optimizer.step()
+        assert all(map(stub.is_paged, parts(optimizer)))
+        assert stub.prefetched == [[part.data_ptr() for part in parts(optimizer)]]
+    assert torch.equal(p.to_local(), plain)
+
+
 # ---- On a device --------------------------------------------------------------------------------
 
 
