@@ -7,22 +7,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from closeness import DTYPES, ROUNDING, U, assert_close, assert_codes, gradient, numpy
 from torch import nn
 
 import bitsandbytes as bnb
 from bitsandbytes.plain import optimizer as plain
-from reference import codes
 from reference import optim as reference
 
 ops = torch.ops.bitsandbytes
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-U = 2.0**-24  # half a unit in the last place of float32, relative
-# Rounding to the dtype of the parameter: relative to its size, and of its smallest numbers.
-ROUNDING = {
-    torch.float32: (U, 2.0**-149),
-    torch.float16: (2.0**-11, 2.0**-25),
-    torch.bfloat16: (2.0**-8, 2.0**-133),
-}
 INF, NAN = float("inf"), float("nan")
 SIGNED, UNSIGNED = reference.SIGNED, reference.UNSIGNED
 
@@ -33,20 +25,8 @@ def step_ops(request):
     return plain if request.param == "plain" else ops
 
 
-def numpy(tensor):
-    """Array of a tensor; float16 and bfloat16 as the float32 numbers they are."""
-    tensor = tensor.detach().cpu()
-    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-
-
 def parameter(*shape, dtype=torch.float32, device="cpu"):
     return nn.Parameter(torch.randn(shape).to(dtype).to(device))
-
-
-def gradient(p):
-    """A gradient over many magnitudes, of p's shape, dtype, device and strides."""
-    g = torch.randn(p.shape) * torch.randn(p.shape).mul(2).exp2()
-    return torch.empty_like(p).copy_(g.to(p.dtype))
 
 
 def optimizer(bits, params, **kwargs):
@@ -88,38 +68,6 @@ def assert_parameter(p, want, v, m_terms, h, step, dtype):
     relative, absolute = ROUNDING[dtype]
     bound = 16 * U * moved + (3 * U + relative) * np.abs(want) + absolute
     np.testing.assert_array_less(np.abs(numpy(p).astype(np.float64) - want), bound * (1 + 1e-6))
-
-
-def assert_close(actual, want, bound):
-    assert actual.dtype == torch.float32
-    error = np.abs(numpy(actual).astype(np.float64) - want)
-    assert (error <= bound + 2.0**-149).all(), (error - bound).max()
-
-
-def assert_codes(actual, absmax, levels, want, tolerance, keep_sign):
-    """Codes of float64 values that float32 knows up to `tolerance`.
-
-    Where a value may lie on either side of a threshold, either code is right.
-    """
-    n = want.size
-    blocks = -(-n // 256)
-    pad = blocks * 256 - n
-    want, tolerance = (np.pad(x, (0, pad)).reshape(blocks, 256) for x in (want, tolerance))
-    most = np.abs(want).max(1)
-    slack = tolerance.max(1)
-    assert_close(absmax, most, slack + U * most)
-    for b in np.flatnonzero(most > 0):
-        s = want[b] / most[b]
-        # s moves with the value, with the absmax, and by its own two roundings.
-        near = (tolerance[b] + np.abs(s) * slack[b]) / most[b] + 4 * U * np.abs(s)
-        low = codes.encode(levels, s - near, keep_sign)
-        high = codes.encode(levels, s + near, keep_sign)
-        got = numpy(actual).reshape(-1)[b * 256 : (b + 1) * 256]
-        assert (low[: got.size] <= got).all() and (got <= high[: got.size]).all()
-        # The tolerance is nothing beside the distance of two levels.
-        assert (high.astype(int) - low <= 1).all()
-    for b in np.flatnonzero(most == 0):
-        assert not numpy(actual).reshape(-1)[b * 256 : (b + 1) * 256].any()
 
 
 def assert_step32(state1, state2, p, before, g, h, step, dtype):

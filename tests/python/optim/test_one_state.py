@@ -4,6 +4,8 @@
 import numpy as np
 import pytest
 import torch
+from closeness import DTYPES, ROUNDING, U
+from closeness import numpy as numbers
 from torch import nn
 
 import bitsandbytes as bnb
@@ -12,9 +14,6 @@ from reference import codes
 from reference import optim as reference
 
 ops = torch.ops.bitsandbytes
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-U = 2.0**-24
-ROUNDING = {torch.float32: U, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 # Rule, class prefix, constructor arguments of the recordings.
 RULES = {
     "lion": ("Lion", {}),
@@ -35,10 +34,6 @@ def step_ops(request):
     return plain if request.param == "plain" else ops
 
 
-def numbers(tensor):
-    return tensor.detach().cpu().float().numpy()
-
-
 def gradient(n, dtype, device):
     return (torch.randn(n) * torch.randn(n).mul(2).exp2() * 1e-2).to(dtype).to(device)
 
@@ -57,10 +52,9 @@ def assert_parameter(actual, want, old, gradients, dtype):
 
     `gradients`: relative size of the terms of a decayed gradient, which may cancel.
     """
+    relative, absolute = ROUNDING[dtype]
     moved = np.abs(want - old) * gradients
-    bound = 16 * U * moved + (3 * U + ROUNDING[dtype]) * np.abs(want) + 2.0**-24 * 1e-2
-    if dtype == torch.float16:
-        bound = bound + 2.0**-25
+    bound = 16 * U * moved + (3 * U + relative) * np.abs(want) + 2.0**-24 * 1e-2 + absolute
     assert (np.abs(numbers(actual) - want) <= bound).all()
 
 
