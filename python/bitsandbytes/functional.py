@@ -8,6 +8,15 @@ from .optim.functional import (
     optimizer_update_32bit,
     percentile_clipping,
 )
+from .paged import (
+    GlobalPageManager,
+    _mul,
+    arange,
+    elementwise_func,
+    fill,
+    get_paged,
+    prefetch_tensor,
+)
 from .quant.blockwise import dequantize_blockwise, quantize_blockwise
 from .quant.codes import create_dynamic_map, create_linear_map, name2qmap
 from .quant.int8 import (
@@ -20,10 +29,16 @@ from .quant.state import QuantState
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
+    "GlobalPageManager",
     "QuantState",
+    "_mul",
+    "arange",
     "create_dynamic_map",
     "create_linear_map",
     "dequantize_blockwise",
+    "elementwise_func",
+    "fill",
+    "get_paged",
     "int8_linear_matmul",
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
@@ -35,6 +50,7 @@ __all__ = [
     "optimizer_update_32bit",
     "pack_dict_to_tensor",
     "percentile_clipping",
+    "prefetch_tensor",
     "quantize_blockwise",
     "unpack_tensor_to_dict",
 ]

@@ -123,7 +123,7 @@ def test_reference_imports_numpy_only(path):
 LAYERS = {
     "plain": {"_checks", "_ops"},
     "quant": {"_checks", "_ops", "utils"},
-    "optim": {"_checks", "_ops", "plain", "quant"},
+    "optim": {"_checks", "_ops", "paged", "plain", "quant"},
     "autograd": {"_checks", "_ops", "functional", "quant", "utils"},
     "nn": {"_checks", "_ops", "autograd", "functional", "optim", "quant", "utils"},
 }

@@ -43,6 +43,7 @@ def test_report_without_accelerator(tmp_path):
     assert any(line.startswith("cpu: native code") for line in lines)
     passed = [line for line in lines if " ok (" in line]
     assert [line.strip().split("  ")[0] for line in passed] == list(checks.CHECKS)
+    assert sum(line.startswith("  paged optimizers") for line in lines) == 1
     assert "FAILED" not in result.stdout
     assert lines[-1] == "SUCCESS!"
 
@@ -197,7 +198,7 @@ def test_outliers_of_the_check_need_the_threshold():
 def test_sanity_check_on_this_device(device, capsys):
     assert main.sanity_check([torch.device(device)]) == []
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(checks.CHECKS)
+    assert len(lines) == 2 + len(checks.CHECKS)
     assert lines[0].startswith(f"{device}: ")
 
 

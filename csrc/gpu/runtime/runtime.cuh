@@ -20,6 +20,18 @@
 #define cudaFuncAttributeMaxDynamicSharedMemorySize hipFuncAttributeMaxDynamicSharedMemorySize
 #define cudaFuncGetAttributes hipFuncGetAttributes
 #define cudaFuncSetAttribute hipFuncSetAttribute
+#define cudaDevAttrManagedMemory hipDeviceAttributeManagedMemory
+#define cudaDevAttrConcurrentManagedAccess hipDeviceAttributeConcurrentManagedAccess
+#define cudaSetDevice hipSetDevice
+#define cudaErrorMemoryAllocation hipErrorOutOfMemory
+#define cudaFree hipFree
+#define cudaMallocManaged hipMallocManaged
+#define cudaStreamCaptureMode hipStreamCaptureMode
+#define cudaStreamCaptureModeRelaxed hipStreamCaptureModeRelaxed
+#define cudaStreamCaptureStatus hipStreamCaptureStatus
+#define cudaStreamCaptureStatusNone hipStreamCaptureStatusNone
+#define cudaStreamIsCapturing hipStreamIsCapturing
+#define cudaThreadExchangeStreamCaptureMode hipThreadExchangeStreamCaptureMode
 
 // Kernel parameters that are read in place; AMD passes them through memory anyway.
 #define BNB_GRID_CONSTANT
@@ -27,6 +39,22 @@
 #define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
 // AMD bounds the size of all kernel arguments together.
 #define BNB_KERNEL_ARGUMENT_BYTES 3840
+
+namespace bnb::gpu {
+
+// What DLPack calls this vendor's devices.
+inline constexpr int kDlpackDeviceType = 10;
+
+inline cudaError_t prefetch_to_device(const void* start, size_t bytes, int device,
+                                      cudaStream_t stream) {
+  return hipMemPrefetchAsync(start, bytes, device, stream);
+}
+
+inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_t stream) {
+  return hipMemPrefetchAsync(start, bytes, hipCpuDeviceId, stream);
+}
+
+}  // namespace bnb::gpu
 
 #else
 
@@ -38,6 +66,36 @@
 #define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 // What CUDA 12.1 and later take from compute capability 7.0 on.
 #define BNB_KERNEL_ARGUMENT_BYTES 32764
+
+namespace bnb::gpu {
+
+inline constexpr int kDlpackDeviceType = 2;
+
+#if CUDART_VERSION >= 13000
+
+inline cudaError_t prefetch_to_device(const void* start, size_t bytes, int device,
+                                      cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, {cudaMemLocationTypeDevice, device}, 0, stream);
+}
+
+inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, {cudaMemLocationTypeHost, 0}, 0, stream);
+}
+
+#else
+
+inline cudaError_t prefetch_to_device(const void* start, size_t bytes, int device,
+                                      cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, device, stream);
+}
+
+inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, cudaCpuDeviceId, stream);
+}
+
+#endif
+
+}  // namespace bnb::gpu
 
 #endif
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import paged
 from . import sharding
 
 __all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "holds_none", "learning_rate"]
@@ -97,6 +98,7 @@ class Bucket:
         self._pending = False
         self._vectors: dict[str, Tensor] = {}
         self._histories: list[Tensor] = []
+        self._pages: list[int] | None = None
 
     def _entries(self, key: str) -> list[Tensor]:
         return [sharding.local(s[key]) for s in self.states] if key in self.states[0] else []
@@ -176,6 +178,14 @@ class Bucket:
         self.steps += 1
         self._pending = True
         self.captured = self.captured or _is_capturing(self.device)
+
+    def prefetch(self) -> None:
+        """Brings paged states to the device, in the order of its current stream."""
+        if torch.compiler.is_compiling():  # a compiled step meets pages where they are
+            return
+        if self._pages is None:
+            self._pages = paged.pages_of([*self.state1, *self.state2])
+        paged.prefetch_pages(self._pages, self.device)
 
     def _step_tensor_wise(self, lists: tuple, options: tuple) -> None:
         keys = ("1", "2") if self.state2 else ("1",)

@@ -77,7 +77,9 @@ def read_state_dict(
     Raises:
         ValueError: The checkpoint does not fit; the message names what does not.
     """
-    state_dict = copy.deepcopy(state_dict)
+    # What is copied into other memory needs no copy before, which might not fit beside it.
+    memo = {} if read.own_buffer is None else _state_tensors(state_dict)
+    state_dict = copy.deepcopy(state_dict, memo)
     saved_groups = state_dict["param_groups"]
     if len(param_groups) != len(saved_groups):
         raise ValueError(
@@ -101,12 +103,25 @@ def read_state_dict(
     states: defaultdict = defaultdict(dict)
     for key, value in state_dict["state"].items():
         if key not in parameter_of:
-            states[key] = value
+            states[key] = copy.deepcopy(value)
         else:
             parameter, settings = parameter_of[key]
             states[parameter] = read(key, parameter, value, settings)
     groups = [_merged(*pair) for pair in zip(param_groups, saved_groups, strict=True)]
     return states, groups
+
+
+def _state_tensors(state_dict: dict[str, Any]) -> dict[int, Tensor]:
+    """Returns `state1` and `state2` of every parameter by their id, as copy.deepcopy takes them."""
+    entries = (
+        holder[key]
+        for state in state_dict["state"].values()
+        for holder in (state, state.get(WRAPPER, {}))
+        if "state1" in holder
+        for key in ("state1", "state2")
+        if isinstance(holder.get(key), Tensor)
+    )
+    return {id(entry): entry for entry in entries}
 
 
 def _merged(group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
@@ -125,14 +140,21 @@ class StateReader:
         state_rows: Rows of each state tensor.
         quant_keys: Entries that keep their dtype.
         move_to_device: Move each state to the device of its parameter.
+        own_buffer: Copies a state tensor of a (local) parameter into memory of the optimizer's
+            choice; None: where it is, or on the parameter's device.
     """
 
     def __init__(
-        self, state_rows: tuple[int, ...], quant_keys: Collection[str], move_to_device: bool
+        self,
+        state_rows: tuple[int, ...],
+        quant_keys: Collection[str],
+        move_to_device: bool,
+        own_buffer: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         self._rows = state_rows
         self._quant_keys = quant_keys
         self._move = move_to_device
+        self.own_buffer = own_buffer if move_to_device else None
         self._maps: list[Tensor] = []
 
     @torch.no_grad()
@@ -150,7 +172,11 @@ class StateReader:
         if "state1" in state:  # otherwise of another kind of optimizer; step() looks again
             check = self._check_and_convert
             state = sharding.detached(where, p, state, self._rows, check, config)
-            check(where, sharding.local(p), state)
+            part = sharding.local(p)
+            check(where, part, state)
+            if self.own_buffer is not None:
+                for i in range(1, len(self._rows) + 1):
+                    state[f"state{i}"] = self.own_buffer(part, state[f"state{i}"])
         placed = {name: self._placed(name, entry, p) for name, entry in state.items()}
         return sharding.attached(p, placed, self._rows)
 

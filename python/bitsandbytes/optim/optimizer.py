@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import paged
 from .._checks import warn_user
 from ..plain.optimizer import BLOCK
 from ..quant.codes import default_code
@@ -18,6 +19,11 @@ from .overrides import GlobalOptimManager
 from .signature import derived_init
 
 __all__ = ["MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "warn_ignored"]
+
+PAGED_SIZE = 100_000  # elements from which on states of paged optimizers lie in paged memory
+# Bytes of states that are prefetched before one native call. Where all states do not fit the
+# device, those of the next call displace those of the last.
+PAGED_RUN = 2**30
 
 
 class MockArgs:
@@ -62,6 +68,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     _FSDP_WRAPPED_QUANT_STATE_KEY = WRAPPER
     state_bits: int | None = None  # None: as `optim_bits` says
     always_paged = False  # the Paged... classes: whatever `is_paged` says
+    _warned_of_plain_memory = False
     # Rows of each state tensor: two if it holds two numbers per element.
     state_rows: tuple[int, ...] = ()
 
@@ -84,11 +91,11 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.optim_bits = optim_bits
         self.mng = GlobalOptimManager.get_instance()
         self.name2qmap: dict[str, Tensor] = {}
-        if self.is_paged:
-            warn_user(
-                f"{type(self).__name__}: this build has no paged memory; states stay in the "
-                "memory of their parameter's device"
-            )
+
+    @property
+    def page_mng(self) -> paged.GlobalPageManager:
+        """The paged tensors of this process."""
+        return paged.GlobalPageManager.get_instance()
 
     # ---- State access ---------------------------------------------------------------------------
     #
@@ -188,7 +195,36 @@ class Optimizer8bit(torch.optim.Optimizer):
         Row-major whatever p's strides: blocks, and with them checkpoints, do not depend on those.
         """
         shape = p.shape if rows == 1 else (rows, *p.shape)
+        if self._pages_state_of(p):
+            return paged.get_paged(*shape, dtype=dtype, device=p.device)
         return torch.zeros(shape, dtype=dtype, device=p.device)
+
+    def _pages_state_of(self, p: Tensor) -> bool:
+        """Whether states of this parameter belong in paged memory; warns once if there is none."""
+        reason = paged.unavailable(p.device) if self.is_paged else None
+        if reason is not None and not self._warned_of_plain_memory:
+            self._warned_of_plain_memory = True
+            warn_user(
+                f"{type(self).__name__}: states on {p.device} lie in plain memory, there is no "
+                f"paged memory: {reason}"
+            )
+        return self.is_paged and reason is None and p.numel() >= PAGED_SIZE
+
+    def _own_buffer(self, p: Tensor, entry: Tensor) -> Tensor:
+        """Copies a state of a parameter into a buffer like those that this optimizer makes."""
+        rows = () if entry.dim() == p.dim() else (entry.shape[0],)
+        return self.get_state_buffer(p, entry.dtype, *rows).copy_(entry)
+
+    def _page_states(self) -> None:
+        """Moves states that came into ordinary memory by copying or unpickling."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            part, state = sharding.local(p), self._state.get(p, {})
+            for key in ("state1", "state2"):
+                entry = sharding.local(state.get(key))
+                if isinstance(entry, Tensor) and entry.device == part.device:
+                    if self._pages_state_of(part) and not paged.is_paged(entry):
+                        new = {key: self._own_buffer(part, entry)}
+                        state.update(sharding.attached(p, new, self.state_rows))
 
     def to_gpu(self) -> None:
         """Moves states to the devices of their parameters."""
@@ -202,6 +238,10 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def prefetch_state(self, p: Tensor) -> None:
         """Brings the paged states of one parameter to its device."""
+        if self.is_paged:
+            state = self._state.get(p, {})
+            entries = [sharding.local(state[k]) for k in ("state1", "state2") if k in state]
+            paged.prefetch_pages(paged.pages_of(entries), p.device)
 
     # ---- Step -----------------------------------------------------------------------------------
 
@@ -230,6 +270,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         for bucket, config, _ in ready:
             sharding.refuse_bounds(bucket.part, config)
         for bucket, config, grads in ready:
+            if self.is_paged:
+                bucket.prefetch()
             bucket.step(self.optimizer_name, config, grads)
         return loss
 
@@ -265,6 +307,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         members: dict[tuple, tuple[list, list]] = {}
         contexts: dict[tuple, tuple[dict, dict | None, tuple[int, int]]] = {}
         self._without_grad = []
+        paged_bytes = 0
         for gindex, group in enumerate(self.param_groups):
             for pindex, p in enumerate(group["params"]):
                 if p.grad is None:
@@ -281,7 +324,11 @@ class Optimizer8bit(torch.optim.Optimizer):
                     self._state[p] = state
                 self._check_state(state, gindex, pindex)
                 override = self.mng.config_of(gindex, pindex, p)
+                if self.is_paged:
+                    held = (sharding.local(state[k]) for k in ("state1", "state2") if k in state)
+                    paged_bytes += sum(entry.nbytes for entry in held)
                 key = (
+                    paged_bytes // PAGED_RUN,
                     gindex,
                     _by_content(override),
                     p.dtype,
@@ -379,7 +426,9 @@ class Optimizer8bit(torch.optim.Optimizer):
             hook(self)
 
     def _state_reader(self, move_to_device: bool = True) -> StateReader:
-        return StateReader(self.state_rows, self.non_castable_tensor_keys, move_to_device)
+        own_buffer = self._own_buffer if self.is_paged else None
+        keys = self.non_castable_tensor_keys
+        return StateReader(self.state_rows, keys, move_to_device, own_buffer)
 
     # ---- Copies ---------------------------------------------------------------------------------
 
@@ -399,6 +448,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         own = {key: value for key, value in state.items() if key != "state"}
         self._state = state["state"]
         super().__setstate__(own)
+        if self.is_paged:
+            self._page_states()
 
 
 def _by_content(override: dict[str, Any] | None) -> Any:

@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+import types
 
 import pytest
 import torch
@@ -261,8 +262,8 @@ def test_tensors_lie_on_one_device():
     assert F.is_on_gpu([here, None, here]) is True
     with pytest.raises(RuntimeError, match=r"one device, got \['cpu', 'meta'\]"):
         F.is_on_gpu([here, there])
-    there.is_paged = True
-    assert F.is_on_gpu([here, there]) is True
+    paged = types.SimpleNamespace(is_paged=True, device=there.device)
+    assert F.is_on_gpu([here, paged]) is True
     for call in (
         lambda t: F.optimizer_update_32bit("lion", t, here, here, 0.9, 0.0, 1, 0.1),
         lambda t: F.percentile_clipping(t, here, 1),

@@ -3,7 +3,6 @@
 
 import copy
 import gc
-import warnings
 import weakref
 
 import pytest
@@ -358,28 +357,3 @@ def test_optimizer_can_be_collected():
     del opt, params
     gc.collect()
     assert reference() is None and first() is None
-
-
-# --- paged classes ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stem", ["Adam", "AdamW", "Lion"])
-@pytest.mark.parametrize("suffix", ["", "8bit", "32bit"])
-def test_paged_class_warns_once_and_steps_like_its_base(stem, suffix):
-    torch.manual_seed(0)
-    start, grad = torch.randn(5000), torch.randn(5000)
-    results = []
-    for name in (f"Paged{stem}{suffix}", f"{stem}{suffix}"):
-        p = nn.Parameter(start.clone())
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            opt = getattr(bnb.optim, name)([p], lr=1e-2)
-            for _ in range(3):
-                p.grad = grad.clone()
-                opt.step()
-        paged = name.startswith("Paged")
-        messages = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
-        assert len(messages) == paged and all("paged" in text for text in messages)
-        assert opt.is_paged == paged
-        results.append(p)
-    assert torch.equal(*results)
