@@ -22,6 +22,9 @@ from the parameter, not from the number of processes. 8-bit states are written
 - of other DTensors: as numbers, float32 of the parameter's shape, beside their table;
 - of flattened parameters: as numbers, float32 of the part's shape.
 
+A state of two rows (AdEMAMix) is written row by row: ``{"row0": ..., "row1": ...}`` of DTensors,
+entries ``state1`` and ``state1_row1`` of flattened parameters.
+
 Numbers are quantized when they are read. In the blocks that they come from, they give back the same
 codes and scales.
 """
@@ -180,18 +183,22 @@ def attached(p: Tensor, state: dict[str, Any], state_rows: tuple[int, ...]) -> d
     wrapped = dict(state)
     for i, rows in enumerate(state_rows, 1):
         if isinstance(state.get(f"state{i}"), Tensor):
-            lead = _lead(rows)
-            wrapped[f"state{i}"] = _wrapped(p, state[f"state{i}"], (*lead, *p.shape), len(lead))
+            shape = tuple(p.shape) if rows == 1 else (rows, *p.shape)
+            wrapped[f"state{i}"] = _wrapped(p, state[f"state{i}"], shape, shift=int(rows > 1))
     return wrapped
 
 
-def _lead(rows: int) -> tuple[int, ...]:
-    return () if rows == 1 else (rows,)
+def _wrapped(p: Tensor, part: Tensor, shape: tuple[int, ...], shift: int = 0) -> Tensor:
+    """Returns a DTensor of `shape` placed like `p`, but `shift` dimensions further right."""
+    from torch.distributed.tensor import DTensor
 
-
-def _placements(p: Tensor, shift: int) -> list:
-    """The placements of `p`, for a tensor with `shift` more dimensions in front."""
-    return [_moved(place, shift) for place in p.placements]
+    if part.storage_offset():
+        # The same memory as a storage of its own: torch cannot copy.deepcopy a DTensor otherwise.
+        part = torch.from_dlpack(part)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    places = [_moved(place, shift) for place in p.placements]
+    size = {"shape": torch.Size(shape), "stride": strides}
+    return DTensor.from_local(part, p.device_mesh, places, run_check=False, **size)
 
 
 def _moved(placement: Any, shift: int) -> Any:
@@ -201,27 +208,6 @@ def _moved(placement: Any, shift: int) -> Any:
     factor = getattr(placement, "split_factor", None)  # of tensor parallelism inside FSDP2
     more = {} if factor is None else {"split_factor": factor}
     return type(placement)(dim + shift, **more)
-
-
-def _wrapped(p: Tensor, part: Tensor, shape: tuple[int, ...], shift: int) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return DTensor.from_local(
-        part,
-        p.device_mesh,
-        _placements(p, shift),
-        run_check=False,
-        shape=torch.Size(shape),
-        stride=tuple(strides),
-    )
-
-
-def _sharded(p: Tensor, whole: Tensor, shift: int) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    # Every process cuts its part out of the tensor that it has.
-    return distribute_tensor(whole, p.device_mesh, _placements(p, shift), src_data_rank=None)
 
 
 # ---- States in state dictionaries: writing -------------------------------------------------------
@@ -243,19 +229,68 @@ def portable(p: Tensor, state: dict[str, Any], state_rows: tuple[int, ...]) -> d
             # Checkpoints are loaded into what is returned, and this table is everybody's.
             written[f"qmap{i}"] = state[f"qmap{i}"].clone()
     if _is_flattened(p):
-        return _flattened_form(written, state_rows)
-    if not is_dtensor(p):
-        return written
-    by_blocks = "absmax1" in state and _rows_are_blocks(p)
-    for i, rows in enumerate(state_rows, 1):
-        part = local(state[f"state{i}"])
-        if part.dtype == torch.uint8:
-            lead = _lead(rows)
-            written[f"state{i}"] = part
-            _encode(i, rows, written, part.shape[len(lead) :], by_blocks)
-            for key, shape in _written_shapes(i, p.shape, by_blocks).items():
-                written[key] = _wrapped(p, written[key], (*lead, *shape), len(lead))
+        return _flattened_form(p, state, state_rows)
+    if is_dtensor(p):
+        plain = {**state, **{f"state{i}": local(state[f"state{i}"]) for i in _count(state_rows)}}
+        shapes = _block_shapes(p.shape)
+
+        def wrap(tensor: Tensor, by_blocks: bool) -> Tensor:
+            return _wrapped(p, tensor, shapes[3 - tensor.dim()] if by_blocks else tuple(p.shape))
+
+        _write(p, written, plain, state_rows, local(p).shape, wrap)
     return written
+
+
+def _count(state_rows: tuple[int, ...]) -> range:
+    return range(1, len(state_rows) + 1)
+
+
+def _write(
+    p: Tensor,
+    written: dict[str, Any],
+    state: dict[str, Any],
+    state_rows: tuple[int, ...],
+    shape: tuple[int, ...],
+    place: Callable[[Tensor, bool], Tensor],
+) -> None:
+    """Puts what is written of plain tensors of `shape` into `written`.
+
+    Args:
+        p: The parameter.
+        written: Gets codes and scales by rows of blocks, or the numbers they mean.
+        state: State of `p`, or of a part of it.
+        state_rows: Rows of each state tensor.
+        shape: Shape of the tensors in `state`.
+        place: Makes a DTensor of a tensor; the second argument says whether it is in blocks.
+    """
+    for i, rows in enumerate(state_rows, 1):
+        by_blocks = f"absmax{i}" in state and _rows_are_blocks(p)
+        forms = []
+        for codes, scales in _rows(i, rows, state):
+            if by_blocks:
+                tensors = zip((codes, scales), _block_shapes(shape), strict=True)
+                forms.append([tensor.view(each) for tensor, each in tensors])
+            elif codes.dtype == torch.uint8:
+                forms.append([_numbers(codes, scales, state[f"qmap{i}"]).view(shape)])
+            else:
+                forms.append([codes])
+        written.pop(f"absmax{i}", None)
+        for key, *tensors in zip((f"state{i}", f"absmax{i}"), *forms, strict=False):
+            placed = [place(tensor, by_blocks) for tensor in tensors]
+            written[key] = placed[0] if rows == 1 else _named(placed)
+
+
+def _rows(i: int, rows: int, state: dict[str, Any]) -> list[tuple[Tensor, Tensor | None]]:
+    """Returns `state{i}` and its scales, row by row."""
+    codes, scales = state[f"state{i}"], state.get(f"absmax{i}", state.get(f"max{i}"))
+    if rows == 1:
+        return [(codes, scales)]
+    return list(zip(codes, [None] * rows if scales is None else scales.view(rows, -1), strict=True))
+
+
+def _named(tensors: list[Tensor]) -> dict[str, Tensor]:
+    # One tensor for each row: the parameter's placements fit them as they are.
+    return {f"row{r}": tensor for r, tensor in enumerate(tensors)}
 
 
 def _rows_are_blocks(p: Tensor) -> bool:
@@ -273,39 +308,20 @@ def _rows_are_blocks(p: Tensor) -> bool:
     return p.shape[1] % cuts == 0 and row // cuts % BLOCK == 0
 
 
-def _written_shapes(i: int, shape: tuple[int, ...], by_blocks: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes, without rows, of the entries that `_encode` makes for a tensor of `shape`."""
-    if not by_blocks:
-        return {f"state{i}": tuple(shape)}
+def _block_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of codes and scales by rows of blocks."""
     blocks = math.prod(shape[1:]) // BLOCK
-    return {f"state{i}": (shape[0], blocks, BLOCK), f"absmax{i}": (shape[0], blocks)}
+    return [(*shape[:1], blocks, BLOCK), (*shape[:1], blocks)]
 
 
-def _encode(
-    i: int, rows: int, state: dict[str, Any], shape: tuple[int, ...], by_blocks: bool
-) -> None:
-    """Replaces the codes `state{i}` of a tensor of `shape` by what is written for them."""
-    lead = _lead(rows)
-    if not by_blocks:
-        state[f"state{i}"] = _numbers(i, rows, state).view(*lead, *shape)
-        state.pop(f"absmax{i}", None)
-        return
-    for key, written in _written_shapes(i, shape, by_blocks).items():
-        state[key] = state[key].view(*lead, *written)
-
-
-def _numbers(i: int, rows: int, state: dict[str, Any]) -> Tensor:
-    """Returns the numbers that codes mean, float32 [rows, n]."""
-    codes, table = state[f"state{i}"].reshape(rows, -1), _closed(state[f"qmap{i}"])
-    if f"absmax{i}" not in state:
-        return table[codes.int()] * state[f"max{i}"]
-    numbers = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    absmax = state[f"absmax{i}"].reshape(rows, -1)
-    for r in range(rows):
-        torch.ops.bitsandbytes.dequantize_blockwise.out(
-            codes[r], absmax[r], table, BLOCK, torch.float32, out=numbers[r]
-        )
-    return numbers
+def _numbers(codes: Tensor, scales: Tensor, qmap: Tensor) -> Tensor:
+    """Returns the numbers that flat codes mean, float32 [n]: blocks, or one scale for all."""
+    flat, table = codes.reshape(-1), _closed(qmap)
+    if scales.numel() != -(-flat.numel() // BLOCK):
+        return table[flat.int()] * scales
+    return torch.ops.bitsandbytes.dequantize_blockwise(
+        flat, scales.reshape(-1), table, BLOCK, torch.float32
+    )
 
 
 def _closed(qmap: Tensor) -> Tensor:
@@ -320,15 +336,17 @@ def _closed(qmap: Tensor) -> Tensor:
     return table
 
 
-def _flattened_form(state: dict[str, Any], state_rows: tuple[int, ...]) -> dict[str, Any]:
+def _flattened_form(
+    p: Tensor, state: dict[str, Any], state_rows: tuple[int, ...]
+) -> dict[str, Any]:
     """Tensors of the parameter's shape and of one dtype: FSDP1 takes apart nothing else."""
     written = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     for i, rows in enumerate(state_rows, 1):
-        tensor = state[f"state{i}"]
-        if tensor.dtype == torch.uint8:
-            # Four times the size of the codes: not where memory is short.
-            tensor = _numbers(i, rows, state).cpu().view(tensor.shape)
-        written.update(zip(_row_keys(i, rows), tensor if rows > 1 else [tensor], strict=True))
+        for key, (codes, scales) in zip(_row_keys(i, rows), _rows(i, rows, state), strict=True):
+            written[key] = codes
+            if codes.dtype == torch.uint8:
+                # Four times the size of the codes: not where memory is short.
+                written[key] = _numbers(codes, scales, state[f"qmap{i}"]).view(p.shape).cpu()
     return written
 
 
@@ -361,51 +379,52 @@ def detached(
     Raises:
         ValueError: A tensor has another shape than the parameter asks for.
     """
-    if not all(isinstance(saved.get(f"state{i}"), Tensor) for i, _ in enumerate(state_rows, 1)):
-        return dict(saved)  # `check` says what is wrong
     # Flattening to one dictionary and back leaves an empty one for each entry that was not written.
     state = {k: v for k, v in saved.items() if not (isinstance(v, dict) and not v)}
-    for i, rows in enumerate(state_rows, 1):
-        keys = _row_keys(i, rows)
-        if keys[-1] in state and rows > 1:
-            state[keys[0]] = torch.stack([state.pop(key) for key in keys])
-    if is_dtensor(p) and not any(map(is_dtensor, state.values())):
-        for i, rows in enumerate(state_rows, 1):
-            _read_blocks(i, rows, state, p.shape)
+    columns = {key: _column(key, rows, state) for key, rows in _keys(state_rows)}
+    if not all(columns[f"state{i}"] for i in _count(state_rows)):
+        return dict(saved)  # `check` says what is wrong
+    tensors = [tensor for column in columns.values() for tensor in column]
+    if is_dtensor(p) and not any(map(is_dtensor, tensors)):
+        _join(columns, state, state_rows, p.shape)
         check(where, p, state)
-        _cut(p, state, state_rows)
-    _take_parts(where, p, state, state_rows)
-    part = local(p)
-    for i, rows in enumerate(state_rows, 1):
-        _read_blocks(i, rows, state, part.shape)
-    if all(state[f"state{i}"].dtype == torch.float32 for i in range(1, len(state_rows) + 1)):
+        _write(p, state, dict(state), state_rows, p.shape, lambda tensor, _: _cut(p, tensor))
+        columns = {key: _column(key, rows, state) for key, rows in _keys(state_rows)}
+    _take_parts(where, p, columns)
+    _join(columns, state, state_rows, local(p).shape)
+    if all(state[f"state{i}"].dtype == torch.float32 for i in _count(state_rows)):
         for i, rows in enumerate(state_rows, 1):
             _read_numbers(where, i, rows, p, state, config)
     return state
 
 
-def _cut(p: Tensor, state: dict[str, Any], state_rows: tuple[int, ...]) -> None:
-    """Replaces the tensors of the whole parameter by DTensors."""
-    by_blocks = "absmax1" in state and _rows_are_blocks(p)
-    for i, rows in enumerate(state_rows, 1):
-        keys = [f"state{i}"]
-        if state[keys[0]].dtype == torch.uint8:
-            _encode(i, rows, state, p.shape, by_blocks)
-            keys = list(_written_shapes(i, p.shape, by_blocks))
-        for key in keys:
-            state[key] = _sharded(p, state[key], len(_lead(rows)))
+def _keys(state_rows: tuple[int, ...]) -> list[tuple[str, int]]:
+    pairs = enumerate(state_rows, 1)
+    return [(f"{kind}{i}", rows) for i, rows in pairs for kind in ("state", "absmax")]
 
 
-def _take_parts(where: str, p: Tensor, state: dict[str, Any], state_rows: tuple[int, ...]) -> None:
+def _column(key: str, rows: int, state: dict[str, Any]) -> list[Tensor]:
+    """Returns the rows of a saved entry; a tensor that holds all of them counts as one."""
+    entry = state.get(key)
+    if isinstance(entry, dict):
+        found = list(entry.values())
+    else:
+        found = [entry, *(state.pop(f"{key}_row{r}", None) for r in range(1, rows))]
+        found = found if found[-1] is not None else found[:1]
+    return found if all(isinstance(each, Tensor) for each in found) else []
+
+
+def _cut(p: Tensor, whole: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    # Every process cuts its part out of the tensor that it has.
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def _take_parts(where: str, p: Tensor, columns: dict[str, list[Tensor]]) -> None:
     """Replaces DTensors by their local parts."""
-    by_blocks = state["state1"].dtype == torch.uint8
-    for i, rows in enumerate(state_rows, 1):
-        lead = _lead(rows)
-        if not by_blocks:
-            # Of a state that the numbers of another one replaced.
-            state.pop(f"absmax{i}", None)
-        for key in (f"state{i}", f"absmax{i}"):
-            saved = state.get(key)
+    for key, column in columns.items():
+        for r, saved in enumerate(column):
             if not is_dtensor(saved):
                 continue
             if not is_dtensor(p):
@@ -413,25 +432,38 @@ def _take_parts(where: str, p: Tensor, state: dict[str, Any], state_rows: tuple[
                     f"{where}: {key} must be a plain tensor like its parameter, got a DTensor; "
                     "states gathered with full_state_dict=True fit"
                 )
-            shape = (*lead, *_written_shapes(i, p.shape, by_blocks).get(key, ()))
-            places = tuple(_placements(p, len(lead)))
-            if tuple(saved.shape) != shape or saved.placements != places:
+            shape = tuple(p.shape)
+            if columns[f"state{key[-1]}"][0].dtype == torch.uint8:
+                shape = _block_shapes(p.shape)[key.startswith("absmax")]
+            elif key.startswith("absmax"):
+                continue  # of codes that numbers have replaced
+            if tuple(saved.shape) != shape or saved.placements != p.placements:
                 raise ValueError(
                     f"{where}: {key} must be a DTensor of shape {shape} placed like its parameter "
-                    f"{places}, got {tuple(saved.shape)} {saved.placements}"
+                    f"{p.placements}, got {tuple(saved.shape)} {saved.placements}"
                 )
-            state[key] = local(saved)
+            column[r] = local(saved)
 
 
-def _read_blocks(i: int, rows: int, state: dict[str, Any], shape: tuple[int, ...]) -> None:
-    """Gives codes and scales written by rows of blocks the shapes they have in memory."""
-    codes, absmax, lead = state[f"state{i}"], state.get(f"absmax{i}"), _lead(rows)
-    if not isinstance(absmax, Tensor) or not shape:
-        return
-    written = _written_shapes(i, shape, by_blocks=True).values()
-    if [codes.shape, absmax.shape] == [(*lead, *each) for each in written]:
-        state[f"state{i}"] = codes.reshape(*lead, *shape)
-        state[f"absmax{i}"] = absmax.reshape(*lead, math.prod(absmax.shape[len(lead) :]))
+def _join(
+    columns: dict[str, list[Tensor]],
+    state: dict[str, Any],
+    state_rows: tuple[int, ...],
+    shape: tuple[int, ...],
+) -> None:
+    """Puts rows into `state` as they are in memory, for a tensor of `shape`."""
+    by_blocks = _block_shapes(shape)
+    for i, rows in enumerate(state_rows, 1):
+        codes, scales = columns[f"state{i}"], columns[f"absmax{i}"]
+        if codes[0].dtype != torch.uint8:
+            state.pop(f"absmax{i}", None)
+            scales = []
+        if scales and [codes[0].shape, scales[0].shape] == by_blocks:
+            codes = [each.reshape(shape) for each in codes]
+            scales = [each.reshape(-1) for each in scales]
+        for key, column in ((f"state{i}", codes), (f"absmax{i}", scales)):
+            if column:
+                state[key] = torch.stack(column) if len(column) == rows > 1 else column[0]
 
 
 def _read_numbers(
