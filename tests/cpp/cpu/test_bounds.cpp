@@ -19,7 +19,7 @@ TEST(FinishPreview, AddsTheTilesOfEachTensor) {
   const std::vector<OptimizerTensor> tensors = {tensor_of(2 * kPreviewTile + 1), tensor_of(0),
                                                 tensor_of(5)};
   ASSERT_EQ(preview_tiles(tensors), 4);
-  const std::vector<float> partials = {1, 8, 0, 0, 2, 8, 0, 0, 1, 0, 0, 0, 9, 1, 0, 0};
+  const std::vector<float> partials = {1, 8, 0, 0, 1, 2, 8, 0, 0, 1, 1, 0, 0, 0, 1, 9, 1, 0, 0, 1};
   std::vector<float> unorm(3, -1.0f);
   std::vector<float> scales(3, -1.0f);
   OptimizerStep args{};
@@ -46,8 +46,9 @@ TEST(FinishPreview, SumsInDouble) {
 TEST(FinishPreview, TakesTheLargestState) {
   const std::vector<OptimizerTensor> tensors = {tensor_of(2 * kPreviewTile), tensor_of(1),
                                                 tensor_of(1), tensor_of(0)};
-  // Tiles that skip all their elements say -1; a tensor of such tiles keeps its scale.
-  const std::vector<float> partials = {0, 0, 3, 0.5f, 0, 0, -1, 4, 0, 0, -1, -1, 0, 0, 0, 0};
+  // The second tensor skips all of its elements and keeps its scale.
+  const std::vector<float> partials = {0, 0, 3, 0.5f, 1, 0, 0, 2, 4, 1,
+                                       0, 0, 0, 0,    0, 0, 0, 0, 0, 1};
   const std::vector<float> max1 = {7, 8, 9, 10};
   const std::vector<float> max2 = {17, 18, 19, 20};
   std::vector<float> new1(4, -1.0f);
