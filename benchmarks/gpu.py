@@ -64,7 +64,7 @@ def time_step(
     make,
     state_bytes: float,
 ) -> float:
-    """Times the step of ``make(params)``, whose states take `state_bytes` per number."""
+    """Times the step of ``make(params)``, which moves `state_bytes` of states per number."""
     gc.collect()
     torch.cuda.empty_cache()
     instance = make(params, lr=1e-5)
@@ -83,7 +83,7 @@ def optimizer(record: Record, bandwidth: float) -> None:
         "llama1b/fp32": functools.partial(llama_1b, torch.float32),
         "2000x16K/bf16": functools.partial(small, torch.bfloat16),
     }
-    two_states, one_state = 4 + 16 / BLOCK, 2 + 8 / BLOCK
+    one_state, two_states, three_states = (k * (2 + 8 / BLOCK) for k in (1, 2, 3))
     ours = {
         "Adam8bit": (bnb.optim.Adam8bit, two_states),
         "AdamW8bit": (bnb.optim.AdamW8bit, two_states),
@@ -91,7 +91,18 @@ def optimizer(record: Record, bandwidth: float) -> None:
         "SGD8bit": (functools.partial(bnb.optim.SGD8bit, momentum=0.9), one_state),
         "RMSprop8bit": (bnb.optim.RMSprop8bit, one_state),
         "Adagrad8bit": (bnb.optim.Adagrad8bit, one_state),
+        "AdEMAMix8bit": (bnb.optim.AdEMAMix8bit, three_states),
+        "PagedAdamW8bit": (bnb.optim.PagedAdamW8bit, two_states),
         "Adam32bit": (bnb.optim.Adam32bit, 16),
+    }
+    # Rules with a norm over whole tensors read everything twice.
+    two_passes = {
+        "LAMB8bit": (bnb.optim.LAMB8bit, two_states),
+        "LARS8bit": (functools.partial(bnb.optim.LARS8bit, momentum=0.9), one_state),
+        "Adam8bit(percentile_clipping=5)": (
+            functools.partial(bnb.optim.Adam8bit, percentile_clipping=5),
+            two_states,
+        ),
     }
     for case, make_params in cases.items():
         params = make_params()
@@ -101,7 +112,11 @@ def optimizer(record: Record, bandwidth: float) -> None:
         reference = time_step(
             record, bandwidth, f"{prefix}/torch.AdamW(fused)", params, fused, moments
         )
-        for name, (make, state_bytes) in ours.items():
+        size = params[0].element_size()
+        first_pass = {"LAMB8bit": 2 * size + 2, "LARS8bit": 2 * size + 1}
+        for name, (make, state_bytes) in {**ours, **two_passes}.items():
+            if name in two_passes:
+                state_bytes += first_pass.get(name, size)
             row = f"{prefix}/{name}"
             ms = time_step(record, bandwidth, row, params, make, state_bytes)
             record.rows[row]["times_torch_fused"] = reference / ms

@@ -22,3 +22,21 @@ function(bnb_target target)
     target_link_options(${target} PRIVATE -fsanitize=address,undefined)
   endif()
 endfunction()
+
+# bnb_gpu_target(<target> <file.cu>...): the same for a target with GPU code, in the language of
+# BNB_BACKEND and with its runtime.
+function(bnb_gpu_target target)
+  bnb_target(${target})
+  if(BNB_BACKEND STREQUAL "cuda")
+    target_compile_options(
+      ${target}
+      PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false
+              -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=
+              $<$<BOOL:${BNB_WERROR}>:-Werror=all-warnings>>)
+    target_link_libraries(${target} PRIVATE CUDA::cudart_static)
+  else()
+    set_source_files_properties(${ARGN} PROPERTIES LANGUAGE HIP)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:HIP>:-ffp-contract=off>)
+    target_link_libraries(${target} PRIVATE hip::host)
+  endif()
+endfunction()

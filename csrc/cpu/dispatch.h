@@ -33,11 +33,16 @@ struct Kernels {
   void (*int8_quantize_rows)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_linear_matmul)(const Int8Matmul&, int64_t first_col, int64_t last_col);
   void (*int8_mm_dequant)(const Int8MmDequant&, int64_t first_row, int64_t last_row);
-  void (*optimizer_step_32bit)(const OptimizerStep&, const OptimizerTensor&, int64_t first,
-                               int64_t last);
-  void (*optimizer_step_8bit_blockwise)(const OptimizerStep&, const OptimizerTensor&,
-                                        const Code (&codes)[2], int64_t first_block,
-                                        int64_t last_block);
+  // `index`: of the tensor in its list. `codes`: of the states, where they are codes. Blocks are
+  // of kOptimizerBlock elements, tiles of kPreviewTile.
+  void (*optimizer_step)(const OptimizerStep&, StateFormat, const OptimizerTensor&, int64_t index,
+                         const Code (&codes)[2], int64_t first_block, int64_t last_block);
+  void (*optimizer_preview)(const OptimizerStep&, StateFormat, const OptimizerTensor&,
+                            int64_t index, const Code (&codes)[2], int64_t first_tile,
+                            int64_t last_tile,
+                            float* partials);  // [tiles of the tensor, kPreviewNumbers]
+  void (*gradient_squares)(DType, const GradientTensor&, int64_t first_tile, int64_t last_tile,
+                           float* partials);  // [tiles of the tensor]
 };
 
 // The kernels in use: those named by the environment variable BNB_CPU_ISA if this processor has

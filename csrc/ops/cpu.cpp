@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <span>
 
+#include "cpu/bounds.h"
 #include "cpu/dispatch.h"
 #include "ops/registration.h"
 
@@ -67,45 +68,79 @@ struct Cpu {
              [&](int64_t first, int64_t last) { kernels.int8_mm_dequant(args, first, last); });
   }
 
-  // Runs body(tensor, first_block, last_block) over the blocks of the whole list, cut between
-  // threads without regard to where one tensor ends.
-  template <class Body>
-  static void over_blocks(std::span<const OptimizerTensor> tensors, const Body& body) {
+  // Runs body(i, first, last, starts[i]) over the pieces of `size` elements of a whole list, where
+  // [first, last) are pieces of tensor i and starts[i] pieces lie in front of it. Threads are cut
+  // without regard to where one tensor ends.
+  template <class List, class Body>
+  static void over_pieces(const List& tensors, int64_t size, const Body& body) {
     std::vector<int64_t> starts(tensors.size() + 1, 0);
     for (size_t i = 0; i < tensors.size(); ++i) {
-      starts[i + 1] = starts[i] + ceil_div(tensors[i].n, kOptimizerBlock);
+      starts[i + 1] = starts[i] + ceil_div(tensors[i].n, size);
     }
-    parallel(starts.back(), kOptimizerBlock, [&](int64_t first, int64_t last) {
+    parallel(starts.back(), size, [&](int64_t first, int64_t last) {
       size_t i = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
       while (first < last) {
         const int64_t end = std::min(last, starts[i + 1]);
-        if (first < end) body(tensors[i], first - starts[i], end - starts[i]);
+        if (first < end) body(i, first - starts[i], end - starts[i], starts[i]);
         first = std::max(first, end);
         ++i;
       }
     });
   }
 
-  static void optimizer_step_32bit(const OptimizerStep& args,
-                                   std::span<const OptimizerTensor> tensors, const Scope&) {
+  struct Codes {
+    cpu::Code values[2] = {};
+    explicit Codes(const OptimizerStep& args) {
+      for (int k = 0; k < 2; ++k) {
+        if (args.qmap[k] != nullptr) values[k] = cpu::prepare_code(args.qmap[k]);
+      }
+    }
+  };
+
+  static void step(const OptimizerStep& args, StateFormat format,
+                   std::span<const OptimizerTensor> tensors) {
     const cpu::Kernels& kernels = cpu::kernels();
-    over_blocks(tensors, [&](const OptimizerTensor& t, int64_t first, int64_t last) {
-      kernels.optimizer_step_32bit(args, t, first * kOptimizerBlock,
-                                   std::min(last * kOptimizerBlock, t.n));
+    const Codes codes(args);
+    over_pieces(tensors, kOptimizerBlock, [&](size_t i, int64_t first, int64_t last, int64_t) {
+      kernels.optimizer_step(args, format, tensors[i], static_cast<int64_t>(i), codes.values, first,
+                             last);
     });
   }
 
+  static void optimizer_step_32bit(const OptimizerStep& args,
+                                   std::span<const OptimizerTensor> tensors, const Scope&) {
+    step(args, StateFormat::kFloat32, tensors);
+  }
   static void optimizer_step_8bit_blockwise(const OptimizerStep& args,
                                             std::span<const OptimizerTensor> tensors,
                                             const Scope&) {
+    step(args, StateFormat::kBlockwise8bit, tensors);
+  }
+  static void optimizer_step_8bit(const OptimizerStep& args,
+                                  std::span<const OptimizerTensor> tensors, const Scope&) {
+    step(args, StateFormat::kTensor8bit, tensors);
+  }
+
+  static void optimizer_preview(const OptimizerStep& args, StateFormat format,
+                                std::span<const OptimizerTensor> tensors, float* partials,
+                                const Scope&) {
     const cpu::Kernels& kernels = cpu::kernels();
-    cpu::Code codes[2] = {};
-    for (int k = 0; k < kRules[static_cast<int>(args.rule)].states; ++k) {
-      codes[k] = cpu::prepare_code(args.qmap[k]);
-    }
-    over_blocks(tensors, [&](const OptimizerTensor& t, int64_t first, int64_t last) {
-      kernels.optimizer_step_8bit_blockwise(args, t, codes, first, last);
+    const Codes codes(args);
+    over_pieces(tensors, kPreviewTile, [&](size_t i, int64_t first, int64_t last, int64_t start) {
+      kernels.optimizer_preview(args, format, tensors[i], static_cast<int64_t>(i), codes.values,
+                                first, last, partials + start * kPreviewNumbers);
     });
+    cpu::finish_preview(args, tensors, partials);
+  }
+
+  static void percentile_clipping(const PercentileClipping& args,
+                                  std::span<const GradientTensor> tensors, float* partials,
+                                  const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    over_pieces(tensors, kPreviewTile, [&](size_t i, int64_t first, int64_t last, int64_t start) {
+      kernels.gradient_squares(args.dtype, tensors[i], first, last, partials + start);
+    });
+    cpu::finish_percentile_clipping(args, tensors, partials);
   }
 };
 

@@ -72,6 +72,20 @@ struct Gpu {
                                             const Scope& scope) {
     gpu::optimizer_step_8bit_blockwise(args, tensors, scope.stream());
   }
+  static void optimizer_step_8bit(const OptimizerStep& args,
+                                  std::span<const OptimizerTensor> tensors, const Scope& scope) {
+    gpu::optimizer_step_8bit(args, tensors, scope.stream());
+  }
+  static void optimizer_preview(const OptimizerStep& args, StateFormat format,
+                                std::span<const OptimizerTensor> tensors, float* partials,
+                                const Scope& scope) {
+    gpu::optimizer_preview(args, format, tensors, partials, scope.stream());
+  }
+  static void percentile_clipping(const PercentileClipping& args,
+                                  std::span<const GradientTensor> tensors, float* partials,
+                                  const Scope& scope) {
+    gpu::percentile_clipping(args, tensors, partials, scope.stream());
+  }
 };
 
 }  // namespace

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/code/code.h"
 #include "bitsandbytes/kernels/optimizer.h"
+#include "bitsandbytes/optim/clipping.h"
 #include "ops/torch_api.h"
 
 namespace bnb::ops {
@@ -22,6 +25,10 @@ inline Rule find_rule(const char* op, const std::string& name) {
   for (int i = 0; i < kRuleCount; ++i) {
     if (name == kRules[i].name) return static_cast<Rule>(i);
     known += (i > 0 ? ", " : "") + std::string(kRules[i].name);
+  }
+  for (const RuleAlias& alias : kRuleAliases) {
+    if (name == alias.name) return alias.rule;
+    known += std::string(", ") + alias.name;
   }
   fail(op, ": rule must be one of {", known, "}, got '", name, "'");
 }
@@ -73,15 +80,15 @@ inline Tensor copy_in_layout(const Tensor& t, const Tensor& reference) {
   return torch::stable::copy_(copy, t);
 }
 
-// One tensor of one list, checked against its parameter.
+// One tensor of one list, checked against its parameter, of which it holds `rows` copies.
 inline void check_member(const char* op, const char* list, size_t i, const Tensor& t,
-                         const Tensor& param, ScalarType dtype) {
+                         const Tensor& param, ScalarType dtype, int rows = 1) {
   require(t.scalar_type() == dtype, op, ": ", list, "[", i, "] must have dtype ", dtype, ", got ",
           t.scalar_type());
   require(t.device() == param.device(), op, ": ", list, "[", i,
           "] must be on the device of its parameter (", DeviceOf{param}, "), got ", DeviceOf{t});
-  require(t.numel() == param.numel(), op, ": ", list, "[", i, "] must have ", param.numel(),
-          " elements, got ", t.numel());
+  require(t.numel() == rows * param.numel(), op, ": ", list, "[", i, "] must have ",
+          rows * param.numel(), " elements, got ", t.numel());
 }
 
 inline void check_length(const char* op, const char* list, const Tensors& tensors,
@@ -89,6 +96,18 @@ inline void check_length(const char* op, const char* list, const Tensors& tensor
   require(tensors.size() == expected, op, ": ", list, " must hold ", expected, " tensors, got ",
           tensors.size());
 }
+
+// The last arguments of every optimizer op, as the schema orders them.
+#define BNB_STEP_OPTIONS                                                                     \
+  const Tensor &step, const std::optional<Tensor>&lr_tensor, double lr, double beta1,        \
+      double beta2, double beta3, double alpha, double eps, double weight_decay,             \
+      double gnorm_scale, bool skip_zeros, double t_alpha, double t_beta3, double max_unorm, \
+      std::optional<int64_t> rounding_seed, const std::optional<Tensor>&gnorm_scales,        \
+      const std::optional<Tensor>&unorm
+#define BNB_STEP_INPUT                                                                \
+  step, lr_tensor, Hyper{lr,           beta1,       beta2,      beta3,   alpha,  eps, \
+                         weight_decay, gnorm_scale, skip_zeros, t_alpha, t_beta3},    \
+      max_unorm, rounding_seed, gnorm_scales, unorm
 
 struct StepInput {
   const std::string& rule;
@@ -98,22 +117,36 @@ struct StepInput {
   const Tensor& step;
   const std::optional<Tensor>& lr_tensor;
   Hyper hyper;
+  double max_unorm;
+  std::optional<int64_t> rounding_seed;
+  const std::optional<Tensor>& gnorm_scales;
+  const std::optional<Tensor>& unorm;
 };
+
+// One float per parameter of the list, or null.
+inline void check_per_parameter(const char* op, const char* argument, const Tensor& t,
+                                const Tensors& params) {
+  check_dtype(op, argument, t, ScalarType::Float);
+  check_numel(op, argument, t, static_cast<int64_t>(params.size()));
+  check_contiguous(op, argument, t);
+  check_same_device(op, argument, t, "params", params[0]);
+}
 
 // The tensors of one step as the kernels take them. States lie in memory in some dense order, which
 // decides what a quantization block is; parameters and gradients that lie otherwise are copied into
 // that order, and parameters back when the step is done.
 class StepTensors {
  public:
-  StepTensors(const char* op, const StepInput& in, ScalarType state_type, OptimizerStep& args) {
+  StepTensors(const char* op, const StepInput& in, ScalarType state_type, OptimizerStep& args)
+      : in_(in) {
     args.rule = find_rule(op, in.rule);
     args.hyper = in.hyper;
     const size_t count = in.params.size();
-    const int states = kRules[static_cast<int>(args.rule)].states;
+    states_ = kRules[static_cast<int>(args.rule)].states;
     require(count > 0, op, ": params must hold at least one tensor");
     check_length(op, "grads", in.grads, count);
     check_length(op, "state1", *in.states[0], count);
-    check_length(op, "state2", *in.states[1], states == 2 ? count : 0);
+    check_length(op, "state2", *in.states[1], state_tensors(states_) == 2 ? count : 0);
 
     const Tensor& first = in.params[0];
     const ScalarType type = first.scalar_type();
@@ -122,7 +155,6 @@ class StepTensors {
     check_numel(op, "step", in.step, 1);
     check_same_device(op, "step", in.step, "params", first);
     args.step = in.step.const_data_ptr<int64_t>();
-    args.lr = nullptr;
     if (in.lr_tensor.has_value()) {
       check_dtype(op, "lr_tensor", *in.lr_tensor, ScalarType::Float);
       check_numel(op, "lr_tensor", *in.lr_tensor, 1);
@@ -135,28 +167,49 @@ class StepTensors {
               "] must have dtype and device of params[0] (", type, ", ", DeviceOf{first}, "), got ",
               param.scalar_type(), ", ", DeviceOf{param});
       check_member(op, "grads", i, in.grads[i], param, type);
-      for (int k = 0; k < states; ++k) {
+      for (int k = 0; k < state_tensors(states_); ++k) {
         const char* list = k == 0 ? "state1" : "state2";
         const Tensor& state = (*in.states[k])[i];
-        check_member(op, list, i, state, param, state_type);
-        require(k == 0 ? is_dense(state) : same_layout(state, (*in.states[0])[i]), op, ": ", list,
-                "[", i, "] must ", k == 0 ? "fill its memory" : "have the strides of state1",
-                ", got ", ShapeOf{state}, " with other strides");
+        const int rows = state_rows(states_, k);
+        check_member(op, list, i, state, param, state_type, rows);
+        if (states_ == 3) {
+          require(state.is_contiguous(), op, ": ", list, "[", i, "] must be contiguous, got ",
+                  ShapeOf{state}, " with other strides");
+        } else {
+          require(k == 0 ? is_dense(state) : same_layout(state, (*in.states[0])[i]), op, ": ", list,
+                  "[", i, "] must ", k == 0 ? "fill its memory" : "have the strides of state1",
+                  ", got ", ShapeOf{state}, " with other strides");
+        }
       }
     }
+    require(in.max_unorm >= 0.0, op, ": max_unorm must be zero or positive, got ", in.max_unorm);
+    args.max_unorm = static_cast<float>(in.max_unorm);
+    if (in.gnorm_scales.has_value()) {
+      check_per_parameter(op, "gnorm_scales", *in.gnorm_scales, in.params);
+      args.gnorm_scales = in.gnorm_scales->const_data_ptr<float>();
+    }
+    if (in.unorm.has_value()) {
+      check_per_parameter(op, "unorm", *in.unorm, in.params);
+      args.unorm = in.unorm->mutable_data_ptr<float>();
+    }
+    args.stochastic_rounding = in.rounding_seed.has_value();
+    args.seed = static_cast<uint64_t>(in.rounding_seed.value_or(0));
   }
 
   // After all checks have passed: copies what lies in another order, collects the pointers.
-  std::vector<OptimizerTensor>& collect(const StepInput& in, int states) {
-    tensors_.resize(in.params.size());
+  std::vector<OptimizerTensor>& collect() {
+    tensors_.resize(in_.params.size());
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      const Tensor& layout = (*in.states[0])[i];
+      // The parameter's order is that of a one-row state; two rows are always in row-major order.
+      const Tensor& layout = (*in_.states[states_ == 3 ? 1 : 0])[i];
       OptimizerTensor& t = tensors_[i];
       t = {};
-      t.n = in.params[i].numel();
-      t.param = ordered(in.params[i], layout, true).mutable_data_ptr();
-      t.grad = ordered(in.grads[i], layout, false).const_data_ptr();
-      for (int k = 0; k < states; ++k) t.state[k] = (*in.states[k])[i].mutable_data_ptr();
+      t.n = in_.params[i].numel();
+      t.param = ordered(in_.params[i], layout, true).mutable_data_ptr();
+      t.grad = ordered(in_.grads[i], layout, false).const_data_ptr();
+      for (int k = 0; k < state_tensors(states_); ++k) {
+        t.state[k] = (*in_.states[k])[i].mutable_data_ptr();
+      }
     }
     return tensors_;
   }
@@ -164,6 +217,8 @@ class StepTensors {
   void copy_back() {
     for (auto& [param, copy] : copied_params_) torch::stable::copy_(param, copy);
   }
+
+  int states() const { return states_; }
 
  private:
   Tensor ordered(const Tensor& t, const Tensor& layout, bool written) {
@@ -177,25 +232,61 @@ class StepTensors {
     return copy;
   }
 
+  const StepInput& in_;
+  int states_ = 1;
   std::vector<OptimizerTensor> tensors_;
   std::vector<std::pair<Tensor, Tensor>> copied_params_;
   std::vector<Tensor> copied_grads_;
 };
 
+// Runs the preview where the step needs it. The returned tensors hold what it found; they must live
+// until the step is launched.
+template <class Backend>
+std::vector<Tensor> run_preview(OptimizerStep& args, StateFormat format,
+                                std::span<const OptimizerTensor> tensors, const Tensor& like,
+                                const typename Backend::Scope& scope) {
+  std::vector<Tensor> kept;
+  const bool bounded = args.max_unorm > 0.0f;
+  if (!bounded && args.unorm == nullptr && format != StateFormat::kTensor8bit) return kept;
+  if (bounded) {
+    kept.push_back(new_empty(like, {static_cast<int64_t>(tensors.size())}, ScalarType::Float));
+    args.update_scales = kept.back().mutable_data_ptr<float>();
+  }
+  kept.push_back(new_empty(like, {preview_tiles(tensors), kPreviewNumbers}, ScalarType::Float));
+  Backend::optimizer_preview(args, format, tensors, kept.back().mutable_data_ptr<float>(), scope);
+  return kept;
+}
+
+// The levels of the states.
+inline void check_qmaps(const char* op, const std::array<const Tensor*, 2>& qmap, int count,
+                        const Tensor& param, OptimizerStep& args) {
+  for (int k = 0; k < count; ++k) {
+    const char* name = k == 0 ? "qmap1" : "qmap2";
+    require(qmap[k] != nullptr, op, ": ", name, " must be given for rule '",
+            kRules[static_cast<int>(args.rule)].name, "'");
+    check_dtype(op, name, *qmap[k], ScalarType::Float);
+    check_numel(op, name, *qmap[k], kCodeLevels);
+    check_contiguous(op, name, *qmap[k]);
+    check_same_device(op, name, *qmap[k], "params", param);
+    args.qmap[k] = qmap[k]->const_data_ptr<float>();
+  }
+}
+
+inline const Tensor* pointer_to(const std::optional<Tensor>& t) {
+  return t.has_value() ? &*t : nullptr;
+}
+
 template <class Backend>
 void optimizer_step_32bit(const std::string& rule, const Tensors& params, const Tensors& grads,
-                          const Tensors& state1, const Tensors& state2, const Tensor& step,
-                          const std::optional<Tensor>& lr_tensor, double lr, double beta1,
-                          double beta2, double beta3, double alpha, double eps, double weight_decay,
-                          double gnorm_scale, bool skip_zeros) {
+                          const Tensors& state1, const Tensors& state2, BNB_STEP_OPTIONS) {
   constexpr const char* op = "optimizer_step_32bit";
   OptimizerStep args{};
-  const Hyper hyper{lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, skip_zeros};
-  const StepInput input{rule, params, grads, {&state1, &state2}, step, lr_tensor, hyper};
+  const StepInput input{rule, params, grads, {&state1, &state2}, BNB_STEP_INPUT};
   StepTensors tensors(op, input, ScalarType::Float, args);
   const typename Backend::Scope scope(params[0]);
-  const int states = kRules[static_cast<int>(args.rule)].states;
-  Backend::optimizer_step_32bit(args, tensors.collect(input, states), scope);
+  const std::vector<OptimizerTensor>& pointers = tensors.collect();
+  const auto kept = run_preview<Backend>(args, StateFormat::kFloat32, pointers, params[0], scope);
+  Backend::optimizer_step_32bit(args, pointers, scope);
   tensors.copy_back();
 }
 
@@ -204,32 +295,21 @@ void optimizer_step_8bit_blockwise(const std::string& rule, const Tensors& param
                                    const Tensors& grads, const Tensors& state1,
                                    const Tensors& state2, const Tensors& absmax1,
                                    const Tensors& absmax2, const Tensor& qmap1,
-                                   const std::optional<Tensor>& qmap2, const Tensor& step,
-                                   const std::optional<Tensor>& lr_tensor, double lr, double beta1,
-                                   double beta2, double beta3, double alpha, double eps,
-                                   double weight_decay, double gnorm_scale, bool skip_zeros) {
+                                   const std::optional<Tensor>& qmap2, BNB_STEP_OPTIONS) {
   constexpr const char* op = "optimizer_step_8bit_blockwise";
   OptimizerStep args{};
-  const Hyper hyper{lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, skip_zeros};
-  const StepInput input{rule, params, grads, {&state1, &state2}, step, lr_tensor, hyper};
+  const StepInput input{rule, params, grads, {&state1, &state2}, BNB_STEP_INPUT};
   StepTensors tensors(op, input, ScalarType::Byte, args);
-
-  const int states = kRules[static_cast<int>(args.rule)].states;
+  const int count = state_tensors(tensors.states());
+  check_qmaps(op, {&qmap1, pointer_to(qmap2)}, count, params[0], args);
   const std::array<const Tensors*, 2> absmax = {&absmax1, &absmax2};
-  const std::array<const Tensor*, 2> qmap = {&qmap1, qmap2.has_value() ? &*qmap2 : nullptr};
-  for (int k = 0; k < states; ++k) {
-    const char* qmap_name = k == 0 ? "qmap1" : "qmap2";
-    require(qmap[k] != nullptr, op, ": ", qmap_name, " must be given for rule '", rule, "'");
-    check_dtype(op, qmap_name, *qmap[k], ScalarType::Float);
-    check_numel(op, qmap_name, *qmap[k], kCodeLevels);
-    check_contiguous(op, qmap_name, *qmap[k]);
-    check_same_device(op, qmap_name, *qmap[k], "params", params[0]);
-    args.qmap[k] = qmap[k]->const_data_ptr<float>();
+  for (int k = 0; k < count; ++k) {
     const char* list = k == 0 ? "absmax1" : "absmax2";
     check_length(op, list, *absmax[k], params.size());
     for (size_t i = 0; i < params.size(); ++i) {
       const Tensor& t = (*absmax[k])[i];
-      const int64_t blocks = ceil_div(params[i].numel(), kOptimizerBlock);
+      const int64_t blocks =
+          state_rows(tensors.states(), k) * ceil_div(params[i].numel(), kOptimizerBlock);
       require(t.scalar_type() == ScalarType::Float && t.numel() == blocks && t.is_contiguous() &&
                   t.device() == params[i].device(),
               op, ": ", list, "[", i, "] must be a contiguous float32 tensor of ", blocks,
@@ -238,14 +318,98 @@ void optimizer_step_8bit_blockwise(const std::string& rule, const Tensors& param
     }
   }
   const typename Backend::Scope scope(params[0]);
-  std::vector<OptimizerTensor>& pointers = tensors.collect(input, states);
-  for (int k = 0; k < states; ++k) {
+  std::vector<OptimizerTensor>& pointers = tensors.collect();
+  for (int k = 0; k < count; ++k) {
     for (size_t i = 0; i < params.size(); ++i) {
       pointers[i].absmax[k] = (*absmax[k])[i].template mutable_data_ptr<float>();
     }
   }
+  const auto kept =
+      run_preview<Backend>(args, StateFormat::kBlockwise8bit, pointers, params[0], scope);
   Backend::optimizer_step_8bit_blockwise(args, pointers, scope);
   tensors.copy_back();
+}
+
+template <class Backend>
+void optimizer_step_8bit(const std::string& rule, const Tensors& params, const Tensors& grads,
+                         const Tensors& state1, const Tensors& state2, const Tensor& max1,
+                         const std::optional<Tensor>& max2, const Tensor& new_max1,
+                         const std::optional<Tensor>& new_max2, const Tensor& qmap1,
+                         const std::optional<Tensor>& qmap2, BNB_STEP_OPTIONS) {
+  constexpr const char* op = "optimizer_step_8bit";
+  OptimizerStep args{};
+  const StepInput input{rule, params, grads, {&state1, &state2}, BNB_STEP_INPUT};
+  StepTensors tensors(op, input, ScalarType::Byte, args);
+  require(tensors.states() <= 2, op, ": rule must have one or two states, got '", rule, "'");
+  const int count = tensors.states();
+  check_qmaps(op, {&qmap1, pointer_to(qmap2)}, count, params[0], args);
+  const std::array<const Tensor*, 2> max = {&max1, pointer_to(max2)};
+  const std::array<const Tensor*, 2> new_max = {&new_max1, pointer_to(new_max2)};
+  for (int k = 0; k < count; ++k) {
+    const char* name = k == 0 ? "max1" : "max2";
+    const char* new_name = k == 0 ? "new_max1" : "new_max2";
+    require(max[k] != nullptr && new_max[k] != nullptr, op, ": ", name, " and ", new_name,
+            " must be given for rule '", rule, "'");
+    check_per_parameter(op, name, *max[k], params);
+    check_per_parameter(op, new_name, *new_max[k], params);
+    args.max[k] = max[k]->const_data_ptr<float>();
+    args.new_max[k] = new_max[k]->mutable_data_ptr<float>();
+    require(args.max[k] != args.new_max[k], op, ": ", new_name, " must not share memory with ",
+            name);
+  }
+  const typename Backend::Scope scope(params[0]);
+  const std::vector<OptimizerTensor>& pointers = tensors.collect();
+  const auto kept =
+      run_preview<Backend>(args, StateFormat::kTensor8bit, pointers, params[0], scope);
+  Backend::optimizer_step_8bit(args, pointers, scope);
+  tensors.copy_back();
+}
+
+#undef BNB_STEP_OPTIONS
+#undef BNB_STEP_INPUT
+
+template <class Backend>
+Tensor percentile_clipping_step(const Tensors& grads, const Tensors& gnorm_vec, const Tensor& step,
+                                int64_t percentile) {
+  constexpr const char* op = "percentile_clipping_step";
+  require(!grads.empty(), op, ": grads must hold at least one tensor");
+  check_length(op, "gnorm_vec", gnorm_vec, grads.size());
+  require(percentile >= 0 && percentile < kNormHistory, op, ": percentile must lie in [0, ",
+          kNormHistory, "), got ", percentile);
+  const Tensor& first = grads[0];
+  PercentileClipping args{};
+  args.dtype = check_float(op, "grads", first);
+  args.percentile = static_cast<int>(percentile);
+  check_dtype(op, "step", step, ScalarType::Long);
+  check_numel(op, "step", step, 1);
+  check_same_device(op, "step", step, "grads", first);
+  args.step = step.const_data_ptr<int64_t>();
+  for (size_t i = 0; i < grads.size(); ++i) {
+    require(grads[i].scalar_type() == first.scalar_type() && grads[i].device() == first.device(),
+            op, ": grads[", i, "] must have dtype and device of grads[0] (", first.scalar_type(),
+            ", ", DeviceOf{first}, "), got ", grads[i].scalar_type(), ", ", DeviceOf{grads[i]});
+    const Tensor& history = gnorm_vec[i];
+    require(history.scalar_type() == ScalarType::Float && history.numel() == kNormHistory &&
+                history.is_contiguous() && history.device() == first.device(),
+            op, ": gnorm_vec[", i, "] must be a contiguous float32 tensor of ", kNormHistory,
+            " elements on the device of its gradient, got ", history.scalar_type(), " of shape ",
+            ShapeOf{history});
+  }
+  const typename Backend::Scope scope(first);
+  std::vector<Tensor> dense;  // gradients, in an order without gaps: a norm takes any
+  std::vector<GradientTensor> tensors(grads.size());
+  int64_t tiles = 0;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    dense.push_back(is_dense(grads[i]) ? grads[i] : in_order(grads[i]));
+    tensors[i] = {dense.back().const_data_ptr(), gnorm_vec[i].template mutable_data_ptr<float>(),
+                  grads[i].numel()};
+    tiles += ceil_div(tensors[i].n, kPreviewTile);
+  }
+  const Tensor out = new_empty(first, {3, static_cast<int64_t>(grads.size())}, ScalarType::Float);
+  args.out = out.template mutable_data_ptr<float>();
+  const Tensor partials = new_empty(first, {tiles}, ScalarType::Float);
+  Backend::percentile_clipping(args, tensors, partials.template mutable_data_ptr<float>(), scope);
+  return out;
 }
 
 }  // namespace bnb::ops

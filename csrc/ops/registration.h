@@ -21,6 +21,8 @@ void register_ops(Library& m) {
   m.impl("int8_scaled_mm", TORCH_BOX(&int8_scaled_mm<Backend>));
   m.impl("optimizer_step_32bit", TORCH_BOX(&optimizer_step_32bit<Backend>));
   m.impl("optimizer_step_8bit_blockwise", TORCH_BOX(&optimizer_step_8bit_blockwise<Backend>));
+  m.impl("optimizer_step_8bit", TORCH_BOX(&optimizer_step_8bit<Backend>));
+  m.impl("percentile_clipping_step", TORCH_BOX(&percentile_clipping_step<Backend>));
 }
 
 }  // namespace bnb::ops

@@ -78,6 +78,13 @@ BNB_HD constexpr BFloat16 from_float<BFloat16>(float x) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
+// Stochastic rounding: up with the probability of the part that is cut off, which `random`, 16
+// uniform bits, decides. Infinities and NaN as from_float.
+BNB_HD constexpr BFloat16 from_float_stochastic(float x, uint32_t random) {
+  if (is_nan(x)) return from_float<BFloat16>(x);
+  return {static_cast<uint16_t>((float_bits(x) + random) >> 16)};
+}
+
 template <>
 BNB_HD constexpr Half from_float<Half>(float x) {
   const uint32_t bits = float_bits(x);

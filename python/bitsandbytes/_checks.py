@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Argument checks of the plain ops: an error names the op, the argument, what it must be and is."""
 
+import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +17,10 @@ __all__ = [
     "check_dtype",
     "check_numel",
     "check_shape",
+    "warn_user",
 ]
+
+_PACKAGE = str(Path(__file__).parent)
 
 # Device types that have autocast. Asked once: torch.compile cannot trace the question in every
 # version of torch.
@@ -59,3 +65,11 @@ def check_device(op: str, argument: str, tensor: Tensor, other: str, reference: 
     if tensor.device != reference.device:
         expected = f"on the device of {other} ({reference.device})"
         check(False, op, argument, expected, tensor.device)
+
+
+def warn_user(message: str) -> None:
+    """Warns with the place of the caller's code that entered this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

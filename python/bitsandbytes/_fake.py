@@ -137,12 +137,72 @@ def _(
     return A.new_empty(shape), A.new_empty((math.prod(A.shape[:-1]), outlier_cols.shape[0]))
 
 
+def _check_step(op: str, params: list[Tensor], grads: list[Tensor]) -> None:
+    _check(len(params) > 0, op, "params", "a list of at least one tensor", "an empty list")
+    _check(len(grads) == len(params), op, "grads", f"a list of {len(params)}", len(grads))
+
+
 @register_fake("optimizer_step_32bit")
 def _(rule, params, grads, state1, state2, *rest) -> None:
-    _check(len(grads) == len(params), "optimizer_step_32bit", "grads", "as many as params", "")
+    _check_step("optimizer_step_32bit", params, grads)
 
 
 @register_fake("optimizer_step_8bit_blockwise")
 def _(rule, params, grads, state1, state2, *rest) -> None:
-    op = "optimizer_step_8bit_blockwise"
-    _check(len(grads) == len(params), op, "grads", "as many as params", "")
+    _check_step("optimizer_step_8bit_blockwise", params, grads)
+
+
+@register_fake("optimizer_step_8bit")
+def _(rule, params, grads, state1, state2, *rest) -> None:
+    _check_step("optimizer_step_8bit", params, grads)
+
+
+@register_fake("percentile_clipping_step")
+def _(grads: list[Tensor], gnorm_vec: list[Tensor], step: Tensor, percentile: int) -> Tensor:
+    op = "percentile_clipping_step"
+    _check(len(grads) > 0, op, "grads", "a list of at least one tensor", "an empty list")
+    _check(len(gnorm_vec) == len(grads), op, "gnorm_vec", f"a list of {len(grads)}", len(gnorm_vec))
+    return grads[0].new_empty((3, len(grads)), dtype=torch.float32)
+
+
+def _check_update(op: str, g: Tensor, p: Tensor) -> None:
+    _check(g.numel() == p.numel(), op, "g", f"of {p.numel()} elements as p", g.shape)
+    _check(g.dtype in FLOATS, op, "g", "float32, float16 or bfloat16", g.dtype)
+    _check(g.dtype == p.dtype, op, "p", f"{g.dtype} as g", p.dtype)
+
+
+@register_fake("optimizer_update_32bit")
+def _(optimizer_name, g: Tensor, p: Tensor, *rest) -> None:
+    _check_update("optimizer_update_32bit", g, p)
+
+
+@register_fake("optimizer_update_8bit_blockwise")
+def _(
+    optimizer_name,
+    g: Tensor,
+    p: Tensor,
+    state1: Tensor,
+    state2: Tensor | None,
+    beta1,
+    beta2,
+    beta3,
+    alpha,
+    eps,
+    step,
+    lr,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    absmax1: Tensor,
+    absmax2: Tensor | None,
+    *rest,
+) -> None:
+    op = "optimizer_update_8bit_blockwise"
+    _check_update(op, g, p)
+    for names, tensors, dtype in (
+        (("state1", "state2"), (state1, state2), torch.uint8),
+        (("qmap1", "qmap2"), (qmap1, qmap2), torch.float32),
+        (("absmax1", "absmax2"), (absmax1, absmax2), torch.float32),
+    ):
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor is not None:
+                _check(tensor.dtype == dtype, op, name, str(dtype), tensor.dtype)

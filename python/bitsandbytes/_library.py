@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Finds and loads the native libraries, and remembers which loaded and why another did not."""
 
+import functools
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-__all__ = ["Library", "libraries", "load", "native_module"]
+__all__ = ["Library", "gpu_module", "libraries", "load", "native_module"]
 
 
 @dataclass
@@ -34,6 +36,20 @@ def native_module():
     from . import _C
 
     return _C
+
+
+@functools.cache
+def gpu_module() -> tuple[ModuleType | None, str]:
+    """Returns the binding module ``bitsandbytes._gpu``, or None and why there is none."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return None, "this torch was built without CUDA and without ROCm"
+    try:
+        if importlib.util.find_spec("bitsandbytes._gpu") is None:
+            return None, "not part of this build (bitsandbytes._gpu is missing)"
+        from . import _gpu
+    except ImportError as error:
+        return None, f"bitsandbytes._gpu does not load: {error}"
+    return _gpu, "loaded"
 
 
 def load() -> None:

@@ -14,10 +14,13 @@ __all__ = ["SCHEMAS", "register_fake", "register_kernel"]
 
 NAMESPACE = "bitsandbytes"
 
-# Hyperparameters that every optimizer op takes, in the order of `bnb::Hyper`.
+# What every optimizer op takes besides its lists: the number of steps taken, hyperparameters, and
+# the options of one call. `gnorm_scales` and `unorm` hold one number per parameter of the list.
 _HYPER = (
     "Tensor step, Tensor? lr_tensor, float lr, float beta1, float beta2, float beta3, float alpha, "
-    "float eps, float weight_decay, float gnorm_scale, bool skip_zeros"
+    "float eps, float weight_decay, float gnorm_scale, bool skip_zeros, "
+    "float t_alpha=0.0, float t_beta3=0.0, float max_unorm=0.0, int? rounding_seed=None, "
+    "Tensor? gnorm_scales=None, Tensor(z!)? unorm=None"
 )
 
 SCHEMAS = (
@@ -46,6 +49,21 @@ SCHEMAS = (
     "optimizer_step_8bit_blockwise(str rule, Tensor(a!)[] params, Tensor[] grads, "
     "Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, "
     f"Tensor qmap1, Tensor? qmap2, {_HYPER}) -> ()",
+    "optimizer_step_8bit(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "
+    "Tensor(c!)[] state2, Tensor max1, Tensor? max2, Tensor(d!) new_max1, Tensor(e!)? new_max2, "
+    f"Tensor qmap1, Tensor? qmap2, {_HYPER}) -> ()",
+    # Gradient norms [count], clip values [count], factors [count] of adaptive clipping
+    "percentile_clipping_step(Tensor[] grads, Tensor(a!)[] gnorm_vec, Tensor step, int percentile) "
+    "-> Tensor",
+    # The public package's own: one parameter per call
+    "optimizer_update_32bit(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, Tensor(a2!) state1, "
+    "Tensor(a3!)? state2, Tensor(a4!)? unorm_vec, float max_unorm, float param_norm, float beta1, "
+    "float beta2, float beta3, float alpha, float eps, float weight_decay, int step, float lr, "
+    "float gnorm_scale, bool skip_zeros=False) -> ()",
+    "optimizer_update_8bit_blockwise(str optimizer_name, Tensor(a0!) g, Tensor(a1!) p, "
+    "Tensor(a2!) state1, Tensor(a3!)? state2, float beta1, float beta2, float beta3, float alpha, "
+    "float eps, int step, float lr, Tensor(a4!) qmap1, Tensor(a5!)? qmap2, Tensor(a6!) absmax1, "
+    "Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) -> ()",
 )
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")

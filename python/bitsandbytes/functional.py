@@ -1,6 +1,22 @@
 # SPDX-License-Identifier: MIT
 """The public quantization functions, under the names that programs import."""
 
+from .optim.functional import (
+    is_on_gpu,
+    optimizer_update_8bit,
+    optimizer_update_8bit_blockwise,
+    optimizer_update_32bit,
+    percentile_clipping,
+)
+from .paged import (
+    GlobalPageManager,
+    _mul,
+    arange,
+    elementwise_func,
+    fill,
+    get_paged,
+    prefetch_tensor,
+)
 from .quant.blockwise import dequantize_blockwise, quantize_blockwise
 from .quant.codes import create_dynamic_map, create_linear_map, name2qmap
 from .quant.int8 import (
@@ -13,16 +29,28 @@ from .quant.state import QuantState
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
+    "GlobalPageManager",
     "QuantState",
+    "_mul",
+    "arange",
     "create_dynamic_map",
     "create_linear_map",
     "dequantize_blockwise",
+    "elementwise_func",
+    "fill",
+    "get_paged",
     "int8_linear_matmul",
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
+    "is_on_gpu",
     "name2qmap",
+    "optimizer_update_8bit",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
+    "percentile_clipping",
+    "prefetch_tensor",
     "quantize_blockwise",
     "unpack_tensor_to_dict",
 ]

@@ -123,6 +123,42 @@ TYPED_TEST(Small, NanStaysNan) {
   }
 }
 
+// Of the 65536 random numbers as many round up as there are parts cut off: unbiased, exactly.
+TEST(Stochastic, RoundsUpAsOftenAsThePartThatIsCutOff) {
+  for (const uint32_t bits : {0x3f800001u, 0x3f808000u, 0x3fffffffu, 0xc0490fdbu, 0x00000001u,
+                              0x007f8001u, 0x7f7f1234u, 0x80008000u}) {
+    const float x = bits_float(bits);
+    uint32_t up = 0;
+    for (uint32_t random = 0; random <= 0xffffu; ++random) {
+      const uint32_t rounded = from_float_stochastic(x, random).bits;
+      ASSERT_TRUE(rounded == bits >> 16 || rounded == (bits >> 16) + 1);
+      up += rounded - (bits >> 16);
+    }
+    EXPECT_EQ(up, bits & 0xffffu);
+  }
+}
+
+TEST(Stochastic, LeavesWhatNeedsNoRounding) {
+  for (uint32_t bits = 0; bits <= 0xffffu; ++bits) {
+    const float x = to_float(BFloat16{static_cast<uint16_t>(bits)});
+    for (const uint32_t random : {0u, 0x7fffu, 0xffffu}) {
+      const uint16_t expected =
+          is_nan(x) ? from_float<BFloat16>(x).bits : static_cast<uint16_t>(bits);
+      ASSERT_EQ(from_float_stochastic(x, random).bits, expected) << bits;
+    }
+  }
+}
+
+TEST(Stochastic, NanStaysNan) {
+  for (const uint32_t bits : {0x7f800001u, 0x7fffffffu, 0xff800001u, 0xffffffffu}) {
+    for (const uint32_t random : {0u, 0xffffu}) {
+      const BFloat16 x = from_float_stochastic(bits_float(bits), random);
+      EXPECT_TRUE(is_nan(to_float(x)));
+      EXPECT_EQ(x.bits >> 15, bits >> 31);
+    }
+  }
+}
+
 TEST(Float, PassesThrough) {
   for (const uint32_t bits : {0u, 0x80000000u, 1u, 0x3f800001u, 0x7f800000u, 0x7fc00001u}) {
     EXPECT_EQ(float_bits(from_float<float>(bits_float(bits))), bits);

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Fixtures of the Python tests that need the package."""
 
+import os
+import re
+
 import pytest
 import torch
 
-from bitsandbytes import _library
+from bitsandbytes import _library, paged
 
 _native = _library.native_module()
 
@@ -23,3 +26,15 @@ def compile_fresh():
     """torch.compile without what earlier tests left: it counts recompilations per function."""
     torch._dynamo.reset()
     return torch.compile
+
+
+@pytest.fixture
+def paged_device() -> torch.device:
+    """A CUDA or ROCm device with paged memory; it must be there where BNB_REQUIRE names cuda."""
+    index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    device = torch.device("cuda", index)
+    reason = paged.unavailable(device)
+    if reason is not None:
+        required = "cuda" in re.split(r"[\s,]+", os.environ.get("BNB_REQUIRE", ""))
+        (pytest.fail if required else pytest.skip)(reason)
+    return device

@@ -144,17 +144,46 @@ def _step(device, dtype, lr_tensor):
     grads = [torch.randn_like(p) for p in params]
     step = torch.tensor(2, device=device)
     lr = torch.tensor(1e-2, device=device) if lr_tensor else None
-    tail = (step, lr, 1e-2, 0.9, 0.999, 0.0, 0.0, 1e-8, 0.1, 0.5, False)
+    tail = (step, lr, 1e-2, 0.9, 0.999, 0.9999, 5.0, 1e-8, 0.1, 0.5, False)
     return params, grads, tail
+
+
+def _options(device):
+    """Every option of a step."""
+    return {
+        "t_alpha": 10.0,
+        "t_beta3": 10.0,
+        "max_unorm": 0.1,
+        "rounding_seed": -7,
+        "gnorm_scales": torch.tensor([0.5, 2.0], device=device),
+        "unorm": torch.zeros(2, device=device),
+    }
+
+
+def _codes(params, rows, device):
+    shapes = [p.shape if rows == 1 else (rows, *p.shape) for p in params]
+    codes = [torch.randint(0, 256, s, dtype=torch.uint8, device=device) for s in shapes]
+    blocks = [-(-p.numel() // 256) for p in params]
+    return codes, [torch.rand(*((rows,) if rows > 1 else ()), n, device=device) for n in blocks]
 
 
 @samples("optimizer_step_32bit")
 def _(device):
     calls = []
-    for dtype, lr_tensor in ((torch.float32, False), (torch.bfloat16, True)):
+    for rule, dtype, lr_tensor in (
+        ("adam", torch.float32, False),
+        ("lamb", torch.bfloat16, True),
+        ("ademamix", torch.float16, False),
+    ):
         params, grads, tail = _step(device, dtype, lr_tensor)
-        states = [[torch.rand(p.shape, device=device) for p in params] for _ in range(2)]
-        calls.append(("adam", params, grads, *states, *tail))
+        state1, state2 = ([torch.rand(p.shape, device=device) for p in params] for _ in "12")
+        if rule == "ademamix":
+            state1 = [torch.stack((s, s)) for s in state1]
+        options = _options(device) if rule != "adam" else {}
+        calls.append(((rule, params, grads, state1, state2, *tail), options))
+    params, grads, tail = _step(device, torch.float32, False)
+    state = [torch.rand(p.shape, device=device) for p in params]
+    calls.append((("lars", params, grads, state, [], *tail), _options(device)))
     return calls
 
 
@@ -162,14 +191,75 @@ def _(device):
 def _(device):
     calls = []
     qmaps = create_dynamic_map().to(device), create_dynamic_map(False).to(device)
-    for dtype, lr_tensor in ((torch.float32, False), (torch.float16, True)):
+    for rule, dtype, lr_tensor in (
+        ("adam", torch.float32, False),
+        ("adam", torch.float16, True),
+        ("ademamix", torch.bfloat16, False),
+    ):
         params, grads, tail = _step(device, dtype, lr_tensor)
-        codes = [
-            [torch.randint(0, 256, p.shape, dtype=torch.uint8, device=device) for p in params]
-            for _ in range(2)
-        ]
-        absmax = [
-            [torch.rand(-(-p.numel() // 256), device=device) for p in params] for _ in range(2)
-        ]
-        calls.append(("adam", params, grads, *codes, *absmax, *qmaps, *tail))
+        state1, absmax1 = _codes(params, 2 if rule == "ademamix" else 1, device)
+        state2, absmax2 = _codes(params, 1, device)
+        options = _options(device) if dtype == torch.bfloat16 else {}
+        lists = (params, grads, state1, state2, absmax1, absmax2)
+        calls.append(((rule, *lists, *qmaps, *tail), options))
+    return calls
+
+
+@samples("optimizer_step_8bit")
+def _(device):
+    calls = []
+    qmaps = create_dynamic_map().to(device), create_dynamic_map(False).to(device)
+    for dtype, lr_tensor in ((torch.float32, False), (torch.bfloat16, True)):
+        params, grads, tail = _step(device, dtype, lr_tensor)
+        state1, state2 = (_codes(params, 1, device)[0] for _ in "12")
+        scales = [torch.rand(2, device=device) for _ in "1234"]
+        options = _options(device) if dtype == torch.bfloat16 else {}
+        calls.append((("adam", params, grads, state1, state2, *scales, *qmaps, *tail), options))
+    params, grads, tail = _step(device, torch.float16, False)
+    new_max = torch.zeros(2, device=device)
+    scales = (torch.rand(2, device=device), None, new_max, None)
+    codes, _ = _codes(params, 1, device)
+    calls.append((("lion", params, grads, codes, [], *scales, qmaps[0], None, *tail), {}))
+    return calls
+
+
+@samples("percentile_clipping_step")
+def _(device):
+    calls = []
+    for dtype, step in ((torch.float32, 0), (torch.bfloat16, 7)):
+        grads = [torch.randn(n, device=device).to(dtype) for n in (300, 28)]
+        history = [torch.rand(100, device=device) for _ in grads]
+        calls.append(((grads, history, torch.tensor(step, device=device), 5), {}))
+    return calls
+
+
+@samples("optimizer_update_32bit")
+def _(device):
+    calls = []
+    for rule, dtype, step in (("lamb", torch.float32, 3), ("momentum", torch.bfloat16, 1)):
+        p = torch.randn(4, 75, device=device).to(dtype)
+        states = [torch.rand(4, 75, device=device) for _ in range(2 if rule == "lamb" else 1)]
+        unorm = torch.zeros(1, device=device)
+        bound = (unorm, 0.5, 1.0) if rule == "lamb" else (None, 0.0, 0.0)
+        hyper = (0.9, 0.999, 0.0, 0.0, 1e-8, 0.1, step, 1e-2, 0.5)
+        calls.append((rule, torch.randn_like(p), p, *([*states, None])[:2], *bound, *hyper))
+    return calls
+
+
+@samples("optimizer_update_8bit_blockwise")
+def _(device):
+    calls = []
+    qmaps = create_dynamic_map().to(device), create_dynamic_map(False).to(device)
+    for two, dtype in ((True, torch.float32), (False, torch.float16)):
+        p = torch.randn(4, 75, device=device).to(dtype)
+        codes = [torch.randint(0, 256, p.shape, dtype=torch.uint8, device=device) for _ in "12"]
+        absmax = [torch.rand(2, device=device) for _ in "12"]
+        second = [codes[1], qmaps[1], absmax[1]] if two else [None] * 3
+        hyper = (0.9, 0.999, 0.0, 0.0, 1e-8, 3, 1e-2)
+        calls.append(
+            (
+                *("adam" if two else "lion", torch.randn_like(p), p, codes[0], second[0]),
+                *(*hyper, qmaps[0], second[1], absmax[0], second[2], 0.1, 0.5),
+            )
+        )
     return calls

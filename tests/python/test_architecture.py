@@ -45,7 +45,7 @@ ALLOWED = {
     "csrc/gpu/runtime": (["bitsandbytes/", "gpu/runtime/"], ["cuda", "hip", "cub"]),
     "csrc/ops": (["bitsandbytes/", "ops/"], []),
     "csrc/ops/torch_api.h": (["bitsandbytes/"], ["torch/"]),
-    "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", "cpu/dispatch.h"], []),
+    "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", "cpu/bounds.h", "cpu/dispatch.h"], []),
     "csrc/ops/gpu.cpp": (["bitsandbytes/", "ops/", "gpu/runtime/"], []),
     "csrc/bindings": (["bitsandbytes/", "cpu/dispatch.h"], ["pybind11/"]),
 }
@@ -123,7 +123,7 @@ def test_reference_imports_numpy_only(path):
 LAYERS = {
     "plain": {"_checks", "_ops"},
     "quant": {"_checks", "_ops", "utils"},
-    "optim": {"_checks", "_ops", "plain", "quant"},
+    "optim": {"_checks", "_ops", "paged", "plain", "quant"},
     "autograd": {"_checks", "_ops", "functional", "quant", "utils"},
     "nn": {"_checks", "_ops", "autograd", "functional", "optim", "quant", "utils"},
 }

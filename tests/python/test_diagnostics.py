@@ -11,6 +11,7 @@ import torch
 import bitsandbytes as bnb
 from bitsandbytes import _library
 from bitsandbytes.diagnostics import checks, main, native, utils
+from bitsandbytes.optim.buckets import Bucket
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,7 @@ def test_report_without_accelerator(tmp_path):
     assert any(line.startswith("cpu: native code") for line in lines)
     passed = [line for line in lines if " ok (" in line]
     assert [line.strip().split("  ")[0] for line in passed] == list(checks.CHECKS)
+    assert sum(line.startswith("  paged optimizers") for line in lines) == 1
     assert "FAILED" not in result.stdout
     assert lines[-1] == "SUCCESS!"
 
@@ -170,7 +172,7 @@ def test_wrong_result_fails(only_cpu, capsys, function, wrong, check):
 
 
 def test_optimizer_that_does_nothing_fails(only_cpu, capsys):
-    only_cpu.setattr(bnb.optim.Adam8bit, "_update_bucket", lambda self, bucket, grads: None)
+    only_cpu.setattr(Bucket, "step", lambda self, rule, config, grads: None)
     assert "FAILED: cpu: Adam8bit update: largest error" in failures(capsys)[1][0]
 
 
@@ -196,7 +198,7 @@ def test_outliers_of_the_check_need_the_threshold():
 def test_sanity_check_on_this_device(device, capsys):
     assert main.sanity_check([torch.device(device)]) == []
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + len(checks.CHECKS)
+    assert len(lines) == 2 + len(checks.CHECKS)
     assert lines[0].startswith(f"{device}: ")
 
 

@@ -89,24 +89,43 @@ struct Code8 {
       return;
     }
     const float inverse = __frcp_rn(absmax);
-    uint32_t shifted[kCount];  // codes in bits 16 to 23
     if (kind == CodeKind::kTable || !is_regular_block(absmax, inverse)) {
+      uint32_t shifted[kCount];
       // Unrolled although rare: a run-time index would move the elements to local memory.
 #pragma unroll
       for (int i = 0; i < kCount; ++i) shifted[i] = search(__fmul_rn(x[i], inverse)) << 16;
+      pack(shifted, words);
     } else if (kind == CodeKind::kSignedDynamic8) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        shifted[i] =
-            SignedDynamic8::encode_shifted(tables.signed_buckets, __fmul_rn(x[i], inverse));
-      }
+      encode_dynamic(true, tables, x, inverse, words);
     } else {
+      encode_dynamic(false, tables, x, inverse, words);
+    }
+  }
+
+  // The same where the code is known to be a dynamic map, and which, and the block regular.
+  template <int kCount>
+  __device__ __forceinline__ static void encode_dynamic(bool is_signed,
+                                                        const EncodeTables<kKeepSign>& tables,
+                                                        const float (&x)[kCount], float inverse,
+                                                        uint32_t (&words)[kCount / 4]) {
+    uint32_t shifted[kCount];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        shifted[i] =
-            UnsignedDynamic8::encode_shifted(tables.unsigned_buckets, __fmul_rn(x[i], inverse));
+    for (int i = 0; i < kCount; ++i) {
+      const float scaled = __fmul_rn(x[i], inverse);
+      if (is_signed) {
+        shifted[i] = SignedDynamic8::encode_shifted(tables.signed_buckets, scaled);
+      } else {
+        shifted[i] = UnsignedDynamic8::encode_shifted(tables.unsigned_buckets, scaled);
       }
     }
+    pack(shifted, words);
+  }
+
+ private:
+  // Codes in bits 16 to 23 to bytes.
+  template <int kCount>
+  __device__ __forceinline__ static void pack(const uint32_t (&shifted)[kCount],
+                                              uint32_t (&words)[kCount / 4]) {
 #pragma unroll
     for (int w = 0; w < kCount / 4; ++w) {
       const uint32_t low = byte_permute(shifted[4 * w], shifted[4 * w + 1], 0x0062);
@@ -115,7 +134,6 @@ struct Code8 {
     }
   }
 
- private:
   __device__ __forceinline__ uint32_t search(float x) const {
     int code =
         search_code([this](int k) { return code_threshold(levels[k], levels[k + 1], k); }, x);

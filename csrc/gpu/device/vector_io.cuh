@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "bitsandbytes/numeric.h"
+#include "bitsandbytes/philox.h"
 #include "gpu/runtime/runtime.cuh"
 
 namespace bnb::gpu {
@@ -100,6 +101,18 @@ struct alignas(sizeof(T) * kCount) Words {
         words[w] = narrow<Half>(x[2 * w]).bits |
                    (static_cast<uint32_t>(narrow<Half>(x[2 * w + 1]).bits) << 16);
       }
+    }
+  }
+
+  // Rounds stochastically. For eight bfloat16, which share one call of the generator.
+  __device__ __forceinline__ void set(const float (&x)[kCount], const PhiloxWords& random) {
+    static_assert(std::is_same_v<T, BFloat16> && kCount == kRoundingGroup);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const uint32_t low = from_float_stochastic(x[2 * w], rounding_bits(random, 2 * w)).bits;
+      const uint32_t high =
+          from_float_stochastic(x[2 * w + 1], rounding_bits(random, 2 * w + 1)).bits;
+      words[w] = low | (high << 16);
     }
   }
 };

@@ -33,4 +33,27 @@ inline int multiprocessors() {
   return count;
 }
 
+struct LaunchShape {
+  int threads;
+  int shared_bytes;  // dynamic
+};
+
+// The largest block of at most `most_threads` whose shared memory the current device has, where
+// every group of `group` threads takes `group_bytes` of it. Lets the kernel have that much.
+inline LaunchShape shape_for(const void* kernel, int most_threads, int group, int group_bytes) {
+  int device = 0;
+  int limit = 0;
+  cudaFuncAttributes attributes{};
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  BNB_GPU_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  limit -= static_cast<int>(attributes.sharedSizeBytes);
+  int threads = most_threads;
+  while (threads > group && threads / group * group_bytes > limit) threads /= 2;
+  const LaunchShape shape{threads, threads / group * group_bytes};
+  BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     shape.shared_bytes));
+  return shape;
+}
+
 }  // namespace bnb::gpu

@@ -15,6 +15,23 @@
 #define cudaGetDevice hipGetDevice
 #define cudaDeviceGetAttribute hipDeviceGetAttribute
 #define cudaDevAttrMultiProcessorCount hipDeviceAttributeMultiprocessorCount
+#define cudaDevAttrMaxSharedMemoryPerBlockOptin hipDeviceAttributeMaxSharedMemoryPerBlock
+#define cudaFuncAttributes hipFuncAttributes
+#define cudaFuncAttributeMaxDynamicSharedMemorySize hipFuncAttributeMaxDynamicSharedMemorySize
+#define cudaFuncGetAttributes hipFuncGetAttributes
+#define cudaFuncSetAttribute hipFuncSetAttribute
+#define cudaDevAttrManagedMemory hipDeviceAttributeManagedMemory
+#define cudaDevAttrConcurrentManagedAccess hipDeviceAttributeConcurrentManagedAccess
+#define cudaSetDevice hipSetDevice
+#define cudaErrorMemoryAllocation hipErrorOutOfMemory
+#define cudaFree hipFree
+#define cudaMallocManaged hipMallocManaged
+#define cudaStreamCaptureMode hipStreamCaptureMode
+#define cudaStreamCaptureModeRelaxed hipStreamCaptureModeRelaxed
+#define cudaStreamCaptureStatus hipStreamCaptureStatus
+#define cudaStreamCaptureStatusNone hipStreamCaptureStatusNone
+#define cudaStreamIsCapturing hipStreamIsCapturing
+#define cudaThreadExchangeStreamCaptureMode hipThreadExchangeStreamCaptureMode
 
 // Kernel parameters that are read in place; AMD passes them through memory anyway.
 #define BNB_GRID_CONSTANT
@@ -22,6 +39,22 @@
 #define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
 // AMD bounds the size of all kernel arguments together.
 #define BNB_KERNEL_ARGUMENT_BYTES 3840
+
+namespace bnb::gpu {
+
+// What DLPack calls this vendor's devices.
+inline constexpr int kDlpackDeviceType = 10;
+
+inline cudaError_t prefetch_to_device(const void* start, size_t bytes, int device,
+                                      cudaStream_t stream) {
+  return hipMemPrefetchAsync(start, bytes, device, stream);
+}
+
+inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_t stream) {
+  return hipMemPrefetchAsync(start, bytes, hipCpuDeviceId, stream);
+}
+
+}  // namespace bnb::gpu
 
 #else
 
@@ -31,8 +64,38 @@
 #define BNB_GRID_CONSTANT __grid_constant__
 // Threads of a block, and blocks that shall fit a multiprocessor.
 #define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-// CUDA 12.1 and later take 32764 bytes from compute capability 7.0 on.
-#define BNB_KERNEL_ARGUMENT_BYTES 32000
+// What CUDA 12.1 and later take from compute capability 7.0 on.
+#define BNB_KERNEL_ARGUMENT_BYTES 32764
+
+namespace bnb::gpu {
+
+inline constexpr int kDlpackDeviceType = 2;
+
+#if CUDART_VERSION >= 13000
+
+inline cudaError_t prefetch_to_device(const void* start, size_t bytes, int device,
+                                      cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, {cudaMemLocationTypeDevice, device}, 0, stream);
+}
+
+inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, {cudaMemLocationTypeHost, 0}, 0, stream);
+}
+
+#else
+
+inline cudaError_t prefetch_to_device(const void* start, size_t bytes, int device,
+                                      cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, device, stream);
+}
+
+inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, cudaCpuDeviceId, stream);
+}
+
+#endif
+
+}  // namespace bnb::gpu
 
 #endif
 
@@ -98,6 +161,18 @@ __device__ __forceinline__ uint16_t to_bfloat16_bits(float x) {
 __device__ __forceinline__ uint32_t to_bfloat16_pair(float low, float high) {
   return to_bfloat16_bits(low) | (static_cast<uint32_t>(to_bfloat16_bits(high)) << 16);
 }
+
+// Copies to shared memory that need not be complete before wait_copies(); here they are.
+template <int kBytes>
+__device__ __forceinline__ void start_copy(void* shared, const void* global) {
+  struct alignas(kBytes) Bytes {
+    unsigned char bytes[kBytes];
+  };
+  *static_cast<Bytes*>(shared) = *static_cast<const Bytes*>(global);
+}
+__device__ __forceinline__ void close_copy_group() {}
+template <int kOpen>
+__device__ __forceinline__ void wait_copies() {}
 
 #else
 
@@ -171,7 +246,54 @@ __device__ __forceinline__ uint32_t to_bfloat16_pair(float low, float high) {
 #endif
 }
 
+// Copies to shared memory that run while the thread goes on: start_copy() adds to the open group,
+// close_copy_group() closes it, wait_copies<n>() waits for all closed groups but the last n. Only
+// what the same thread copied is then sure to be there.
+template <int kBytes>
+__device__ __forceinline__ void start_copy(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes)
+                 : "memory");
+  }
+#else
+  struct alignas(kBytes) Bytes {
+    unsigned char bytes[kBytes];
+  };
+  *static_cast<Bytes*>(shared) = *static_cast<const Bytes*>(global);
 #endif
+}
+
+__device__ __forceinline__ void close_copy_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int kOpen>
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+#endif
+}
+
+#endif
+
+// Whether quick_reciprocal() serves a positive float of these bits: neither it nor its reciprocal
+// is near the ends of the range.
+__device__ __forceinline__ bool has_quick_reciprocal(uint32_t bits) {
+  return bits - 0x02000000u < 0x7a000000u;
+}
+
+// The correctly rounded reciprocal: one Newton step from an approximation within one unit in the
+// last place, its error taken with a fused multiply-add (Markstein 1990).
+__device__ __forceinline__ float quick_reciprocal(float x) {
+  const float y = approximate_reciprocal(x);
+  return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
+}
 
 __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;

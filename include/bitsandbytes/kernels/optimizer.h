@@ -15,18 +15,66 @@ namespace bnb {
 struct OptimizerTensor {
   void* param;       // [n] of dtype
   const void* grad;  // [n] of dtype
-  void* state[2];    // [n], float or 8-bit codes; state[1] null for one-state rules
-  float* absmax[2];  // [ceil(n / 256)], null for 32-bit states
+  void* state[2];    // [n], float or 8-bit codes; state[1] null for one-state rules. Rules with
+                     // three states: state[0] is [2, n]
+  float* absmax[2];  // [ceil(n / 256)] or [2, ceil(n / 256)]; null unless states are blockwise
   int64_t n;
 };
 
+// What the states are stored as.
+enum class StateFormat {
+  kFloat32,
+  kBlockwise8bit,  // codes, one absmax per 256 elements
+  kTensor8bit,     // codes, one absmax per tensor
+};
+
+// Arguments of one step. Pointers are on the device of the tensors; those described as
+// [tensors] hold one number per entry of the list.
 struct OptimizerStep {
   Rule rule;
   DType dtype;           // of parameters and gradients
   const float* qmap[2];  // [256] each: levels of the 8-bit states; null for 32-bit states
-  const int64_t* step;   // steps taken before this one; on the device of the tensors
-  const float* lr;       // learning rate on the device of the tensors, or null: hyper.lr
+  const int64_t* step;   // steps taken before this one
+  const float* lr;       // learning rate, or null: hyper.lr
   Hyper hyper;
+  const float* gnorm_scales;  // [tensors]: further factors on the gradients, or null
+  const float* max[2];        // [tensors]: absmax of the states; null unless kTensor8bit
+  float* new_max[2];          // [tensors]: absmax after this step, written by the preview
+  bool stochastic_rounding;   // of bfloat16 parameters
+  uint64_t seed;              // of that rounding
+  // The preview: a pass that writes no state and no parameter, and finds what the step needs to
+  // know of a whole tensor beforehand. Null pointers where it is not needed.
+  float max_unorm;       // bound on |update| / |parameter|; 0: none
+  float* unorm;          // [tensors]: sum of squares of the update before it is bounded, or null
+  float* update_scales;  // [tensors]: factors that keep to the bound; null without one
+};
+
+// Elements behind one partial sum of the preview and of gradient norms, on every device.
+inline constexpr int64_t kPreviewTile = 8192;
+// Numbers of one partial result: sums of squares of the parameter and of the update, absmax of two
+// new states, and 1 if an element is not skipped, else 0.
+inline constexpr int kPreviewNumbers = 5;
+
+// Number of partial results of a list.
+inline int64_t preview_tiles(std::span<const OptimizerTensor> tensors) {
+  int64_t tiles = 0;
+  for (const OptimizerTensor& t : tensors) tiles += ceil_div(t.n, kPreviewTile);
+  return tiles;
+}
+
+// A gradient whose norm is recorded.
+struct GradientTensor {
+  const void* grad;  // [n] of dtype
+  float* gnorm_vec;  // [100]: squares of the norms of the last hundred steps
+  int64_t n;
+};
+
+// Adaptive gradient clipping by a percentile of past norms (bitsandbytes 0.49 and older).
+struct PercentileClipping {
+  DType dtype;
+  const int64_t* step;  // steps taken before this one
+  int percentile;       // 0 to 99
+  float* out;           // [3, tensors]: gradient norms, clip values, factors on the gradients
 };
 
 namespace gpu {
@@ -38,6 +86,18 @@ void optimizer_step_32bit(const OptimizerStep& args, std::span<const OptimizerTe
 // States as 8-bit codes with one absmax per 256 elements.
 void optimizer_step_8bit_blockwise(const OptimizerStep& args,
                                    std::span<const OptimizerTensor> tensors, Stream stream);
+
+// States as 8-bit codes with one absmax per tensor; the preview must have run.
+void optimizer_step_8bit(const OptimizerStep& args, std::span<const OptimizerTensor> tensors,
+                         Stream stream);
+
+// The preview of a step; `partials` is scratch of kPreviewNumbers floats per preview tile.
+void optimizer_preview(const OptimizerStep& args, StateFormat format,
+                       std::span<const OptimizerTensor> tensors, float* partials, Stream stream);
+
+// Records the norm of each gradient; `partials` is scratch of one float per tile of kPreviewTile.
+void percentile_clipping(const PercentileClipping& args, std::span<const GradientTensor> tensors,
+                         float* partials, Stream stream);
 
 }  // namespace gpu
 }  // namespace bnb

@@ -23,6 +23,8 @@ struct Hyper {
   double weight_decay;
   double gnorm_scale;  // factor on every gradient
   bool skip_zeros;     // elements whose gradient is zero keep state and parameter
+  double t_alpha;      // steps until alpha is reached; 0: from the first on
+  double t_beta3;      // steps until beta3 is reached; 0: from the first on
 };
 
 enum class WeightDecay {
@@ -33,7 +35,8 @@ enum class WeightDecay {
 
 // A rule offers:
 //   kName            the name in ops and Python
-//   kStates          number of states per element, 1 or 2
+//   kStates          number of states per element, 1 to 3. Three states lie in two tensors: the
+//                    first holds two of them, as rows [2, n]
 //   kWeightDecay     where weight decay enters
 //   Constants        what update() needs, computed once per call from Hyper and step;
 //                    it holds `step_size`, the factor on the direction

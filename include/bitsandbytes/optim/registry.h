@@ -5,6 +5,7 @@
 
 #include "bitsandbytes/optim/adagrad.h"
 #include "bitsandbytes/optim/adam.h"
+#include "bitsandbytes/optim/ademamix.h"
 #include "bitsandbytes/optim/lion.h"
 #include "bitsandbytes/optim/momentum.h"
 #include "bitsandbytes/optim/rmsprop.h"
@@ -14,7 +15,8 @@
   X(Lion)                 \
   X(Momentum)             \
   X(RMSprop)              \
-  X(Adagrad)
+  X(Adagrad)              \
+  X(AdEMAMix)
 
 namespace bnb {
 
@@ -37,5 +39,23 @@ inline constexpr RuleInfo kRules[] = {
     BNB_OPTIMIZERS(BNB_DESCRIBE)
 #undef BNB_DESCRIBE
 };
+
+// Names of rules that differ from another one only in what callers bound: LAMB is Adam and LARS is
+// momentum with a bound on the norm of the update.
+struct RuleAlias {
+  const char* name;
+  Rule rule;
+};
+
+inline constexpr RuleAlias kRuleAliases[] = {{"lamb", Rule::kAdam}, {"lars", Rule::kMomentum}};
+
+// Tensors that hold `states` numbers per element, and where state k lies among them: three states
+// share two tensors, the first of which has two rows.
+BNB_HD constexpr int state_tensors(int states) { return states == 1 ? 1 : 2; }
+BNB_HD constexpr int state_rows(int states, int tensor) {
+  return states == 3 && tensor == 0 ? 2 : 1;
+}
+BNB_HD constexpr int tensor_of_state(int states, int k) { return states == 3 ? k / 2 : k; }
+BNB_HD constexpr int row_of_state(int states, int k) { return states == 3 && k == 1 ? 1 : 0; }
 
 }  // namespace bnb

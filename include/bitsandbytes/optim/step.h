@@ -31,6 +31,30 @@ struct Step {
     return s;
   }
 
+  // The step of one tensor, with factors of its own on gradient and update.
+  BNB_HD Step scaled(float grad_factor, float update_factor) const {
+    Step s = *this;
+    s.gnorm_scale *= grad_factor;
+    s.constants.step_size *= update_factor;
+    return s;
+  }
+
+  // For preview(): the learning rate is one.
+  BNB_HD static Step make_preview(Hyper hyper, int64_t step) {
+    hyper.lr = 1.0;
+    return make(hyper, step, nullptr);
+  }
+
+  // Advances the states by one scaled gradient; returns the update of the parameter over the
+  // learning rate, without decoupled weight decay. For steps of make_preview().
+  template <class F>
+  BNB_HD F preview(F grad, F param, F (&states)[R::kStates]) const {
+    if (R::kWeightDecay == WeightDecay::kL2 && weight_decay != 0.0f) {
+      grad = fma(F(weight_decay), param, grad);
+    }
+    return F(constants.step_size) * R::update(grad, param, states, constants);
+  }
+
   // Advances the states by one scaled gradient; returns the new parameter.
   template <class F>
   BNB_HD F advance(F grad, F param, F (&states)[R::kStates]) const {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _library
+from .. import _library, paged
 from .._version import __version__
 from . import checks, native
 from .utils import print_dedented, print_header
@@ -133,6 +133,7 @@ def sanity_check(devices: list[torch.device] | None = None) -> list[str]:
             print(f"{device}: plain PyTorch for every op; no native code serves this device")
         else:
             print(f"{device}: native code; in plain PyTorch: {', '.join(plain) or 'nothing'}")
+        print(f"  {'paged optimizers':30s} {paged.describe(device)}")
         problems += checks.run(device)
     return problems
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Adagrad: gradients over the root of the sum of their squares."""
 
+from torch import Tensor
+
 from .optimizer import Optimizer1State
 
 __all__ = ["Adagrad", "Adagrad8bit", "Adagrad32bit"]
@@ -11,7 +13,7 @@ class Adagrad(Optimizer1State):
 
     Args:
         params: Parameters or parameter groups; float32, float16 or bfloat16 on any device.
-        lr: Learning rate; a float or a 0-dim tensor.
+        lr: Learning rate; a float, or a 0-dim tensor, which may lie on the parameters' device.
         lr_decay: Must be 0.
         weight_decay: Weight decay.
         initial_accumulator_value: Must be 0.
@@ -19,8 +21,12 @@ class Adagrad(Optimizer1State):
         optim_bits: 8 or 32: bits per element of the state.
         args: Object whose attributes replace the settings, or None.
         min_8bit_size: Parameters with fewer elements keep 32-bit states.
-        percentile_clipping: Accepted for programs of bitsandbytes 0.49 and older; 100: off.
-        block_wise: Accepted for programs of bitsandbytes 0.49 and older.
+        percentile_clipping: Scale a gradient whose norm exceeds this percentile of the last
+            hundred norms of its parameter down to it; 100: never.
+        block_wise: Scale 8-bit states by blocks of 256; otherwise by whole tensors.
+        stochastic_rounding: Round new bfloat16 parameters up or down at random, such that the
+            expected value is exact. Other dtypes round to nearest.
+        rounding_seed: Seed of that rounding.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -30,12 +36,10 @@ class Adagrad(Optimizer1State):
         >>> optimizer = Adagrad(layer.parameters(), lr=1e-2, optim_bits=8)
     """
 
-    state_bits: int | None = None  # None: as `optim_bits` says
-
     def __init__(
         self,
         params,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         lr_decay: float = 0,
         weight_decay: float = 0,
         initial_accumulator_value: float = 0,
@@ -46,6 +50,8 @@ class Adagrad(Optimizer1State):
         *,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ):
         name = type(self).__name__
         for argument, value in (
@@ -54,6 +60,8 @@ class Adagrad(Optimizer1State):
         ):
             if value != 0:
                 raise ValueError(f"{name}: {argument} must be 0, got {value}")
+        if self.state_bits == 8 and optim_bits != 8:
+            raise ValueError(f"{name}: optim_bits must be 8, got {optim_bits}")
         super().__init__(
             "adagrad",
             params,
@@ -61,49 +69,20 @@ class Adagrad(Optimizer1State):
             (0.0, 0.0),
             eps,
             weight_decay,
-            self.state_bits or optim_bits,
-            args,
-            min_8bit_size,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
-        )
-
-
-class Adagrad8bit(Adagrad):
-    """Adagrad with 8-bit blockwise state. Same arguments as :class:`Adagrad`, `optim_bits` 8."""
-
-    state_bits = 8
-
-    def __init__(
-        self,
-        params,
-        lr: float = 1e-2,
-        lr_decay: float = 0,
-        weight_decay: float = 0,
-        initial_accumulator_value: float = 0,
-        eps: float = 1e-10,
-        optim_bits: int = 8,
-        args=None,
-        min_8bit_size: int = 4096,
-        *,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-    ):
-        if optim_bits != 8:
-            raise ValueError(f"{type(self).__name__}: optim_bits must be 8, got {optim_bits}")
-        super().__init__(
-            params,
-            lr,
-            lr_decay,
-            weight_decay,
-            initial_accumulator_value,
-            eps,
             optim_bits,
             args,
             min_8bit_size,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
+            percentile_clipping,
+            block_wise,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
         )
+
+
+class Adagrad8bit(Adagrad, defaults={"optim_bits": 8}):
+    """Adagrad with 8-bit state. Same arguments as :class:`Adagrad`, `optim_bits` must be 8."""
+
+    state_bits = 8
 
 
 class Adagrad32bit(Adagrad):

@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Adam with decoupled weight decay, in 32-bit and 8-bit precision of the states."""
 
-import warnings
+from torch import Tensor
 
-from .optimizer import Optimizer2State
+from .analysis import AnalysisAdam
+from .optimizer import Optimizer2State, warn_ignored
 
-__all__ = ["Adam", "Adam8bit", "Adam32bit", "PagedAdam", "PagedAdam8bit", "PagedAdam32bit"]
+__all__ = [
+    "Adam",
+    "Adam8bit",
+    "Adam32bit",
+    "AnalysisAdam",
+    "PagedAdam",
+    "PagedAdam8bit",
+    "PagedAdam32bit",
+]
 
 
 class Adam(Optimizer2State):
@@ -16,7 +25,7 @@ class Adam(Optimizer2State):
 
     Args:
         params: Parameters or parameter groups; float32, float16 or bfloat16 on any device.
-        lr: Learning rate; a float or a 0-dim tensor.
+        lr: Learning rate; a float, or a 0-dim tensor, which may lie on the parameters' device.
         betas: Decay rates of the first and second moment.
         eps: Added to the denominator.
         weight_decay: Weight decay.
@@ -25,8 +34,12 @@ class Adam(Optimizer2State):
         args: Object whose attributes replace the settings, or None.
         min_8bit_size: Parameters with fewer elements keep 32-bit states.
         is_paged: Keep large states in memory that can move to the host.
-        percentile_clipping: Accepted for programs of bitsandbytes 0.49 and older; 100: off.
-        block_wise: Accepted for programs of bitsandbytes 0.49 and older.
+        percentile_clipping: Scale a gradient whose norm exceeds this percentile of the last
+            hundred norms of its parameter down to it; 100: never.
+        block_wise: Scale 8-bit states by blocks of 256; otherwise by whole tensors.
+        stochastic_rounding: Round new bfloat16 parameters up or down at random, such that the
+            expected value is exact. Other dtypes round to nearest.
+        rounding_seed: Seed of that rounding.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -38,12 +51,10 @@ class Adam(Optimizer2State):
         >>> optimizer.step()
     """
 
-    state_bits: int | None = None  # None: as `optim_bits` says
-
     def __init__(
         self,
         params,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0,
@@ -55,6 +66,8 @@ class Adam(Optimizer2State):
         *,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ):
         name = type(self).__name__
         if self.state_bits == 8:
@@ -62,8 +75,7 @@ class Adam(Optimizer2State):
                 raise ValueError(f"{name}: amsgrad must be False, got {amsgrad}")
             if optim_bits not in (8, 32):
                 raise ValueError(f"{name}: optim_bits must be 8 or left alone, got {optim_bits}")
-        elif amsgrad:
-            warnings.warn(f"{name}: amsgrad is not implemented and ignored", stacklevel=2)
+        warn_ignored(self, amsgrad=amsgrad)
         super().__init__(
             "adam",
             params,
@@ -71,12 +83,14 @@ class Adam(Optimizer2State):
             betas,
             eps,
             weight_decay,
-            self.state_bits or optim_bits,
+            optim_bits,
             args,
             min_8bit_size,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
+            percentile_clipping,
+            block_wise,
             is_paged=is_paged,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
         )
 
 

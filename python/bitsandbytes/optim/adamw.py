@@ -6,7 +6,7 @@ from .adam import Adam
 __all__ = ["AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"]
 
 
-class AdamW(Adam):
+class AdamW(Adam, defaults={"weight_decay": 1e-2}):
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
 
     The rule of :class:`Adam`, whose weight decay is decoupled already; only the default of
@@ -16,37 +16,6 @@ class AdamW(Adam):
         >>> layer = torch.nn.Linear(64, 64)
         >>> optimizer = AdamW(layer.parameters(), lr=1e-3, weight_decay=0.1)
     """
-
-    def __init__(
-        self,
-        params,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        optim_bits: int = 32,
-        args=None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        *,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-    ):
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            optim_bits,
-            args,
-            min_8bit_size,
-            is_paged,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
-        )
 
 
 class AdamW8bit(AdamW):
@@ -61,19 +30,19 @@ class AdamW32bit(AdamW):
     state_bits = 32
 
 
-class PagedAdamW(AdamW):
-    """AdamW that asks for paged memory. Same arguments as :class:`AdamW`."""
+class PagedAdamW(AdamW, without=("is_paged",)):
+    """AdamW that asks for paged memory. The arguments of :class:`AdamW` without `is_paged`."""
 
     always_paged = True
 
 
-class PagedAdamW8bit(AdamW8bit):
-    """AdamW8bit that asks for paged memory. Same arguments as :class:`AdamW8bit`."""
+class PagedAdamW8bit(AdamW8bit, without=("is_paged",)):
+    """AdamW8bit that asks for paged memory, and takes no `is_paged`."""
 
     always_paged = True
 
 
-class PagedAdamW32bit(AdamW32bit):
-    """AdamW32bit that asks for paged memory. Same arguments as :class:`AdamW32bit`."""
+class PagedAdamW32bit(AdamW32bit, without=("is_paged",)):
+    """AdamW32bit that asks for paged memory, and takes no `is_paged`."""
 
     always_paged = True

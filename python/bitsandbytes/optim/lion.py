@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Lion: one state, and steps of the same size for every element."""
 
+from torch import Tensor
+
 from .optimizer import Optimizer1State
 
 __all__ = ["Lion", "Lion8bit", "Lion32bit", "PagedLion", "PagedLion8bit", "PagedLion32bit"]
@@ -11,15 +13,19 @@ class Lion(Optimizer1State):
 
     Args:
         params: Parameters or parameter groups; float32, float16 or bfloat16 on any device.
-        lr: Learning rate; a float or a 0-dim tensor.
+        lr: Learning rate; a float, or a 0-dim tensor, which may lie on the parameters' device.
         betas: Weight of the momentum in the step, and its decay rate.
         weight_decay: Weight decay.
         optim_bits: 8 or 32: bits per element of the state.
         args: Object whose attributes replace the settings, or None.
         min_8bit_size: Parameters with fewer elements keep 32-bit states.
         is_paged: Keep large states in memory that can move to the host.
-        percentile_clipping: Accepted for programs of bitsandbytes 0.49 and older; 100: off.
-        block_wise: Accepted for programs of bitsandbytes 0.49 and older.
+        percentile_clipping: Scale a gradient whose norm exceeds this percentile of the last
+            hundred norms of its parameter down to it; 100: never.
+        block_wise: Scale 8-bit states by blocks of 256; otherwise by whole tensors.
+        stochastic_rounding: Round new bfloat16 parameters up or down at random, such that the
+            expected value is exact. Other dtypes round to nearest.
+        rounding_seed: Seed of that rounding.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -32,7 +38,7 @@ class Lion(Optimizer1State):
     def __init__(
         self,
         params,
-        lr: float = 1e-4,
+        lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0,
         optim_bits: int = 32,
@@ -42,6 +48,8 @@ class Lion(Optimizer1State):
         *,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ):
         super().__init__(
             "lion",
@@ -53,66 +61,39 @@ class Lion(Optimizer1State):
             optim_bits,
             args,
             min_8bit_size,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
+            percentile_clipping,
+            block_wise,
             is_paged=is_paged,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
         )
 
 
-class Lion8bit(Lion):
-    """Lion with 8-bit blockwise state: one byte per element and one float per 256 of them.
-
-    The arguments of :class:`Lion` without `optim_bits`.
-    """
+class Lion8bit(Lion, without=("optim_bits",)):
+    """Lion with 8-bit state. The arguments of :class:`Lion` without `optim_bits`."""
 
     state_bits = 8
 
-    def __init__(
-        self,
-        params,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0,
-        args=None,
-        min_8bit_size: int = 4096,
-        is_paged: bool = False,
-        *,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-    ):
-        super().__init__(
-            params,
-            lr,
-            betas,
-            weight_decay,
-            self.state_bits,
-            args,
-            min_8bit_size,
-            is_paged,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
-        )
 
-
-class Lion32bit(Lion8bit):
+class Lion32bit(Lion, without=("optim_bits",)):
     """Lion with 32-bit state. The arguments of :class:`Lion` without `optim_bits`."""
 
     state_bits = 32
 
 
-class PagedLion(Lion):
-    """Lion that asks for paged memory. Same arguments as :class:`Lion`."""
+class PagedLion(Lion, without=("is_paged",)):
+    """Lion that asks for paged memory. The arguments of :class:`Lion` without `is_paged`."""
 
     always_paged = True
 
 
-class PagedLion8bit(Lion8bit):
-    """Lion8bit that asks for paged memory. Same arguments as :class:`Lion8bit`."""
+class PagedLion8bit(Lion8bit, without=("is_paged",)):
+    """Lion8bit that asks for paged memory, and takes no `is_paged`."""
 
     always_paged = True
 
 
-class PagedLion32bit(Lion32bit):
-    """Lion32bit that asks for paged memory. Same arguments as :class:`Lion32bit`."""
+class PagedLion32bit(Lion32bit, without=("is_paged",)):
+    """Lion32bit that asks for paged memory, and takes no `is_paged`."""
 
     always_paged = True

@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""The engine behind every optimizer: states, overrides, checkpoints, one native call per list."""
+"""The engine behind every optimizer: states, settings, steps, checkpoints."""
 
-import copy
-import itertools
-import operator
-import warnings
+import functools
 from collections import abc, defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import paged
+from .._checks import warn_user
 from ..plain.optimizer import BLOCK
-from ..plain.quantize import dequantize_blocks
 from ..quant.codes import default_code
+from . import sharding
+from .buckets import Bucket, all_are, holds_none
+from .checkpoint import QUANT_STATE_KEYS, WRAPPER, StateReader, nested, read_state_dict
 from .overrides import GlobalOptimManager
+from .signature import derived_init
 
-__all__ = ["MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit"]
+__all__ = ["MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "warn_ignored"]
 
-LEGACY_BLOCK = 2048  # BLOCK in checkpoints of bitsandbytes 0.43 and older
+PAGED_SIZE = 100_000  # elements from which on states of paged optimizers lie in paged memory
+# Bytes of states that are prefetched before one native call. Where all states do not fit the
+# device, those of the next call displace those of the last.
+PAGED_RUN = 2**30
 
 
 class MockArgs:
@@ -29,53 +34,27 @@ class MockArgs:
             setattr(self, key, value)
 
 
-def _same_objects(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(map(operator.is_, a, b))
+def warn_ignored(optimizer: torch.optim.Optimizer, **given: Any) -> None:
+    """Warns about arguments that exist for compatibility and were given a value that asks for more.
 
-
-def _holds_none(objects: list) -> bool:
-    return any(map(operator.is_, objects, itertools.repeat(None)))
-
-
-class _Bucket:
-    """Parameters that advance together: same group, dtype, device, precision and step number.
-
-    The number of the step lives in a tensor beside the parameters, where a captured CUDA graph
-    advances it too; the Python integers in ``state[p]["step"]`` are written only when looked at.
+    Args:
+        optimizer: The optimizer under construction.
+        given: Name of the argument -> whether it asks for something.
     """
-
-    def __init__(self, group: dict, override: dict | None, params: list, states: list):
-        self.group = group
-        self.override = override
-        self.params = params
-        self.states = states
-        first = states[0]
-        self.eight_bit = first["state1"].dtype == torch.uint8
-        self.state1 = [state["state1"] for state in states]
-        self.state2 = [state["state2"] for state in states] if "state2" in first else []
-        self.absmax1 = [state["absmax1"] for state in states] if self.eight_bit else []
-        self.absmax2 = [state["absmax2"] for state in states] if "absmax2" in first else []
-        self.qmap1 = first.get("qmap1")
-        self.qmap2 = first.get("qmap2")
-        self.steps = first["step"]
-        self.step_tensor = torch.full((), self.steps, dtype=torch.int64, device=params[0].device)
-        self.captured = False
-        self.pending = False
-
-    def write_steps(self) -> None:
-        """Brings ``state["step"]`` of every member up to date."""
-        if self.captured:
-            # Replays of the graph advanced the tensor without this process counting.
-            self.steps = int(self.step_tensor.item())
-            self.pending = True
-        if self.pending:
-            for state in self.states:
-                state["step"] = self.steps
-            self.pending = False
+    names = " and ".join(name for name, asks in given.items() if asks)
+    if names:
+        warn_user(f"{type(optimizer).__name__}: {names} is not implemented and ignored")
 
 
 class Optimizer8bit(torch.optim.Optimizer):
     """Base of all optimizers whose states may be 8-bit codes.
+
+    A subclass says where it differs from its base: `state_bits` and `always_paged` overrule
+    arguments; the class arguments `without` and `defaults` take arguments away and change defaults.
+
+        class PagedLion8bit(Lion, without=("optim_bits", "is_paged")):
+            state_bits = 8
+            always_paged = True
 
     Args:
         params: Parameters or parameter groups.
@@ -85,40 +64,38 @@ class Optimizer8bit(torch.optim.Optimizer):
     """
 
     # Keys whose tensors keep their dtype when a checkpoint is loaded.
-    non_castable_tensor_keys = frozenset(
-        {
-            "qmap1",
-            "qmap2",
-            "max1",
-            "max2",
-            "new_max1",
-            "new_max2",
-            "state1",
-            "state2",
-            "gnorm_vec",
-            "absmax1",
-            "absmax2",
-            "unorm_vec",
-        }
-    )
-    _FSDP_WRAPPED_QUANT_STATE_KEY = "__bnb_optimizer_quant_state__"
+    non_castable_tensor_keys = QUANT_STATE_KEYS
+    _FSDP_WRAPPED_QUANT_STATE_KEY = WRAPPER
+    state_bits: int | None = None  # None: as `optim_bits` says
     always_paged = False  # the Paged... classes: whatever `is_paged` says
+    _warned_of_plain_memory = False
+    # Rows of each state tensor: two if it holds two numbers per element.
+    state_rows: tuple[int, ...] = ()
+
+    def __init_subclass__(
+        cls,
+        *,
+        without: abc.Sequence[str] = (),
+        defaults: abc.Mapping[str, Any] | None = None,
+        **kwargs,
+    ):
+        super().__init_subclass__(**kwargs)
+        if without or defaults:
+            cls.__init__ = derived_init(cls, without, defaults or {})  # type: ignore[method-assign]
 
     def __init__(self, params, defaults: dict, optim_bits: int = 32, is_paged: bool = False):
-        self._buckets: list[_Bucket] | None = None
-        self._signature: Any = None
+        self._forget_buckets()
         super().__init__(params, defaults)
         self.initialized = False
         self.is_paged = is_paged or self.always_paged
         self.optim_bits = optim_bits
         self.mng = GlobalOptimManager.get_instance()
         self.name2qmap: dict[str, Tensor] = {}
-        if self.is_paged:
-            warnings.warn(
-                f"{type(self).__name__}: this build has no paged memory; states stay in the "
-                "memory of their parameter's device",
-                stacklevel=3,
-            )
+
+    @property
+    def page_mng(self) -> paged.GlobalPageManager:
+        """The paged tensors of this process."""
+        return paged.GlobalPageManager.get_instance()
 
     # ---- State access ---------------------------------------------------------------------------
     #
@@ -133,16 +110,27 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     @state.setter
     def state(self, value: defaultdict) -> None:
-        self._buckets = None
+        self._forget_buckets()
         self._state = value
+
+    def _forget_buckets(self) -> None:
+        self._buckets: list[Bucket] | None = None
+        # Buckets that replays of a CUDA graph go on using after someone looked at `state`.
+        self._captured_buckets: list[Bucket] = []
+        self._signature: Any = None
+        self._without_grad: list[Tensor] = []
 
     def _release_buckets(self) -> None:
         if self._buckets is not None:
+            self._captured_buckets = [b for b in self._buckets if b.captured]
             for bucket in self._buckets:
                 bucket.write_steps()
             self._buckets = None
+        else:
+            for bucket in self._captured_buckets:
+                bucket.write_steps()
 
-    # ---- Configuration --------------------------------------------------------------------------
+    # ---- Settings -------------------------------------------------------------------------------
 
     def get_config(self, gindex: int, pindex: int, group: dict) -> dict[str, Any]:
         """Returns the settings of one parameter: group, then `args`, then overrides.
@@ -156,6 +144,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         return self._merge_config(group, override)
 
     def _merge_config(self, group: dict, override: dict | None) -> dict[str, Any]:
+        args = self.args
         config = {
             "betas": group["betas"],
             "eps": group["eps"],
@@ -164,10 +153,14 @@ class Optimizer8bit(torch.optim.Optimizer):
             "alpha": group.get("alpha", 0.0),
             "t_alpha": group.get("t_alpha"),
             "t_beta3": group.get("t_beta3"),
-            "optim_bits": self.args.optim_bits,
-            "min_8bit_size": self.args.min_8bit_size,
-            "max_unorm": self.args.max_unorm,
-            "skip_zeros": self.args.skip_zeros,
+            "rounding_seed": group.get("rounding_seed"),
+            "optim_bits": args.optim_bits,
+            "min_8bit_size": args.min_8bit_size,
+            "max_unorm": args.max_unorm,
+            "skip_zeros": args.skip_zeros,
+            # `args` of programs for 0.50 and newer have neither.
+            "percentile_clipping": getattr(args, "percentile_clipping", 100),
+            "block_wise": getattr(args, "block_wise", True),
         }
         if override:
             config.update(override)
@@ -196,12 +189,42 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Creates the state of one parameter. Subclasses say what it holds."""
         raise NotImplementedError("init_state: implemented by Optimizer1State and Optimizer2State")
 
-    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns zeros of p's shape for a state.
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32, rows: int = 1):
+        """Returns zeros for a state: of p's shape, or of `rows` times that.
 
         Row-major whatever p's strides: blocks, and with them checkpoints, do not depend on those.
         """
-        return torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format)
+        shape = p.shape if rows == 1 else (rows, *p.shape)
+        if self._pages_state_of(p):
+            return paged.get_paged(*shape, dtype=dtype, device=p.device)
+        return torch.zeros(shape, dtype=dtype, device=p.device)
+
+    def _pages_state_of(self, p: Tensor) -> bool:
+        """Whether states of this parameter belong in paged memory; warns once if there is none."""
+        reason = paged.unavailable(p.device) if self.is_paged else None
+        if reason is not None and not self._warned_of_plain_memory:
+            self._warned_of_plain_memory = True
+            warn_user(
+                f"{type(self).__name__}: states on {p.device} lie in plain memory, there is no "
+                f"paged memory: {reason}"
+            )
+        return self.is_paged and reason is None and p.numel() >= PAGED_SIZE
+
+    def _own_buffer(self, p: Tensor, entry: Tensor) -> Tensor:
+        """Copies a state of a parameter into a buffer like those that this optimizer makes."""
+        rows = () if entry.dim() == p.dim() else (entry.shape[0],)
+        return self.get_state_buffer(p, entry.dtype, *rows).copy_(entry)
+
+    def _page_states(self) -> None:
+        """Moves states that came into ordinary memory by copying or unpickling."""
+        for p in (p for group in self.param_groups for p in group["params"]):
+            part, state = sharding.local(p), self._state.get(p, {})
+            for key in ("state1", "state2"):
+                entry = sharding.local(state.get(key))
+                if isinstance(entry, Tensor) and entry.device == part.device:
+                    if self._pages_state_of(part) and not paged.is_paged(entry):
+                        new = {key: self._own_buffer(part, entry)}
+                        state.update(sharding.attached(p, new, self.state_rows))
 
     def to_gpu(self) -> None:
         """Moves states to the devices of their parameters."""
@@ -215,6 +238,10 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def prefetch_state(self, p: Tensor) -> None:
         """Brings the paged states of one parameter to its device."""
+        if self.is_paged:
+            state = self._state.get(p, {})
+            entries = [sharding.local(state[k]) for k in ("state1", "state2") if k in state]
+            paged.prefetch_pages(paged.pages_of(entries), p.device)
 
     # ---- Step -----------------------------------------------------------------------------------
 
@@ -236,18 +263,26 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.check_overrides()
             self.to_gpu()
             self.initialized = True
-        for bucket, grads in self._prepared_buckets():
-            self._update_bucket(bucket, grads)
+        ready = [
+            (bucket, self._merge_config(bucket.group, bucket.override), grads)
+            for bucket, grads in self._prepared_buckets()
+        ]
+        for bucket, config, _ in ready:
+            sharding.refuse_bounds(bucket.part, config)
+        for bucket, config, grads in ready:
+            if self.is_paged:
+                bucket.prefetch()
+            bucket.step(self.optimizer_name, config, grads)
         return loss
 
-    def _prepared_buckets(self) -> list[tuple[_Bucket, list[Tensor]]]:
+    def _prepared_buckets(self) -> list[tuple[Bucket, list[Tensor]]]:
         if self._buckets is not None and self._still_valid():
-            ready = [(bucket, [p.grad for p in bucket.params]) for bucket in self._buckets]
-            if not any(_holds_none(grads) for _, grads in ready):
+            ready = [(bucket, bucket.gradients()) for bucket in self._buckets]
+            if not any(holds_none(grads) for _, grads in ready):
                 return ready
         self._build_buckets()
         self._signature = (self.mng.version, [list(g["params"]) for g in self.param_groups])
-        return [(bucket, [p.grad for p in bucket.params]) for bucket in self._buckets]
+        return [(bucket, bucket.gradients()) for bucket in self._buckets]
 
     def _still_valid(self) -> bool:
         """Whether the buckets hold the parameters of today's groups, as far as they have grads."""
@@ -256,7 +291,7 @@ class Optimizer8bit(torch.optim.Optimizer):
             version == self.mng.version
             and len(members) == len(self.param_groups)
             and all(
-                _same_objects(known, group["params"])
+                all_are(known, group["params"])
                 for known, group in zip(members, self.param_groups, strict=True)
             )
             and all(p.grad is None for p in self._without_grad)
@@ -270,42 +305,59 @@ class Optimizer8bit(torch.optim.Optimizer):
             )
         self._release_buckets()
         members: dict[tuple, tuple[list, list]] = {}
-        contexts: dict[tuple, tuple[dict, dict | None]] = {}
+        contexts: dict[tuple, tuple[dict, dict | None, tuple[int, int]]] = {}
         self._without_grad = []
+        paged_bytes = 0
         for gindex, group in enumerate(self.param_groups):
             for pindex, p in enumerate(group["params"]):
                 if p.grad is None:
                     self._without_grad.append(p)
                     continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__}.step: gradients must be dense, parameter {pindex} "
-                        f"of group {gindex} has a sparse one"
-                    )
+                self._check_gradient(p, gindex, pindex)
                 state = self._state[p]
                 if len(state) == 0:
                     self.init_state(group, p, gindex, pindex)
-                self._check_state(state, p, gindex, pindex)
+                elif WRAPPER in state:
+                    # As checkpoints hold it: ZeroRedundancyOptimizer puts it here itself.
+                    config = functools.partial(self.get_config, gindex, pindex, group)
+                    state = self._state_reader()(pindex, p, state, config)
+                    self._state[p] = state
+                self._check_state(state, gindex, pindex)
                 override = self.mng.config_of(gindex, pindex, p)
+                if self.is_paged:
+                    held = (sharding.local(state[k]) for k in ("state1", "state2") if k in state)
+                    paged_bytes += sum(entry.nbytes for entry in held)
                 key = (
+                    paged_bytes // PAGED_RUN,
                     gindex,
-                    id(override) if override else None,
+                    _by_content(override),
                     p.dtype,
                     p.device,
                     state["state1"].dtype,
+                    "absmax1" in state,
                     id(state.get("qmap1")),
                     id(state.get("qmap2")),
                     state["step"],
+                    sharding.part_of(p),
                 )
                 params, states = members.setdefault(key, ([], []))
                 params.append(p)
                 states.append(state)
-                contexts[key] = (group, override)
-        self._buckets = [
-            _Bucket(*contexts[key], params, states) for key, (params, states) in members.items()
-        ]
+                contexts.setdefault(key, (group, override, (gindex, pindex)))
+        captured, self._captured_buckets = self._captured_buckets, []
+        self._buckets = []
+        for key, (params, states) in members.items():
+            new = Bucket(*contexts[key], params, states)
+            self._buckets.append(next((b for b in captured if b.serves(new)), new))
 
-    def _check_state(self, state: dict, p: Tensor, gindex: int, pindex: int) -> None:
+    def _check_gradient(self, p: Tensor, gindex: int, pindex: int) -> None:
+        if p.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: gradients must be dense, parameter {pindex} "
+                f"of group {gindex} has a sparse one"
+            )
+
+    def _check_state(self, state: dict, gindex: int, pindex: int) -> None:
         state1 = state.get("state1")
         if not isinstance(state1, Tensor) or state1.dtype not in (torch.uint8, torch.float32):
             got = state1.dtype if isinstance(state1, Tensor) else type(state1).__name__
@@ -314,63 +366,19 @@ class Optimizer8bit(torch.optim.Optimizer):
                 f"must hold 'state1' in uint8 or float32, got {got}"
             )
 
-    def _update_bucket(self, bucket: _Bucket, grads: list[Tensor]) -> None:
-        config = self._merge_config(bucket.group, bucket.override)
-        if config["max_unorm"] > 0.0:
-            raise ValueError(
-                f"{type(self).__name__}.step: max_unorm must be 0 for this optimizer, "
-                f"got {config['max_unorm']}"
-            )
-        device = bucket.step_tensor.device
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        lr, lr_tensor = config["lr"], None
-        if isinstance(lr, Tensor):
-            if lr.device == device:
-                lr, lr_tensor = 0.0, lr.to(torch.float32)
-            else:
-                lr = float(lr)
-        betas = config["betas"]
-        hyper = (
-            bucket.step_tensor,
-            lr_tensor,
-            lr,
-            betas[0],
-            betas[1],
-            betas[2] if len(betas) > 2 else 0.0,
-            config["alpha"],
-            config["eps"],
-            config["weight_decay"],
-            1.0,
-            bool(config["skip_zeros"]),
-        )
-        lists = (bucket.params, grads, bucket.state1, bucket.state2)
-        if bucket.eight_bit:
-            torch.ops.bitsandbytes.optimizer_step_8bit_blockwise(
-                self.optimizer_name,
-                *lists,
-                bucket.absmax1,
-                bucket.absmax2,
-                bucket.qmap1,
-                bucket.qmap2,
-                *hyper,
-            )
-        else:
-            torch.ops.bitsandbytes.optimizer_step_32bit(self.optimizer_name, *lists, *hyper)
-        bucket.step_tensor.add_(1)
-        bucket.steps += 1
-        bucket.pending = True
-        bucket.captured = bucket.captured or capturing
-
     # The protocol of optimizers that drive single parameters themselves (GaLore and the like).
 
     @torch.no_grad()
     def update_step(self, group: dict, p: Tensor, gindex: int, pindex: int) -> None:
         """Takes the step of one parameter whose state exists."""
         state = self.state[p]
-        self._check_state(state, p, gindex, pindex)
+        self._check_gradient(p, gindex, pindex)
+        self._check_state(state, gindex, pindex)
         override = self.mng.config_of(gindex, pindex, p)
-        bucket = _Bucket(group, override, [p], [state])
-        self._update_bucket(bucket, [p.grad])
+        bucket = Bucket(group, override, (gindex, pindex), [p], [state])
+        config = self._merge_config(group, override)
+        sharding.refuse_bounds(bucket.part, config)
+        bucket.step(self.optimizer_name, config, [p.grad])
         bucket.write_steps()
 
     # ---- Checkpoints ----------------------------------------------------------------------------
@@ -379,15 +387,21 @@ class Optimizer8bit(torch.optim.Optimizer):
         """Returns the state of the optimizer, in the format of bitsandbytes 0.49.2 and newer.
 
         The tensors of the states stand in a dictionary of their own per parameter, under
-        ``__bnb_optimizer_quant_state__``.
+        ``__bnb_optimizer_quant_state__``; with distributed parameters they stand beside ``step``,
+        in the layout that :mod:`bitsandbytes.optim.sharding` describes.
         """
         state_dict = super().state_dict()
-        for key, value in state_dict["state"].items():
-            inner = {k: v for k, v in value.items() if k in self.non_castable_tensor_keys}
-            if inner:
-                outer = {k: v for k, v in value.items() if k not in inner}
-                outer[self._FSDP_WRAPPED_QUANT_STATE_KEY] = inner
-                state_dict["state"][key] = outer
+        states = state_dict["state"]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if sharding.is_distributed(parameters):
+            written = {
+                i: sharding.portable(p, states[i], self.state_rows)
+                for i, p in enumerate(parameters)
+                if i in states
+            }
+        else:
+            written = {k: nested(v, self.non_castable_tensor_keys) for k, v in states.items()}
+        state_dict["state"] = {**states, **written}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -405,145 +419,53 @@ class Optimizer8bit(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        state_dict = copy.deepcopy(state_dict)
-        saved_groups = state_dict["param_groups"]
-        if len(self.param_groups) != len(saved_groups):
-            raise ValueError(
-                f"load_state_dict: the checkpoint must have {len(self.param_groups)} parameter "
-                f"groups, got {len(saved_groups)}"
-            )
-        for i, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            if len(group["params"]) != len(saved["params"]):
-                raise ValueError(
-                    f"load_state_dict: group {i} of the checkpoint must have "
-                    f"{len(group['params'])} parameters, got {len(saved['params'])}"
-                )
-        saved_ids = (i for group in saved_groups for i in group["params"])
-        parameters = (p for group in self.param_groups for p in group["params"])
-        parameter_of = dict(zip(saved_ids, parameters, strict=True))
-
-        loaded: defaultdict = defaultdict(dict)
-        for key, value in state_dict["state"].items():
-            parameter = parameter_of.get(key)
-            if parameter is None:
-                loaded[key] = value
-            else:
-                loaded[parameter] = self._load_state(key, parameter, value, move_to_device)
-
-        def merge(group: dict, saved: dict) -> dict:
-            # Values the checkpoint does not know keep what the constructor set.
-            return {**group, **saved, "params": group["params"]}
-
-        groups = [
-            merge(group, saved)
-            for group, saved in zip(self.param_groups, saved_groups, strict=True)
-        ]
-        self.__setstate__({"state": loaded, "param_groups": groups})
+        read = self._state_reader(move_to_device)
+        states, groups = read_state_dict(state_dict, self.param_groups, read, self.get_config)
+        self.__setstate__({"state": states, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def _load_state(self, key: Any, p: Tensor, value: dict, move_to_device: bool) -> dict:
-        value = dict(value)
-        value.update(value.pop(self._FSDP_WRAPPED_QUANT_STATE_KEY, {}))
-        self._check_loaded_state(key, p, value)
-        shared = {}
-        for name, entry in value.items():
-            if name in self.non_castable_tensor_keys:
-                if move_to_device and isinstance(entry, Tensor):
-                    entry = entry.to(p.device)
-                if name in ("qmap1", "qmap2"):
-                    entry = self._shared_qmap(entry)
-            elif isinstance(entry, Tensor) and entry.is_floating_point() and p.is_floating_point():
-                entry = entry.to(dtype=p.dtype, device=p.device if move_to_device else entry.device)
-            elif isinstance(entry, Tensor) and move_to_device:
-                entry = entry.to(p.device)
-            shared[name] = entry
-        return shared
-
-    def _shared_qmap(self, qmap: Tensor) -> Tensor:
-        # Equal tables become one object, so that the parameters stay in one native call.
-        for name in ("dynamic", "udynamic"):
-            known = default_code(name, qmap.device)
-            if torch.equal(known, qmap):
-                return known
-        return qmap
-
-    def _check_loaded_state(self, key: Any, p: Tensor, value: dict) -> None:
-        where = f"load_state_dict: the state of parameter {key}"
-        if "state1" not in value:
-            return  # of an optimizer that keeps something else there; step() looks again
-        if not isinstance(value.get("step"), int):
-            raise ValueError(f"{where}: step must be an int, got {value.get('step')!r}")
-        if ("state2" in value) != (self.states == 2):
-            raise ValueError(f"{where}: state2 must {'not ' if self.states == 1 else ''}be there")
-        for i in (1, 2):
-            state = value.get(f"state{i}")
-            if state is None:
-                continue
-            if not isinstance(state, Tensor) or state.dtype not in (torch.uint8, torch.float32):
-                got = state.dtype if isinstance(state, Tensor) else type(state).__name__
-                raise ValueError(f"{where}: state{i} must be uint8 or float32, got {got}")
-            if state.shape != p.shape:
-                raise ValueError(
-                    f"{where}: state{i} must have the parameter's shape {tuple(p.shape)}, "
-                    f"got {tuple(state.shape)}"
-                )
-            if i == 2 and state.dtype != value["state1"].dtype:
-                raise ValueError(
-                    f"{where}: state2 must be {value['state1'].dtype} like state1, "
-                    f"got {state.dtype}"
-                )
-            if state.dtype == torch.uint8:
-                self._check_loaded_blocks(where, i, value)
-
-    def _check_loaded_blocks(self, where: str, i: int, value: dict) -> None:
-        codes, absmax, qmap = (
-            value[f"state{i}"],
-            value.get(f"absmax{i}"),
-            value.get(f"qmap{i}"),
-        )
-        if not isinstance(absmax, Tensor) or absmax.dtype != torch.float32:
-            got = absmax.dtype if isinstance(absmax, Tensor) else type(absmax).__name__
-            raise ValueError(f"{where}: absmax{i} must be a float32 tensor, got {got}")
-        if qmap is None or qmap.numel() != 256 or qmap.dtype != torch.float32:
-            raise ValueError(f"{where}: qmap{i} must be a float32 table of 256 levels")
-        n = codes.numel()
-        if absmax.numel() == -(-n // BLOCK):
-            return
-        if absmax.numel() != -(-n // LEGACY_BLOCK):
-            raise ValueError(
-                f"{where}: absmax{i} must have {-(-n // BLOCK)} elements (one per {BLOCK}), "
-                f"got {absmax.numel()}"
-            )
-        numbers = dequantize_blocks(codes.reshape(-1), absmax, qmap, LEGACY_BLOCK)
-        new, value[f"absmax{i}"] = torch.ops.bitsandbytes.quantize_blockwise(numbers, qmap, BLOCK)
-        value[f"state{i}"] = new.view(codes.shape)
+    def _state_reader(self, move_to_device: bool = True) -> StateReader:
+        own_buffer = self._own_buffer if self.is_paged else None
+        keys = self.non_castable_tensor_keys
+        return StateReader(self.state_rows, keys, move_to_device, own_buffer)
 
     # ---- Copies ---------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        prepared = ("_buckets", "_captured_buckets", "_signature", "_without_grad")
         own = {
             key: value
             for key, value in self.__dict__.items()
-            if key not in ("mng", "_buckets", "_signature", "_without_grad", "_state")
-            and not key.startswith("_optimizer_")
+            if key not in ("mng", "_state", *prepared) and not key.startswith("_optimizer_")
         }
         return {**own, "state": self.state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._buckets = None
-        self._signature = None
+        self._forget_buckets()
         self.mng = GlobalOptimManager.get_instance()
         # torch writes into __dict__, past the property.
         own = {key: value for key, value in state.items() if key != "state"}
         self._state = state["state"]
         super().__setstate__(own)
+        if self.is_paged:
+            self._page_states()
+
+
+def _by_content(override: dict[str, Any] | None) -> Any:
+    """Overrides of equal content, as a key of a dictionary."""
+    if not override:
+        return None
+    key = tuple(sorted(override.items(), key=lambda item: item[0]))
+    try:
+        hash(key)
+    except TypeError:  # a value that is not hashable
+        return id(override)
+    return key
 
 
 class _StateOptimizer(Optimizer8bit):
     """What optimizers with one and with two states share: checks, `args`, the state's layout."""
-
-    states = 1
 
     def __init__(
         self,
@@ -561,25 +483,34 @@ class _StateOptimizer(Optimizer8bit):
         max_unorm: float,
         skip_zeros: bool,
         is_paged: bool,
-        extra_defaults: dict | None = None,
+        stochastic_rounding: bool,
+        rounding_seed: int,
+        extra_defaults: dict[str, Any] | None = None,
     ):
         name = type(self).__name__
         # `not >=` also refuses NaN.
-        for argument, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        for argument, value in (
+            ("lr", lr),
+            ("eps", eps),
+            ("weight_decay", weight_decay),
+            ("max_unorm", max_unorm),
+        ):
             if not value >= 0.0:
                 raise ValueError(f"{name}: {argument} must be zero or positive, got {value}")
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name}: betas[{i}] must lie in [0, 1), got {beta}")
+        optim_bits = self.state_bits or optim_bits
         if optim_bits not in (8, 32):
             raise ValueError(f"{name}: optim_bits must be 8 or 32, got {optim_bits}")
-        if percentile_clipping != 100:
+        if not 0 <= percentile_clipping <= 100:
             raise ValueError(
-                f"{name}: percentile_clipping must be 100 (off), got {percentile_clipping}"
+                f"{name}: percentile_clipping must lie in [0, 100], got {percentile_clipping}"
             )
-        if not block_wise:
-            raise ValueError(f"{name}: block_wise must be True, got {block_wise}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        if stochastic_rounding:
+            # In the groups, where checkpoints keep it.
+            defaults["rounding_seed"] = rounding_seed
         super().__init__(params, {**defaults, **(extra_defaults or {})}, optim_bits, is_paged)
         self.optimizer_name = optimizer_name
         self.args = args or MockArgs(
@@ -611,17 +542,27 @@ class _StateOptimizer(Optimizer8bit):
                 f"{type(self).__name__}: optim_bits must be 8 or 32, got {config['optim_bits']}"
             )
         eight_bit = config["optim_bits"] == 8 and p.numel() >= config["min_8bit_size"]
+        if eight_bit and not config["block_wise"] and max(self.state_rows) > 1:
+            raise ValueError(f"{type(self).__name__}: block_wise must be True, got False")
         dtype = torch.uint8 if eight_bit else torch.float32
         state = self._state[p]
         state["step"] = 0
-        blocks = -(-p.numel() // BLOCK)
-        for i, qmap in zip(range(1, self.states + 1), ("dynamic", "udynamic"), strict=False):
-            state[f"state{i}"] = self.get_state_buffer(p, dtype)
+        part = sharding.local(p)
+        maps = list(zip((1, 2), self.state_rows, ("dynamic", "udynamic"), strict=False))
+        for i, rows, qmap in maps:
+            state[f"state{i}"] = self.get_state_buffer(part, dtype, *([rows] if rows > 1 else []))
             if eight_bit:
                 self.name2qmap[qmap] = state[f"qmap{i}"] = default_code(qmap, p.device)
-        if eight_bit:
-            for i in range(1, self.states + 1):
-                state[f"absmax{i}"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
+        state.update(sharding.attached(p, state, self.state_rows))
+        if not eight_bit:
+            return
+        blocks = -(-part.numel() // BLOCK)
+        for i, rows, _ in maps:
+            scales = {f"absmax{i}": (blocks,) if rows == 1 else (rows, blocks)}
+            if not config["block_wise"]:
+                scales = {f"max{i}": (1,), f"new_max{i}": (1,)}
+            for key, shape in scales.items():
+                state[key] = torch.zeros(shape, dtype=torch.float32, device=p.device)
 
 
 class Optimizer2State(_StateOptimizer):
@@ -630,30 +571,39 @@ class Optimizer2State(_StateOptimizer):
     Args:
         optimizer_name: Name of the update rule.
         params: Parameters or parameter groups.
-        lr: Learning rate.
+        lr: Learning rate; a float, or a 0-dim tensor, which may lie on the parameters' device.
         betas: Decay rates of the states, or their text such as ``"(0.9, 0.95)"``.
         eps: Added to the denominator.
         weight_decay: Weight decay.
         optim_bits: 8 or 32: bits per element of the states.
         args: Object whose attributes replace the settings below, or None.
         min_8bit_size: Parameters with fewer elements keep 32-bit states.
-        percentile_clipping: 100: off.
-        block_wise: Scale 8-bit states by blocks.
+        percentile_clipping: Scale a gradient whose norm exceeds this percentile of the last
+            hundred norms of its parameter down to it; 100: never.
+        block_wise: Scale 8-bit states by blocks of 256; otherwise by whole tensors.
         max_unorm: Bound on the norm of an update relative to its parameter's; 0: none.
         skip_zeros: Leave elements alone whose gradient is zero.
         is_paged: Keep large states in memory that can move to the host.
         alpha: Weight of the slow average (AdEMAMix).
         t_alpha: Steps until `alpha` is reached.
         t_beta3: Steps until the third beta is reached.
+        stochastic_rounding: Round new bfloat16 parameters up or down at random, such that the
+            expected value is exact; small updates are then not lost. Other dtypes round to
+            nearest.
+        rounding_seed: Seed of that rounding. It is part of the parameter groups, and so of
+            checkpoints.
+
+    Raises:
+        ValueError: A setting is out of its range.
     """
 
-    states = 2
+    state_rows = (1, 1)
 
     def __init__(
         self,
         optimizer_name: str,
         params,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, ...] | str = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -668,9 +618,15 @@ class Optimizer2State(_StateOptimizer):
         alpha: float = 0.0,
         t_alpha: int | None = None,
         t_beta3: int | None = None,
+        *,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ):
         if isinstance(betas, str):
             betas = [float(beta) for beta in betas.strip("()[] ").split(",")]
+        # Only AdEMAMix has these in its groups: `type(opt)(params, **opt.defaults)` makes another
+        # optimizer of Adam and the like.
+        schedules = {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3}
         super().__init__(
             optimizer_name,
             params,
@@ -686,23 +642,25 @@ class Optimizer2State(_StateOptimizer):
             max_unorm,
             skip_zeros,
             is_paged,
-            {"alpha": alpha, "t_alpha": t_alpha, "t_beta3": t_beta3},
+            stochastic_rounding,
+            rounding_seed,
+            schedules if any(schedules.values()) or max(self.state_rows) > 1 else None,
         )
 
 
 class Optimizer1State(_StateOptimizer):
     """Base of optimizers that keep one number per element, such as SGD with momentum.
 
-    The arguments are those of :class:`Optimizer2State` without the last three.
+    The arguments are those of :class:`Optimizer2State` without `alpha`, `t_alpha` and `t_beta3`.
     """
 
-    states = 1
+    state_rows = (1,)
 
     def __init__(
         self,
         optimizer_name: str,
         params,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, ...] = (0.9, 0.0),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -714,6 +672,9 @@ class Optimizer1State(_StateOptimizer):
         max_unorm: float = 0.0,
         skip_zeros: bool = False,
         is_paged: bool = False,
+        *,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ):
         if not isinstance(betas, abc.Sequence) or isinstance(betas, str):
             raise TypeError(f"{type(self).__name__}: betas must be a sequence of floats")
@@ -732,4 +693,6 @@ class Optimizer1State(_StateOptimizer):
             max_unorm,
             skip_zeros,
             is_paged,
+            stochastic_rounding,
+            rounding_seed,
         )

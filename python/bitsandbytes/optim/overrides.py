@@ -16,9 +16,10 @@ Config = dict[str, Any]
 class GlobalOptimManager:
     """Overrides optimizer settings for single parameters, across all optimizers of the process.
 
-    Get the one instance with :meth:`get_instance`. Settings that can be overridden: ``betas``,
-    ``eps``, ``weight_decay``, ``lr``, ``alpha``, ``optim_bits``, ``min_8bit_size``. ``optim_bits``
-    counts at the first step of a parameter, the others at every step.
+    Get the one instance with :meth:`get_instance`. Settings that can be overridden: ``lr``,
+    ``betas``, ``eps``, ``weight_decay``, ``alpha``, ``t_alpha``, ``t_beta3``, ``max_unorm``,
+    ``skip_zeros``, ``percentile_clipping`` and ``rounding_seed``, which count at every step;
+    ``optim_bits``, ``min_8bit_size`` and ``block_wise``, which count at a parameter's first.
 
     Example:
         >>> manager = GlobalOptimManager.get_instance()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Stochastic gradient descent with momentum."""
 
-import warnings
+from torch import Tensor
 
-from .optimizer import Optimizer1State
+from .optimizer import Optimizer1State, warn_ignored
 
 __all__ = ["SGD", "SGD8bit", "SGD32bit"]
 
@@ -13,7 +13,7 @@ class SGD(Optimizer1State):
 
     Args:
         params: Parameters or parameter groups; float32, float16 or bfloat16 on any device.
-        lr: Learning rate; a float or a 0-dim tensor.
+        lr: Learning rate; a float, or a 0-dim tensor, which may lie on the parameters' device.
         momentum: Decay rate of the momentum; must not be zero, there would be no state.
         dampening: Not implemented: warns when it is not zero, as bitsandbytes always ignored it.
         weight_decay: Weight decay.
@@ -21,8 +21,12 @@ class SGD(Optimizer1State):
         optim_bits: 8 or 32: bits per element of the state.
         args: Object whose attributes replace the settings, or None.
         min_8bit_size: Parameters with fewer elements keep 32-bit states.
-        percentile_clipping: Accepted for programs of bitsandbytes 0.49 and older; 100: off.
-        block_wise: Accepted for programs of bitsandbytes 0.49 and older.
+        percentile_clipping: Scale a gradient whose norm exceeds this percentile of the last
+            hundred norms of its parameter down to it; 100: never.
+        block_wise: Scale 8-bit states by blocks of 256; otherwise by whole tensors.
+        stochastic_rounding: Round new bfloat16 parameters up or down at random, such that the
+            expected value is exact. Other dtypes round to nearest.
+        rounding_seed: Seed of that rounding.
 
     Raises:
         NotImplementedError: `momentum` is zero.
@@ -36,7 +40,7 @@ class SGD(Optimizer1State):
     def __init__(
         self,
         params,
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,
@@ -47,13 +51,14 @@ class SGD(Optimizer1State):
         *,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ):
-        name = type(self).__name__
         if momentum == 0:
-            raise NotImplementedError(f"{name}: momentum must not be zero; use torch.optim.SGD")
-        for argument, value in (("dampening", dampening), ("nesterov", nesterov)):
-            if value:
-                warnings.warn(f"{name}: {argument} is not implemented and ignored", stacklevel=2)
+            raise NotImplementedError(
+                f"{type(self).__name__}: momentum must not be zero; use torch.optim.SGD"
+            )
+        warn_ignored(self, dampening=dampening, nesterov=nesterov)
         super().__init__(
             "momentum",
             params,
@@ -64,46 +69,20 @@ class SGD(Optimizer1State):
             optim_bits,
             args,
             min_8bit_size,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
+            percentile_clipping,
+            block_wise,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
         )
 
 
-class SGD8bit(SGD):
-    """SGD with 8-bit blockwise momentum. The arguments of :class:`SGD` without `optim_bits`."""
+class SGD8bit(SGD, without=("optim_bits",)):
+    """SGD with 8-bit momentum. The arguments of :class:`SGD` without `optim_bits`."""
 
     state_bits = 8
 
-    def __init__(
-        self,
-        params,
-        lr: float,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        args=None,
-        min_8bit_size: int = 4096,
-        *,
-        percentile_clipping: int = 100,
-        block_wise: bool = True,
-    ):
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            self.state_bits,
-            args,
-            min_8bit_size,
-            percentile_clipping=percentile_clipping,
-            block_wise=block_wise,
-        )
 
-
-class SGD32bit(SGD8bit):
+class SGD32bit(SGD, without=("optim_bits",)):
     """SGD with 32-bit momentum. The arguments of :class:`SGD` without `optim_bits`."""
 
     state_bits = 32

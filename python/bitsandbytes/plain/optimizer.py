@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Optimizer steps in plain PyTorch, for devices without a native kernel."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from typing import NamedTuple
 
 import torch
@@ -13,16 +10,20 @@ from torch import Tensor
 from .._checks import FLOATS, check, check_device, check_dtype, check_numel
 from .._ops import register_kernel
 from .quantize import LEVELS, dequantize_blocks, quantize_blocks
+from .rounding import round_stochastic, rounding_bits
+from .rules import RULES, Decay, Hyper, Rule
 
-__all__ = ["BLOCK", "RULES", "Decay", "Hyper", "Rule"]
+__all__ = ["BLOCK"]
 
 # Elements that share one absmax in 8-bit states; fixed by the checkpoint format.
 BLOCK = 256
 
 
-class Hyper(NamedTuple):
-    """Hyperparameters of one call, in the order of the ops."""
+class Options(NamedTuple):
+    """What every step takes besides its lists, in the order of the schemas."""
 
+    step: Tensor
+    lr_tensor: Tensor | None
     lr: float
     beta1: float
     beta2: float
@@ -32,149 +33,274 @@ class Hyper(NamedTuple):
     weight_decay: float
     gnorm_scale: float
     skip_zeros: bool
+    t_alpha: float = 0.0
+    t_beta3: float = 0.0
+    max_unorm: float = 0.0
+    rounding_seed: int | None = None
+    gnorm_scales: Tensor | None = None
+    unorm: Tensor | None = None
+
+    def hyper(self) -> Hyper:
+        lr = self.lr if self.lr_tensor is None else self.lr_tensor.item()
+        return Hyper(
+            lr,
+            self.beta1,
+            self.beta2,
+            self.beta3,
+            self.alpha,
+            self.eps,
+            self.weight_decay,
+            self.t_alpha,
+            self.t_beta3,
+        )
 
 
-class Decay(Enum):
-    """Where weight decay enters."""
-
-    L2 = "added to the gradient"
-    BEFORE = "the parameter shrinks before its update"
-    AFTER = "the parameter shrinks after its update"
+# --- checks -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rule:
-    """An update rule: states per element, weight decay, ``change(grad, states, hyper, step)``.
-
-    `change` advances the float32 `states` in place and returns the change of the parameter,
-    learning rate included.
-    """
-
-    states: int
-    decay: Decay
-    change: Callable[[Tensor, list[Tensor], Hyper, int], Tensor]
+def _check_member(
+    op: str, where: str, tensor: Tensor, param: Tensor, dtype: torch.dtype, rows: int = 1
+) -> None:
+    check(tensor.layout == torch.strided, op, where, "dense", tensor.layout)
+    check_dtype(op, where, tensor, dtype)
+    check_numel(op, where, tensor, rows * param.numel(), "as its parameter")
+    check_device(op, where, tensor, "its parameter", param)
 
 
-def _one_minus(beta: float) -> float:
-    # As the native rules compute it: both numbers in float32.
-    return 1.0 - torch.tensor(beta, dtype=torch.float32).item()
+def _check_rows(op: str, where: str, tensor: Tensor, rows: int) -> None:
+    # Rows are written through views.
+    contiguous = rows == 1 or tensor.is_contiguous()
+    check(contiguous, op, where, "contiguous", f"strides {tensor.stride()}")
 
 
-def _adam(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
-    m, v = states
-    m.mul_(h.beta1).add_(grad * _one_minus(h.beta1))
-    v.mul_(h.beta2).add_(grad * grad * _one_minus(h.beta2))
-    c1 = 1.0 - h.beta1**step
-    c2 = (1.0 - h.beta2**step) ** 0.5
-    smallest = torch.finfo(torch.float32).tiny
-    return m / (v.clamp(min=smallest).sqrt() + h.eps * c2) * (-h.lr * c2 / c1)
+def _check_per_parameter(op: str, name: str, tensor: Tensor, params: list[Tensor]) -> None:
+    check_dtype(op, name, tensor, torch.float32)
+    check_numel(op, name, tensor, len(params), "one per parameter")
+    check_device(op, name, tensor, "params[0]", params[0])
 
 
-def _lion(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
-    (m,) = states
-    direction = torch.sign(m * h.beta1 + grad * _one_minus(h.beta1))
-    m.mul_(h.beta2).add_(grad * _one_minus(h.beta2))
-    return direction.nan_to_num(0.0) * -h.lr
-
-
-def _momentum(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
-    (m,) = states
-    m.mul_(h.beta1 if step > 1 else 0.0).add_(grad)
-    return m * -h.lr
-
-
-def _over_root(grad: Tensor, v: Tensor, h: Hyper) -> Tensor:
-    smallest = torch.finfo(torch.float32).tiny
-    return grad / (v.clamp(min=smallest).sqrt() + h.eps) * -h.lr
-
-
-def _rmsprop(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
-    (v,) = states
-    v.mul_(h.beta1).add_(grad * grad * _one_minus(h.beta1))
-    return _over_root(grad, v, h)
-
-
-def _adagrad(grad: Tensor, states: list[Tensor], h: Hyper, step: int) -> Tensor:
-    (v,) = states
-    v.add_(grad * grad)
-    return _over_root(grad, v, h)
-
-
-RULES = {
-    "adam": Rule(states=2, decay=Decay.AFTER, change=_adam),
-    "lion": Rule(states=1, decay=Decay.BEFORE, change=_lion),
-    "momentum": Rule(states=1, decay=Decay.L2, change=_momentum),
-    "rmsprop": Rule(states=1, decay=Decay.L2, change=_rmsprop),
-    "adagrad": Rule(states=1, decay=Decay.L2, change=_adagrad),
-}
-
-
-def _find_rule(op: str, name: str) -> Rule:
+def _check_step(
+    op: str,
+    name: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: tuple[list[Tensor], list[Tensor]],
+    dtype: torch.dtype,
+    options: Options,
+) -> Rule:
     check(name in RULES, op, "rule", f"one of {sorted(RULES)}", repr(name))
-    return RULES[name]
-
-
-def _check_lists(op: str, params: list[Tensor], lists: dict[str, tuple[list[Tensor], int]]) -> None:
+    rule = RULES[name]
     check(len(params) > 0, op, "params", "a list of at least one tensor", "an empty list")
+    lengths = (len(params), len(params), len(params) if rule.states > 1 else 0)
+    for argument, tensors, length in zip(
+        ("grads", "state1", "state2"), (grads, *states), lengths, strict=True
+    ):
+        check(len(tensors) == length, op, argument, f"a list of {length}", len(tensors))
     check_dtype(op, "params", params[0], *FLOATS)
-    for name, (tensors, expected) in lists.items():
-        check(len(tensors) == expected, op, name, f"a list of {expected}", len(tensors))
-
-
-def _check_step(op: str, params: list[Tensor], step: Tensor, lr_tensor: Tensor | None) -> None:
     for i, param in enumerate(params):
         check_dtype(op, f"params[{i}]", param, params[0].dtype)
         check_device(op, f"params[{i}]", param, "params[0]", params[0])
-    check_dtype(op, "step", step, torch.int64)
-    check_numel(op, "step", step, 1, "the number of steps")
-    if lr_tensor is not None:
-        check_dtype(op, "lr_tensor", lr_tensor, torch.float32)
-        check_numel(op, "lr_tensor", lr_tensor, 1, "the learning rate")
+        _check_member(op, f"grads[{i}]", grads[i], param, params[0].dtype)
+        for k, tensors in enumerate(states[: _tensors(rule)]):
+            where = f"state{k + 1}[{i}]"
+            _check_member(op, where, tensors[i], param, dtype, _rows(rule, k))
+            _check_rows(op, where, tensors[i], _rows(rule, k))
+    check_dtype(op, "step", options.step, torch.int64)
+    check_numel(op, "step", options.step, 1, "the number of steps")
+    if options.lr_tensor is not None:
+        check_dtype(op, "lr_tensor", options.lr_tensor, torch.float32)
+        check_numel(op, "lr_tensor", options.lr_tensor, 1, "the learning rate")
+    check(options.max_unorm >= 0, op, "max_unorm", "zero or positive", options.max_unorm)
+    for argument in ("gnorm_scales", "unorm"):
+        tensor = getattr(options, argument)
+        if tensor is not None:
+            _check_per_parameter(op, argument, tensor, params)
+    return rule
 
 
-def _check_members(
-    op: str, name: str, tensors: list[Tensor], params: list[Tensor], dtype: torch.dtype
-) -> None:
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        where = f"{name}[{i}]"
-        check(tensor.layout == torch.strided, op, where, "dense", tensor.layout)
-        check_dtype(op, where, tensor, dtype)
-        check_numel(op, where, tensor, param.numel(), "as its parameter")
-        check_device(op, where, tensor, f"params[{i}]", param)
+def _check_qmaps(op: str, name: str, rule: Rule, qmaps: tuple[Tensor | None, ...]) -> None:
+    for k, qmap in enumerate(qmaps[: _tensors(rule)], 1):
+        check(qmap is not None, op, f"qmap{k}", f"given for rule {name!r}", None)
+        check_dtype(op, f"qmap{k}", qmap, torch.float32)
+        check_numel(op, f"qmap{k}", qmap, LEVELS, "levels")
 
 
-def _hyper(lr_tensor: Tensor | None, lr: float, *rest) -> Hyper:
-    return Hyper(lr if lr_tensor is None else lr_tensor.item(), *rest)
+# --- states -------------------------------------------------------------------------------------
+#
+# Three states lie in two tensors: the first has two rows.
 
 
-def _advance(
-    rule: Rule, param: Tensor, grad: Tensor, states: list[Tensor], h: Hyper, step: int
-) -> tuple[Tensor, Tensor]:
-    """Advances flat float32 `states` of one tensor; returns the new parameter and the gradient.
+def _tensors(rule: Rule) -> int:
+    """Tensors that hold a parameter's states."""
+    return min(rule.states, 2)
 
-    The gradient is scaled, but without weight decay.
-    """
-    g = grad.reshape(-1).float() * h.gnorm_scale
-    p = param.reshape(-1).float()
-    before = [s.clone() for s in states] if h.skip_zeros else []
-    shrink = 1.0 - h.lr * h.weight_decay
-    start = p * shrink if rule.decay is Decay.BEFORE else p
-    decayed = g + p * h.weight_decay if rule.decay is Decay.L2 else g
-    updated = start + rule.change(decayed, states, h, step)
-    if rule.decay is Decay.AFTER:
-        updated = updated * shrink
-    if h.skip_zeros:
-        skip = g == 0
-        updated = torch.where(skip, p, updated)
-        for state, old in zip(states, before, strict=True):
-            state.copy_(torch.where(skip, old, state))
-    return updated, g
+
+def _rows(rule: Rule, k: int) -> int:
+    """States in tensor k."""
+    return 2 if rule.states == 3 and k == 0 else 1
+
+
+class _Floats:
+    """States in float32."""
+
+    bad_gradients_are_dropped = False
+
+    def __init__(self, rule: Rule, lists: tuple[list[Tensor], ...]):
+        self.lists = lists[: _tensors(rule)]
+        self.rows = [_rows(rule, k) for k in range(len(self.lists))]
+
+    def read(self, i: int) -> list[Tensor]:
+        return [
+            row.clone()
+            for tensors, rows in zip(self.lists, self.rows, strict=True)
+            for row in tensors[i].reshape(rows, -1)
+        ]
+
+    def write(self, i: int, states: list[Tensor], grad: Tensor | None) -> None:
+        """Stores the states of tensor i; `grad` only if elements of zero gradient stand still."""
+        rest = iter(states)
+        for tensors, rows in zip(self.lists, self.rows, strict=True):
+            joined = torch.stack([next(rest) for _ in range(rows)])
+            tensors[i].copy_(joined.view(tensors[i].shape))
+
+
+class _Blocks:
+    """8-bit codes with one absmax per block."""
+
+    bad_gradients_are_dropped = True
+
+    def __init__(self, rule: Rule, packs: tuple):  # of codes, absmax, qmap
+        self.packs = packs[: _tensors(rule)]
+        self.rows = [_rows(rule, k) for k in range(len(self.packs))]
+
+    def _places(self, i: int):
+        """Yields codes [n], absmax [blocks] and qmap of each state of tensor i."""
+        for (codes, absmax, qmap), rows in zip(self.packs, self.rows, strict=True):
+            for row in range(rows):
+                yield (
+                    codes[i].view(rows, -1)[row] if rows > 1 else codes[i],
+                    absmax[i].view(rows, -1)[row] if rows > 1 else absmax[i],
+                    qmap,
+                )
+
+    def read(self, i: int) -> list[Tensor]:
+        return [
+            dequantize_blocks(codes.reshape(-1), absmax.reshape(-1), qmap, BLOCK)
+            for codes, absmax, qmap in self._places(i)
+        ]
+
+    def write(self, i: int, states: list[Tensor], grad: Tensor | None) -> None:
+        for (codes, absmax, qmap), state in zip(self._places(i), states, strict=True):
+            new, scales = quantize_blocks(state, qmap, BLOCK, keep_sign=True)
+            if grad is not None:
+                # Codes that mean the same numbers again would still lose a little each time.
+                idle = _idle_blocks(grad)
+                scales = torch.where(idle, absmax.reshape(-1), scales)
+                same = idle.repeat_interleave(BLOCK)[: grad.numel()]
+                new = torch.where(same, codes.reshape(-1), new)
+            codes.copy_(new.view(codes.shape))
+            absmax.copy_(scales.view(absmax.shape))
+
+
+class _Whole:
+    """8-bit codes with one absmax per tensor."""
+
+    bad_gradients_are_dropped = True
+
+    def __init__(self, rule: Rule, packs: tuple):  # of codes, max, new max, qmap
+        self.packs = [
+            (codes, most.reshape(-1), new_most.view(-1), qmap)
+            for codes, most, new_most, qmap in packs[: rule.states]
+        ]
+
+    def read(self, i: int) -> list[Tensor]:
+        return [qmap[codes[i].reshape(-1).long()] * most[i] for codes, most, _, qmap in self.packs]
+
+    def write(self, i: int, states: list[Tensor], grad: Tensor | None) -> None:
+        for (codes, most, new_most, qmap), state in zip(self.packs, states, strict=True):
+            n = state.numel()
+            if n == 0:
+                new_most[i] = most[i]
+                continue
+            new, scale = quantize_blocks(state, qmap, n, keep_sign=True)
+            if grad is not None:
+                idle = (grad == 0).all()
+                scale = torch.where(idle, most[i], scale)
+                new = torch.where(idle, codes[i].reshape(-1), new)
+            codes[i].copy_(new.view(codes[i].shape))
+            new_most[i] = scale.squeeze()
 
 
 def _idle_blocks(grad: Tensor) -> Tensor:
     """Blocks of a flat gradient in which every element is zero."""
     padded = torch.nn.functional.pad(grad, (0, -grad.numel() % BLOCK))
     return (padded.view(-1, BLOCK) == 0).all(dim=1)
+
+
+# --- the step -----------------------------------------------------------------------------------
+
+
+def _bounded_scale(param: Tensor, update_squares: Tensor, max_unorm: float) -> Tensor:
+    """Factor that keeps the norm of an update below `max_unorm` times that of the parameter."""
+    bound = param.square().sum().sqrt() * max_unorm
+    norm = update_squares.sqrt()
+    # A parameter of zeros bounds nothing: it would stay so for ever.
+    return torch.where((bound > 0) & (norm > bound), bound / norm, torch.ones_like(norm))
+
+
+def _advance(
+    i: int, param: Tensor, grad: Tensor, store, rule: Rule, h: Hyper, step: int, options: Options
+) -> None:
+    """The step of tensor i of a list."""
+    factor = options.gnorm_scale
+    if options.gnorm_scales is not None:
+        factor = options.gnorm_scales.reshape(-1)[i] * factor
+    g = grad.reshape(-1).float() * factor
+    p = param.reshape(-1).float()
+    states = store.read(i)
+    before = [state.clone() for state in states]
+    shrink = 1.0 - h.lr * h.weight_decay
+    start = p * shrink if rule.decay is Decay.BEFORE else p
+    decayed = g + p * h.weight_decay if rule.decay is Decay.L2 else g
+    direction, scale = rule.direction(decayed, states, h, step)
+
+    zero = g.new_zeros(())
+    still = torch.zeros_like(g, dtype=torch.bool)  # elements that keep their parameter
+    if store.bad_gradients_are_dropped:
+        # One bad gradient would spoil the scale of many others: that element loses its state.
+        still = ~g.isfinite()
+        largest = torch.finfo(torch.float32).max
+        states = [torch.where(still, zero, s.nan_to_num(0.0, largest, -largest)) for s in states]
+    if options.skip_zeros:
+        skip = g == 0
+        still = still | skip
+        states = [torch.where(skip, old, s) for s, old in zip(states, before, strict=True)]
+
+    change = direction * (-h.lr * scale)
+    if options.max_unorm > 0 or options.unorm is not None:
+        squares = torch.where(still, zero, direction * scale).square().sum()
+        if options.unorm is not None:
+            options.unorm.view(-1)[i] = squares
+        if options.max_unorm > 0:
+            change = change * _bounded_scale(p, squares, options.max_unorm)
+    updated = start + change
+    if rule.decay is Decay.AFTER:
+        updated = updated * shrink
+    updated = torch.where(still, p, updated)
+    if options.rounding_seed is not None and param.dtype == torch.bfloat16:
+        bits = rounding_bits(p.numel(), options.rounding_seed, i, step, p.device)
+        updated = round_stochastic(updated, bits)
+    store.write(i, states, g if options.skip_zeros else None)
+    param.copy_(updated.view(param.shape))
+
+
+def _advance_all(
+    params: list[Tensor], grads: list[Tensor], store, rule: Rule, options: Options
+) -> None:
+    h = options.hyper()
+    step = int(options.step.item()) + 1
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        _advance(i, param, grad, store, rule, h, step, options)
 
 
 @register_kernel("optimizer_step_32bit", "default")
@@ -185,30 +311,14 @@ def optimizer_step_32bit(
     grads: list[Tensor],
     state1: list[Tensor],
     state2: list[Tensor],
-    step: Tensor,
-    lr_tensor: Tensor | None,
-    *hyper,
+    *rest,
+    **named,
 ) -> None:
     op = "optimizer_step_32bit"
-    found = _find_rule(op, rule)
-    count = len(params)
-    lists = [state1, state2][: found.states]
-    expected = {"grads": (grads, count), "state1": (state1, count)}
-    expected["state2"] = (state2, count if found.states == 2 else 0)
-    _check_lists(op, params, expected)
-    _check_step(op, params, step, lr_tensor)
-    _check_members(op, "grads", grads, params, params[0].dtype)
-    for name, tensors in zip(("state1", "state2"), lists, strict=False):
-        _check_members(op, name, tensors, params, torch.float32)
-    h = _hyper(lr_tensor, *hyper)
-    number = int(step.item()) + 1
-    for i, param in enumerate(params):
-        states = [tensors[i] for tensors in lists]
-        flat = [state.reshape(-1).clone() for state in states]
-        updated, _ = _advance(found, param, grads[i], flat, h, number)
-        for state, new in zip(states, flat, strict=True):
-            state.copy_(new.view(state.shape))
-        param.copy_(updated.view(param.shape))
+    options = Options(*rest, **named)
+    lists = (state1, state2)
+    found = _check_step(op, rule, params, grads, lists, torch.float32, options)
+    _advance_all(params, grads, _Floats(found, lists), found, options)
 
 
 @register_kernel("optimizer_step_8bit_blockwise", "default")
@@ -223,58 +333,51 @@ def optimizer_step_8bit_blockwise(
     absmax2: list[Tensor],
     qmap1: Tensor,
     qmap2: Tensor | None,
-    step: Tensor,
-    lr_tensor: Tensor | None,
-    *hyper,
+    *rest,
+    **named,
 ) -> None:
     op = "optimizer_step_8bit_blockwise"
-    found = _find_rule(op, rule)
-    count = len(params)
-    second = count if found.states == 2 else 0
-    _check_lists(
-        op,
-        params,
-        {
-            "grads": (grads, count),
-            "state1": (state1, count),
-            "state2": (state2, second),
-            "absmax1": (absmax1, count),
-            "absmax2": (absmax2, second),
-        },
-    )
-    check(found.states == 1 or qmap2 is not None, op, "qmap2", "given for this rule", None)
-    _check_step(op, params, step, lr_tensor)
-    _check_members(op, "grads", grads, params, params[0].dtype)
-    packs = [(state1, absmax1, qmap1), (state2, absmax2, qmap2)][: found.states]
-    for k, (codes, absmax, qmap) in enumerate(packs, 1):
-        _check_members(op, f"state{k}", codes, params, torch.uint8)
-        check_dtype(op, f"qmap{k}", qmap, torch.float32)
-        check_numel(op, f"qmap{k}", qmap, LEVELS, "levels")
-        for i, (scales, param) in enumerate(zip(absmax, params, strict=True)):
-            check_dtype(op, f"absmax{k}[{i}]", scales, torch.float32)
-            blocks = -(-param.numel() // BLOCK)
-            check_numel(op, f"absmax{k}[{i}]", scales, blocks, "one per block")
-    h = _hyper(lr_tensor, *hyper)
-    number = int(step.item()) + 1
-    largest = torch.finfo(torch.float32).max
-    for i, param in enumerate(params):
-        states = [
-            dequantize_blocks(codes[i].reshape(-1), absmax[i], qmap, BLOCK)
-            for codes, absmax, qmap in packs
-        ]
-        updated, g = _advance(found, param, grads[i], states, h, number)
-        # One bad gradient would spoil the scale of its whole block: that element loses its state
-        # and keeps its parameter.
-        finite = g.isfinite()
-        param.copy_(torch.where(finite, updated, param.reshape(-1).float()).view(param.shape))
-        for (codes, absmax, qmap), state in zip(packs, states, strict=True):
-            kept = torch.where(finite, state.nan_to_num(0.0, largest, -largest), 0.0)
-            new, scales = quantize_blocks(kept, qmap, BLOCK, keep_sign=True)
-            if h.skip_zeros:
-                # Codes that mean the same numbers again would still lose a little each time.
-                idle = _idle_blocks(g)
-                scales = torch.where(idle, absmax[i], scales)
-                same = idle.repeat_interleave(BLOCK)[: g.numel()]
-                new = torch.where(same, codes[i].reshape(-1), new)
-            codes[i].copy_(new.view(codes[i].shape))
-            absmax[i].copy_(scales)
+    options = Options(*rest, **named)
+    found = _check_step(op, rule, params, grads, (state1, state2), torch.uint8, options)
+    _check_qmaps(op, rule, found, (qmap1, qmap2))
+    for k, absmax in enumerate((absmax1, absmax2)):
+        name = f"absmax{k + 1}"
+        expected = len(params) if k < _tensors(found) else 0
+        check(len(absmax) == expected, op, name, f"a list of {expected}", len(absmax))
+        for i, scales in enumerate(absmax):
+            check_dtype(op, f"{name}[{i}]", scales, torch.float32)
+            blocks = _rows(found, k) * -(-params[i].numel() // BLOCK)
+            check_numel(op, f"{name}[{i}]", scales, blocks, "one per block")
+            _check_rows(op, f"{name}[{i}]", scales, _rows(found, k))
+    packs = ((state1, absmax1, qmap1), (state2, absmax2, qmap2))
+    _advance_all(params, grads, _Blocks(found, packs), found, options)
+
+
+@register_kernel("optimizer_step_8bit", "default")
+@torch.no_grad()
+def optimizer_step_8bit(
+    rule: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    max1: Tensor,
+    max2: Tensor | None,
+    new_max1: Tensor,
+    new_max2: Tensor | None,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    *rest,
+    **named,
+) -> None:
+    op = "optimizer_step_8bit"
+    options = Options(*rest, **named)
+    found = _check_step(op, rule, params, grads, (state1, state2), torch.uint8, options)
+    check(found.states <= 2, op, "rule", "one with one or two states", repr(rule))
+    _check_qmaps(op, rule, found, (qmap1, qmap2))
+    packs = ((state1, max1, new_max1, qmap1), (state2, max2, new_max2, qmap2))
+    for k, (_, *scales, _) in enumerate(packs[: found.states], 1):
+        for name, scale in zip((f"max{k}", f"new_max{k}"), scales, strict=True):
+            check(scale is not None, op, name, f"given for rule {rule!r}", None)
+            _check_per_parameter(op, name, scale, params)
+    _advance_all(params, grads, _Whole(found, packs), found, options)

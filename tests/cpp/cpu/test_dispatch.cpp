@@ -48,8 +48,9 @@ TEST_F(Dispatch, EveryTableIsComplete) {
     EXPECT_NE(k.int8_quantize_rows, nullptr) << isa;
     EXPECT_NE(k.int8_linear_matmul, nullptr) << isa;
     EXPECT_NE(k.int8_mm_dequant, nullptr) << isa;
-    EXPECT_NE(k.optimizer_step_32bit, nullptr) << isa;
-    EXPECT_NE(k.optimizer_step_8bit_blockwise, nullptr) << isa;
+    EXPECT_NE(k.optimizer_step, nullptr) << isa;
+    EXPECT_NE(k.optimizer_preview, nullptr) << isa;
+    EXPECT_NE(k.gradient_squares, nullptr) << isa;
   }
 }
 

@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: MIT
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <iterator>
 #include <limits>
@@ -11,23 +10,10 @@
 #include "bitsandbytes/optim/adam.h"
 #include "bitsandbytes/optim/registry.h"
 #include "bitsandbytes/optim/step.h"
+#include "optim/real.h"
 
 namespace bnb {
 namespace {
-
-// float64 with the names that a rule expects of its scalar.
-struct Real {
-  double v;
-  explicit Real(double x) : v(x) {}
-};
-Real operator+(Real a, Real b) { return Real(a.v + b.v); }
-Real operator*(Real a, Real b) { return Real(a.v * b.v); }
-Real operator/(Real a, Real b) { return Real(a.v / b.v); }
-Real fma(Real a, Real b, Real c) { return Real(std::fma(a.v, b.v, c.v)); }
-Real sqrt(Real a) { return Real(std::sqrt(a.v)); }
-Real max(Real a, Real b) { return Real(std::max(a.v, b.v)); }
-Real fast_divide(Real a, Real b) { return a / b; }
-Real fast_sqrt(Real a) { return sqrt(a); }
 
 constexpr Hyper kHyper = {.lr = 1e-2,
                           .beta1 = 0.9,
@@ -37,7 +23,9 @@ constexpr Hyper kHyper = {.lr = 1e-2,
                           .eps = 1e-8,
                           .weight_decay = 0.1,
                           .gnorm_scale = 1,
-                          .skip_zeros = false};
+                          .skip_zeros = false,
+                          .t_alpha = 0,
+                          .t_beta3 = 0};
 
 // Each of the six constants is rounded to float once, and so is its product: 8 * 2^-24.
 constexpr double kTolerance = 8 * 0x1p-24;
@@ -147,6 +135,33 @@ TEST(StepTest, OrderOfWeightDecay) {
   EXPECT_EQ(s[0].v, 1);
 }
 
+TEST(StepTest, FactorsOfATensorScaleGradientAndUpdate) {
+  const auto step = Step<Echo<WeightDecay::kL2>>::make(kHyper, 1, nullptr).scaled(0.5f, 0.25f);
+  EXPECT_EQ(step.gnorm_scale, 0.5f);
+  EXPECT_EQ(step.constants.step_size, 1e-2f * 0.25f);
+  EXPECT_EQ(step.weight_decay, 0.1f);
+}
+
+TEST(StepTest, PreviewIsTheUpdateOverTheLearningRate) {
+  Real s[1] = {Real(0)};
+  const auto l2 = Step<Echo<WeightDecay::kL2>>::make_preview(kHyper, 1);
+  EXPECT_EQ(l2.preview(Real(1.0), Real(8.0), s).v, 8);
+  EXPECT_EQ(s[0].v, 1 + static_cast<double>(0.1f) * 8);
+  const auto before = Step<Echo<WeightDecay::kDecoupledBefore>>::make_preview(kHyper, 1);
+  EXPECT_EQ(before.preview(Real(1.0), Real(8.0), s).v, 8);
+  EXPECT_EQ(s[0].v, 1);
+
+  Hyper h = kHyper;
+  h.weight_decay = 0;
+  Real a[2] = {Real(0.5), Real(0.25)};
+  Real b[2] = {Real(0.5), Real(0.25)};
+  const double update = Step<Adam>::make_preview(h, 7).preview(Real(3.0), Real(2.0), a).v;
+  const double moved = 2 - Step<Adam>::make(h, 7, nullptr).advance(Real(3.0), Real(2.0), b).v;
+  EXPECT_NEAR(moved, h.lr * update, std::abs(moved) * kTolerance);
+  EXPECT_EQ(a[0].v, b[0].v);
+  EXPECT_EQ(a[1].v, b[1].v);
+}
+
 TEST(FiniteState, OverflowStaysAndNanIsForgotten) {
   EXPECT_EQ(finite_state(1.5f), 1.5f);
   EXPECT_EQ(finite_state(-kFloatMax), -kFloatMax);
@@ -159,6 +174,25 @@ TEST(Registry, ListsEveryRule) {
   ASSERT_EQ(static_cast<int>(std::size(kRules)), kRuleCount);
   EXPECT_EQ(std::string(kRules[static_cast<int>(Rule::kAdam)].name), "adam");
   EXPECT_EQ(kRules[static_cast<int>(Rule::kAdam)].states, 2);
+}
+
+TEST(Registry, ThreeStatesShareTwoTensors) {
+  EXPECT_EQ(kRules[static_cast<int>(Rule::kAdEMAMix)].states, 3);
+  EXPECT_EQ(state_tensors(3), 2);
+  EXPECT_EQ(state_rows(3, 0), 2);
+  EXPECT_EQ(state_rows(3, 1), 1);
+  const int tensor[] = {0, 0, 1};
+  const int row[] = {0, 1, 0};
+  for (int k = 0; k < 3; ++k) {
+    EXPECT_EQ(tensor_of_state(3, k), tensor[k]);
+    EXPECT_EQ(row_of_state(3, k), row[k]);
+  }
+  for (int k = 0; k < 2; ++k) {
+    EXPECT_EQ(tensor_of_state(2, k), k);
+    EXPECT_EQ(row_of_state(2, k), 0);
+    EXPECT_EQ(state_rows(2, k), 1);
+  }
+  EXPECT_EQ(state_tensors(1), 1);
 }
 
 TEST(BiasCorrection, IsComputedInDouble) {

@@ -7,22 +7,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from closeness import DTYPES, ROUNDING, U, assert_close, assert_codes, gradient, numpy
 from torch import nn
 
 import bitsandbytes as bnb
 from bitsandbytes.plain import optimizer as plain
-from reference import codes
 from reference import optim as reference
 
 ops = torch.ops.bitsandbytes
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-U = 2.0**-24  # half a unit in the last place of float32, relative
-# Rounding to the dtype of the parameter: relative to its size, and of its smallest numbers.
-ROUNDING = {
-    torch.float32: (U, 2.0**-149),
-    torch.float16: (2.0**-11, 2.0**-25),
-    torch.bfloat16: (2.0**-8, 2.0**-133),
-}
 INF, NAN = float("inf"), float("nan")
 SIGNED, UNSIGNED = reference.SIGNED, reference.UNSIGNED
 
@@ -33,20 +25,8 @@ def step_ops(request):
     return plain if request.param == "plain" else ops
 
 
-def numpy(tensor):
-    """Array of a tensor; float16 and bfloat16 as the float32 numbers they are."""
-    tensor = tensor.detach().cpu()
-    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
-
-
 def parameter(*shape, dtype=torch.float32, device="cpu"):
     return nn.Parameter(torch.randn(shape).to(dtype).to(device))
-
-
-def gradient(p):
-    """A gradient over many magnitudes, of p's shape, dtype, device and strides."""
-    g = torch.randn(p.shape) * torch.randn(p.shape).mul(2).exp2()
-    return torch.empty_like(p).copy_(g.to(p.dtype))
 
 
 def optimizer(bits, params, **kwargs):
@@ -88,38 +68,6 @@ def assert_parameter(p, want, v, m_terms, h, step, dtype):
     relative, absolute = ROUNDING[dtype]
     bound = 16 * U * moved + (3 * U + relative) * np.abs(want) + absolute
     np.testing.assert_array_less(np.abs(numpy(p).astype(np.float64) - want), bound * (1 + 1e-6))
-
-
-def assert_close(actual, want, bound):
-    assert actual.dtype == torch.float32
-    error = np.abs(numpy(actual).astype(np.float64) - want)
-    assert (error <= bound + 2.0**-149).all(), (error - bound).max()
-
-
-def assert_codes(actual, absmax, levels, want, tolerance, keep_sign):
-    """Codes of float64 values that float32 knows up to `tolerance`.
-
-    Where a value may lie on either side of a threshold, either code is right.
-    """
-    n = want.size
-    blocks = -(-n // 256)
-    pad = blocks * 256 - n
-    want, tolerance = (np.pad(x, (0, pad)).reshape(blocks, 256) for x in (want, tolerance))
-    most = np.abs(want).max(1)
-    slack = tolerance.max(1)
-    assert_close(absmax, most, slack + U * most)
-    for b in np.flatnonzero(most > 0):
-        s = want[b] / most[b]
-        # s moves with the value, with the absmax, and by its own two roundings.
-        near = (tolerance[b] + np.abs(s) * slack[b]) / most[b] + 4 * U * np.abs(s)
-        low = codes.encode(levels, s - near, keep_sign)
-        high = codes.encode(levels, s + near, keep_sign)
-        got = numpy(actual).reshape(-1)[b * 256 : (b + 1) * 256]
-        assert (low[: got.size] <= got).all() and (got <= high[: got.size]).all()
-        # The tolerance is nothing beside the distance of two levels.
-        assert (high.astype(int) - low <= 1).all()
-    for b in np.flatnonzero(most == 0):
-        assert not numpy(actual).reshape(-1)[b * 256 : (b + 1) * 256].any()
 
 
 def assert_step32(state1, state2, p, before, g, h, step, dtype):
@@ -177,7 +125,7 @@ def call8(functions, rule, tensors, grads, states, qmaps, *hyper):
     )
 
 
-H = reference.Adam(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+H = reference.Hyper(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 COUNTS = [1, 2, 255, 256, 257, 511, 512, 513, 1300]
 
 
@@ -230,7 +178,7 @@ def test_every_instruction_set_gives_the_same_bits(cpu_isa, dtype, n):
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_hundred_steps_match_specification(device, dtype, bits, weight_decay):
-    h = reference.Adam(lr=1e-2, weight_decay=weight_decay)
+    h = reference.Hyper(lr=1e-2, weight_decay=weight_decay)
     p = parameter(700, dtype=dtype, device=device)
     opt = optimizer(bits, [p], lr=h.lr, weight_decay=weight_decay)
     before = None
@@ -256,7 +204,7 @@ def test_hundred_steps_match_specification(device, dtype, bits, weight_decay):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99), (0.95, 0.0), (0.9, 0.9999)])
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_other_hyperparameters(step_ops, device, betas, eps):
-    h = reference.Adam(lr=3e-3, beta1=betas[0], beta2=betas[1], eps=eps)
+    h = reference.Hyper(lr=3e-3, beta1=betas[0], beta2=betas[1], eps=eps)
     n = 300
     p, g = torch.randn(n, device=device), torch.randn(n, device=device)
     state = random_state8(n, device)
@@ -292,7 +240,7 @@ def test_first_step_is_the_learning_rate(device):
 
 
 def test_element_without_any_gradient_stays_without_epsilon(step_ops, device):
-    h = reference.Adam(lr=1e-2, eps=0.0)
+    h = reference.Hyper(lr=1e-2, eps=0.0)
     p, g = torch.ones(300, device=device), torch.zeros(300, device=device)
     g[7] = 1.0
     state = {key: torch.zeros_like(value) for key, value in random_state8(300, device).items()}
@@ -304,7 +252,7 @@ def test_element_without_any_gradient_stays_without_epsilon(step_ops, device):
 
 
 def test_negative_momentum_keeps_its_sign(step_ops, device):
-    h = reference.Adam(lr=1e-2)
+    h = reference.Hyper(lr=1e-2)
     p, g = torch.zeros(256, device=device), torch.zeros(256, device=device)
     g[0], g[1], g[2] = 1.0, -1e-12, 1e-12
     state = {key: torch.zeros_like(value) for key, value in random_state8(256, device).items()}

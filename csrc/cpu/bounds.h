@@ -1,0 +1,21 @@
+// What holds for whole tensors, from the partial results of their tiles: bounds on updates, absmax
+// of states, factors on gradients.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <span>
+
+#include "bitsandbytes/kernels/optimizer.h"
+
+namespace bnb::cpu {
+
+// Writes args.unorm, args.update_scales and args.new_max, where they are given.
+void finish_preview(const OptimizerStep& args, std::span<const OptimizerTensor> tensors,
+                    const float* partials);  // [tiles of the list, kPreviewNumbers]
+
+// Writes args.out and the histories.
+void finish_percentile_clipping(const PercentileClipping& args,
+                                std::span<const GradientTensor> tensors,
+                                const float* partials);  // [tiles of the list]
+
+}  // namespace bnb::cpu

@@ -1,0 +1,192 @@
+// What the CPU kernels share: incomplete vectors, absolute maximum, 8-bit codes.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+
+#include "bitsandbytes/code/dynamic8.h"
+#include "cpu/dispatch.h"
+#include "cpu/tables.h"
+
+namespace bnb::cpu::BNB_ISA {
+namespace {
+
+constexpr int64_t kLanes = kWidth;
+
+// ---- Partial vectors: the last, incomplete one of a run ----------------------------------------
+
+template <class T>
+BNB_HD Float load_first(const T* p, int64_t count) {
+  T lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+BNB_HD void store_first(T* p, Float x, int64_t count) {
+  T lanes[kWidth];
+  store(lanes, x);
+  __builtin_memcpy(p, lanes, static_cast<size_t>(count) * sizeof(T));
+}
+
+BNB_HD void store_codes_first(uint8_t* p, Int x, int64_t count) {
+  uint8_t lanes[kWidth];
+  store_codes(lanes, x);
+  __builtin_memcpy(p, lanes, static_cast<size_t>(count));
+}
+
+// Calls body(offset, lanes) for every vector of [first, last); only the last may be incomplete.
+template <class Body>
+BNB_HD void for_each_vector(int64_t first, int64_t last, Body body) {
+  int64_t i = first;
+  for (; i + kLanes <= last; i += kLanes) body(i, kLanes);
+  if (i < last) body(i, last - i);
+}
+
+template <class T>
+BNB_HD Float load_some(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load_first(p, count);
+}
+template <class T>
+BNB_HD void store_some(T* p, Float x, int64_t count) {
+  count == kLanes ? store(p, x) : store_first(p, x, count);
+}
+BNB_HD void store_codes_some(uint8_t* p, Int x, int64_t count) {
+  count == kLanes ? store_codes(p, x) : store_codes_first(p, x, count);
+}
+
+BNB_HD bool all_of_first(Mask m, int64_t count) {
+  float lanes[kWidth];
+  store(lanes, select(m, Float(1.0f), Float(0.0f)));
+  for (int64_t i = 0; i < count; ++i) {
+    if (lanes[i] == 0.0f) return false;
+  }
+  return true;
+}
+
+// ---- Absolute maximum --------------------------------------------------------------------------
+
+BNB_HD Int magnitude_bits(Float x) { return bits(x) & broadcast_int(0x7fffffff); }
+
+BNB_HD float reduce_absmax(Int most) {
+  return absmax_from_bits(static_cast<uint32_t>(reduce_max(most)));
+}
+
+template <class T>
+BNB_HD float absmax(const T* a, int64_t n) {
+  Int most = broadcast_int(0);
+  for_each_vector(0, n, [&](int64_t i, int64_t count) {
+    most = max(most, magnitude_bits(load_some(a + i, count)));
+  });
+  return reduce_absmax(most);
+}
+
+// ---- Codes: encode of the dynamic maps (code/dynamic8.h) on vectors, decode ---------------------
+
+// The dynamic maps as the loops below see them: by one access to the bucket table, or by decades.
+struct SignedMap {
+  const uint32_t* buckets;
+  bool keep_sign;
+
+  explicit SignedMap(bool keep)
+      : buckets((keep ? kSignKeepingBuckets : kSignedBuckets).values), keep_sign(keep) {}
+
+  BNB_HD Int by_buckets(Float x) const {
+    using Layout = SignedDynamic8::Layout;
+    const Int above = magnitude_bits(x) - broadcast_int(Layout::kOrigin);
+    const Int u = max(above, broadcast_int(0)) ^ shift_right_signed<31>(bits(x));
+    const Int entry =
+        gather(buckets + SignedDynamic8::kCenter, shift_right_signed<Layout::kShift>(u));
+    return shift_right<Layout::kShift>(entry + u);
+  }
+
+  static const detail::DecadeTables& decades() { return kSignedDecades; }
+  static BNB_HD Int usable_bits(Float x) { return magnitude_bits(x); }
+
+  // Code from the index of the level among the positive ones.
+  BNB_HD Int from_index(Int index, Float x) const {
+    const Int least = max(index, broadcast_int(keep_sign ? 1 : 0));
+    const Int negative =
+        broadcast_int(SignedDynamic8::kZero) - min(least, broadcast_int(SignedDynamic8::kZero));
+    return select(is_negative(x), negative, index + broadcast_int(SignedDynamic8::kZero));
+  }
+};
+
+struct UnsignedMap {
+  BNB_HD Int by_buckets(Float x) const {
+    using Layout = UnsignedDynamic8::Layout;
+    const Int u = max(bits(x), broadcast_int(Layout::kOrigin));
+    const Int bucket = shift_right<Layout::kShift>(u) - broadcast_int(UnsignedDynamic8::kFirst);
+    return shift_right<Layout::kShift>(gather(kUnsignedBuckets.values, bucket) + u);
+  }
+
+  static const detail::DecadeTables& decades() { return kUnsignedDecades; }
+  static BNB_HD Int usable_bits(Float x) { return bits(x); }
+  BNB_HD Int from_index(Int index, Float) const { return index; }
+};
+
+// Codes of finite x, |x| <= 1 (and rounding).
+template <class Map>
+BNB_HD Int encode(const Map& map, Float x) {
+  if constexpr (kHasRegisterTables) {
+    const detail::DecadeTables& t = Map::decades();
+    // Negative floats are negative integers: an unsigned map takes them for zero.
+    const Int b =
+        max(Map::usable_bits(x), broadcast_int(static_cast<int32_t>(detail::kLeastExponent << 23)));
+    const Float m = from_bits(b);
+    const Int exponent = shift_right<23>(b);
+    const Mask next = greater_equal(m, lookup32(t.next_region, exponent));
+    const Int start = lookup32(t.region, exponent);
+    const Int region = select(next, start + broadcast_int(1), start);
+    const Float position = min(fma(m, lookup16(t.scale, region), lookup16(t.offset, region)),
+                               lookup16(t.most, region));
+    if (any(less(fraction(position), Float(detail::kUndecided)))) [[unlikely]] {
+      return map.by_buckets(x);
+    }
+    return map.from_index(truncate_to_int(position), x);
+  } else {
+    return map.by_buckets(x);
+  }
+}
+
+// Codes of a whole block whose absmax is known. `kKeepSign`: a negative value never becomes zero.
+template <bool kKeepSign, class T>
+BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, float absmax) {
+  if (absmax == 0.0f) {
+    // Every 0 / 0 is NaN. Common enough to be quick: rows of an embedding without gradients.
+    __builtin_memset(out, 0, static_cast<size_t>(n));
+    return;
+  }
+  const float inverse = 1.0f / absmax;
+  if (code.kind == CodeKind::kTable || !is_regular_block(absmax, inverse)) {
+    const auto threshold = [&code](int k) {
+      return code_threshold(code.levels[k], code.levels[k + 1], k);
+    };
+    for (int64_t i = 0; i < n; ++i) {
+      const float x = to_float(a[i]) * inverse;
+      int c = search_code(threshold, x);
+      if (kKeepSign && sign_bit(x) && c > 0 && !sign_bit(code.levels[c])) --c;
+      out[i] = static_cast<uint8_t>(c);
+    }
+    return;
+  }
+  const Float scale(inverse);
+  const auto encode_all = [&](const auto& map) {
+    for_each_vector(0, n, [&](int64_t i, int64_t count) {
+      store_codes_some(out + i, encode(map, load_some(a + i, count) * scale), count);
+    });
+  };
+  code.kind == CodeKind::kSignedDynamic8 ? encode_all(SignedMap(kKeepSign))
+                                         : encode_all(UnsignedMap());
+}
+
+// Levels of n codes.
+BNB_HD void decode(const Code& code, const uint8_t* codes, float* out,  // [n]
+                   int64_t n) {
+  int64_t i = 0;
+  for (; i + kDecodeRun <= n; i += kDecodeRun) decode_run(code, codes + i, out + i);
+  for (; i < n; ++i) out[i] = code.levels[codes[i]];
+}
+
+}  // namespace
+}  // namespace bnb::cpu::BNB_ISA

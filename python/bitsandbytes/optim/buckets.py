@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: MIT
+"""Lists of parameters that advance together, and the native call that advances them."""
+
+import itertools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import paged
+from . import sharding
+
+__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "holds_none", "learning_rate"]
+
+NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
+
+# State entries that are one number per parameter.
+PER_PARAMETER = ("max1", "new_max1", "max2", "new_max2", "unorm_vec")
+
+
+def all_are(a: list, b: list) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded on the current stream of `device`."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def holds_none(objects: list) -> bool:
+    """Whether one of them is None."""
+    return any(map(operator.is_, objects, itertools.repeat(None)))
+
+
+def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """Returns a learning rate as an op takes it: a number, or a tensor on `device`."""
+    if not isinstance(lr, Tensor):
+        return lr, None
+    if lr.device == device:
+        return 0.0, lr.to(torch.float32)
+    return float(lr), None
+
+
+def _derived_seed(seed: int, gindex: int, pindex: int) -> int:
+    """A seed for the bucket that starts with this parameter (the finaliser of SplitMix64)."""
+    mask = 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15 * (1 + pindex + (gindex << 32))) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) - 2**63  # the range of a signed integer
+
+
+class Bucket:
+    """Parameters of the same group, overrides, dtype, device, kind of state and step number.
+
+    The number of the step lives in a tensor beside the parameters, where a captured CUDA graph
+    advances it too; the Python integers in ``state[p]["step"]`` are written only when looked at.
+    What is one number per parameter lies in one tensor per bucket, of which the states hold views
+    of one element.
+
+    Args:
+        group: The parameter group.
+        override: Settings of these parameters that differ from the group's, or None.
+        place: Index of the group, and in it of the first parameter.
+        params: The parameters.
+        states: The state of each.
+    """
+
+    def __init__(
+        self,
+        group: dict,
+        override: dict | None,
+        place: tuple[int, int],
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+    ):
+        self.group = group
+        self.override = override
+        self.place = place
+        self.params = params
+        self.states = states
+        first = states[0]
+        self.eight_bit = first["state1"].dtype == torch.uint8
+        self.state1 = self._entries("state1")
+        self.state2 = self._entries("state2")
+        self.absmax1 = self._entries("absmax1")
+        self.absmax2 = self._entries("absmax2")
+        self.qmap1 = first.get("qmap1")
+        self.qmap2 = first.get("qmap2")
+        self.steps = first["step"]
+        self.part = sharding.part_of(params[0])
+        self.sharded = any(map(sharding.is_dtensor, params))
+        self.device = params[0].device
+        self.step_tensor = torch.full((), self.steps, dtype=torch.int64, device=self.device)
+        self.captured = False
+        self._pending = False
+        self._vectors: dict[str, Tensor] = {}
+        self._histories: list[Tensor] = []
+        self._pages: list[int] | None = None
+
+    def _entries(self, key: str) -> list[Tensor]:
+        return [sharding.local(s[key]) for s in self.states] if key in self.states[0] else []
+
+    # ---- What lies beside the states ------------------------------------------------------------
+
+    def gradients(self) -> list[Tensor | None]:
+        """Returns the gradient of each parameter."""
+        return [p.grad for p in self.params]
+
+    def vector(self, key: str) -> Tensor:
+        """Returns the numbers of state entry `key` [count]; zeros where a state had none."""
+        found = self._vectors.get(key)
+        if found is None:
+            self._refuse_capture(key)
+            zero = torch.zeros(1, dtype=torch.float32, device=self.device)
+            found = torch.cat([state.get(key, zero).reshape(1) for state in self.states])
+            for state, view in zip(self.states, found.split(1), strict=True):
+                state[key] = view
+            self._vectors[key] = found
+        return found
+
+    def histories(self) -> list[Tensor]:
+        """Returns the squares of past gradient norms, float32 [100] per parameter."""
+        if not self._histories:
+            self._refuse_capture("gnorm_vec")
+            # Before the first step the op fills the history. Later on, slots that were never
+            # written must not look like gradients of zero.
+            unknown = 0.0 if self.steps == 0 else float("inf")
+            for state in self.states:
+                if "gnorm_vec" not in state:
+                    state["gnorm_vec"] = torch.full(
+                        (NORM_HISTORY,), unknown, dtype=torch.float32, device=self.device
+                    )
+            self._histories = self._entries("gnorm_vec")
+        return self._histories
+
+    def _refuse_capture(self, key: str) -> None:
+        if _is_capturing(self.device):
+            raise RuntimeError(
+                f"step: state entry {key} must exist before a CUDA graph is captured, take one "
+                "step eagerly first"
+            )
+
+    # ---- Step -----------------------------------------------------------------------------------
+
+    def step(self, rule: str, config: dict[str, Any], grads: list[Tensor]) -> None:
+        """Advances every parameter by its gradient.
+
+        Args:
+            rule: Name of the update rule.
+            config: Settings, as ``Optimizer8bit.get_config`` returns them.
+            grads: The gradients.
+        """
+        ops = torch.ops.bitsandbytes
+        params, gnorm_scales = self.params, None
+        if self.sharded:
+            params, grads = sharding.local_lists(params, grads)
+        if config["percentile_clipping"] < 100:
+            percentile = int(config["percentile_clipping"])
+            # The norm of a norm is that norm.
+            whole = grads if self.part is None else sharding.gradient_norms(self.params, grads)
+            norms = ops.percentile_clipping_step(
+                whole, self.histories(), self.step_tensor, percentile
+            )
+            gnorm_scales = norms[2]
+        lists = (rule, params, grads, self.state1, self.state2)
+        options = self._options(config, gnorm_scales)
+        if not self.eight_bit:
+            ops.optimizer_step_32bit(*lists, *options)
+        elif self.absmax1:
+            qmaps = (self.qmap1, self.qmap2)
+            ops.optimizer_step_8bit_blockwise(*lists, self.absmax1, self.absmax2, *qmaps, *options)
+        else:
+            self._step_tensor_wise(lists, options)
+        self.step_tensor.add_(1)
+        self.steps += 1
+        self._pending = True
+        self.captured = self.captured or _is_capturing(self.device)
+
+    def prefetch(self) -> None:
+        """Brings paged states to the device, in the order of its current stream."""
+        if torch.compiler.is_compiling():  # a compiled step meets pages where they are
+            return
+        if self._pages is None:
+            self._pages = paged.pages_of([*self.state1, *self.state2])
+        paged.prefetch_pages(self._pages, self.device)
+
+    def _step_tensor_wise(self, lists: tuple, options: tuple) -> None:
+        keys = ("1", "2") if self.state2 else ("1",)
+        old = [self.vector(f"max{k}") for k in keys]
+        new = [self.vector(f"new_max{k}") for k in keys]
+        pad = [None] * (2 - len(keys))
+        torch.ops.bitsandbytes.optimizer_step_8bit(
+            *lists, *old, *pad, *new, *pad, self.qmap1, self.qmap2, *options
+        )
+        # By value: a captured graph reads and writes the same addresses every time.
+        for to, value in zip(old, new, strict=True):
+            to.copy_(value)
+
+    def _options(self, config: dict[str, Any], gnorm_scales: Tensor | None) -> tuple:
+        lr, lr_tensor = learning_rate(config["lr"], self.device)
+        betas = config["betas"]
+        max_unorm = config["max_unorm"]
+        seed = config["rounding_seed"]
+        if seed is not None and self.params[0].dtype is torch.bfloat16:
+            seed = _derived_seed(seed, *self.place)
+            for coordinate in self.part or ():  # replicas round alike, parts do not
+                seed = _derived_seed(seed, 0, coordinate)
+        else:
+            seed = None
+        return (
+            self.step_tensor,
+            lr_tensor,
+            lr,
+            betas[0],
+            betas[1],
+            betas[2] if len(betas) > 2 else 0.0,
+            config["alpha"],
+            config["eps"],
+            config["weight_decay"],
+            1.0,
+            bool(config["skip_zeros"]),
+            float(config["t_alpha"] or 0.0),
+            float(config["t_beta3"] or 0.0),
+            max_unorm,
+            seed,
+            gnorm_scales,
+            self.vector("unorm_vec") if max_unorm > 0.0 else None,
+        )
+
+    # ---- Between steps --------------------------------------------------------------------------
+
+    def write_steps(self) -> None:
+        """Brings ``state["step"]`` of every member up to date."""
+        if self.captured:
+            # Replays of the graph advanced the tensor without this process counting.
+            steps = int(self.step_tensor.item())
+            self._pending = self._pending or steps != self.steps
+            self.steps = steps
+        if self._pending:
+            for state in self.states:
+                state["step"] = self.steps
+            self._pending = False
+
+    def serves(self, other: "Bucket") -> bool:
+        """Whether this bucket, made earlier, may stand for `other` as it is."""
+        return (
+            self.group is other.group
+            and self.override == other.override
+            and self.place == other.place
+            and self.steps == other.steps
+            and all_are(self.params, other.params)
+            and all_are(self.states, other.states)
+            and all_are(self.tensors(), other.tensors())
+            and all(
+                state.get(key) is not None and state[key].data_ptr() == view.data_ptr()
+                for key, vector in self._vectors.items()
+                for state, view in zip(self.states, vector.split(1), strict=True)
+            )
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Returns every tensor of the states that stands in a list."""
+        lists = (self.state1, self.state2, self.absmax1, self.absmax2, [self.qmap1, self.qmap2])
+        return list(itertools.chain(*lists))
