@@ -5,6 +5,7 @@
 #include "ops/int8.h"
 #include "ops/optimizer.h"
 #include "ops/quantize.h"
+#include "ops/quantize_4bit.h"
 
 namespace bnb::ops {
 
@@ -14,6 +15,14 @@ void register_ops(Library& m) {
   m.impl("quantize_blockwise.out", TORCH_BOX(&quantize_blockwise_out<Backend>));
   m.impl("dequantize_blockwise", TORCH_BOX(&dequantize_blockwise<Backend>));
   m.impl("dequantize_blockwise.out", TORCH_BOX(&dequantize_blockwise_out<Backend>));
+  m.impl("dequantize_blockwise_nested", TORCH_BOX(&dequantize_blockwise_nested<Backend>));
+  m.impl("dequantize_blockwise_nested.out", TORCH_BOX(&dequantize_blockwise_nested_out<Backend>));
+  m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit<Backend>));
+  m.impl("quantize_4bit.out", TORCH_BOX(&quantize_4bit_out<Backend>));
+  m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit<Backend>));
+  m.impl("dequantize_4bit.out", TORCH_BOX(&dequantize_4bit_out<Backend>));
+  m.impl("dequantize_4bit_nested", TORCH_BOX(&dequantize_4bit_nested<Backend>));
+  m.impl("dequantize_4bit_nested.out", TORCH_BOX(&dequantize_4bit_nested_out<Backend>));
   m.impl("int8_vectorwise_quant", TORCH_BOX(&int8_vectorwise_quant<Backend>));
   m.impl("int8_linear_matmul", TORCH_BOX(&int8_linear_matmul<Backend>));
   m.impl("int8_linear_matmul.out", TORCH_BOX(&int8_linear_matmul_out<Backend>));

@@ -11,6 +11,10 @@ namespace bnb {
 // Block size of 8-bit optimizer states; fixed by the checkpoint format.
 inline constexpr int kOptimizerBlock = 256;
 
+// Blocks of 4-bit codes, and of every kernel on a GPU, have powers of two of elements.
+inline constexpr int kLeastBlock = 32;
+inline constexpr int kLargestBlock = 4096;
+
 BNB_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace bnb

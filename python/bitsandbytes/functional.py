@@ -19,6 +19,15 @@ from .paged import (
 )
 from .quant.blockwise import dequantize_blockwise, quantize_blockwise
 from .quant.codes import create_dynamic_map, create_linear_map, name2qmap
+from .quant.four_bit import (
+    dequantize_4bit,
+    dequantize_fp4,
+    dequantize_nf4,
+    get_4bit_type,
+    quantize_4bit,
+    quantize_fp4,
+    quantize_nf4,
+)
 from .quant.int8 import (
     int8_linear_matmul,
     int8_mm_dequant,
@@ -35,9 +44,13 @@ __all__ = [
     "arange",
     "create_dynamic_map",
     "create_linear_map",
+    "dequantize_4bit",
     "dequantize_blockwise",
+    "dequantize_fp4",
+    "dequantize_nf4",
     "elementwise_func",
     "fill",
+    "get_4bit_type",
     "get_paged",
     "int8_linear_matmul",
     "int8_mm_dequant",
@@ -51,6 +64,9 @@ __all__ = [
     "pack_dict_to_tensor",
     "percentile_clipping",
     "prefetch_tensor",
+    "quantize_4bit",
     "quantize_blockwise",
+    "quantize_fp4",
+    "quantize_nf4",
     "unpack_tensor_to_dict",
 ]

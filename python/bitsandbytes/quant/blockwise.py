@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .._checks import FLOATS
 from .codes import default_code
+from .scales import nested_arguments, quantize_scales
 from .state import QuantState
 
 __all__ = ["dequantize_blockwise", "quantize_blockwise"]
@@ -67,8 +68,7 @@ def quantize_blockwise(
 
     offset = state2 = None
     if nested:
-        offset = scales.mean()
-        scales, state2 = quantize_blockwise(scales - offset, blocksize=blocksize)
+        scales, offset, state2 = quantize_scales(scales, blocksize)
     if absmax is not None:
         scales = absmax.copy_(scales.view(absmax.shape))
     if out is not None:
@@ -80,7 +80,7 @@ def quantize_blockwise(
 
 def dequantize_blockwise(
     A: Tensor,
-    quant_state: QuantState | tuple[Tensor, Tensor] | None = None,
+    quant_state: QuantState | tuple | list | None = None,
     absmax: Tensor | None = None,
     code: Tensor | None = None,
     out: Tensor | None = None,
@@ -91,8 +91,8 @@ def dequantize_blockwise(
 
     Args:
         A: uint8 codes of any shape.
-        quant_state: State of the codes; `absmax`, `code` and `blocksize` are then ignored. A pair
-            ``(absmax, code)`` is the form of bitsandbytes 0.41 and older.
+        quant_state: State of the codes; `absmax`, `code` and `blocksize` are then ignored. The
+            lists and pairs of bitsandbytes 0.41 and older are read as well.
         absmax: float32 scales ``[ceil(n / blocksize)]``, when there is no state.
         code: float32 levels ``[256]``. Default: the signed dynamic map.
         out: Tensor of A's shape and the state's dtype (float32 without a state) for the result.
@@ -117,38 +117,33 @@ def dequantize_blockwise(
         raise ValueError(f"{name}: quant_state or absmax must be given, got neither")
     if A.dtype != torch.uint8:
         raise ValueError(f"{name}: A must be uint8, got {A.dtype}")
-    if isinstance(quant_state, (tuple, list)):
-        absmax, code = quant_state[:2]
-        quant_state = None
     if quant_state is None:
-        code = default_code("dynamic", A.device) if code is None else code
         quant_state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    elif isinstance(quant_state, (tuple, list)):
+        quant_state = QuantState.from_list(quant_state, blocksize)
     if quant_state.blocksize <= 0:
         raise ValueError(f"{name}: blocksize must be positive, got {quant_state.blocksize}")
 
-    scales = quant_state.absmax
-    if quant_state.nested:
-        scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset
-    scales = scales.to(torch.float32)
-    code = quant_state.code.to(A.device)
+    code = quant_state.code
+    code = default_code("dynamic", A.device) if code is None else code.to(A.device)
     dtype = quant_state.dtype
+    if quant_state.nested:
+        op = torch.ops.bitsandbytes.dequantize_blockwise_nested
+        *scales, nested_blocksize = nested_arguments(quant_state, A.device)
+        rest = (code, quant_state.blocksize, nested_blocksize, dtype)
+    else:
+        op = torch.ops.bitsandbytes.dequantize_blockwise
+        scales = [quant_state.absmax.to(torch.float32)]
+        rest = (code, quant_state.blocksize, dtype)
     if out is None:
-        return torch.ops.bitsandbytes.dequantize_blockwise(
-            A, scales, code, quant_state.blocksize, dtype
-        )
+        return op(A, *scales, *rest)
     if out.shape != A.shape or out.dtype != dtype:
         raise ValueError(
             f"{name}: out must be {dtype} of shape {tuple(A.shape)}, "
             f"got {out.dtype} of shape {tuple(out.shape)}"
         )
     if out.is_contiguous():
-        torch.ops.bitsandbytes.dequantize_blockwise.out(
-            A, scales, code, quant_state.blocksize, dtype, out=out
-        )
+        op.out(A, *scales, *rest, out)
     else:
-        out.copy_(
-            torch.ops.bitsandbytes.dequantize_blockwise(
-                A, scales, code, quant_state.blocksize, dtype
-            )
-        )
+        out.copy_(op(A, *scales, *rest))
     return out
