@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -31,6 +33,13 @@ inline int multiprocessors() {
   BNB_GPU_CHECK(cudaGetDevice(&device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
+}
+
+// Blocks of threads for kernels that walk over `tiles` tiles: no more than are in flight together,
+// which is enough of them to cover the latency of memory.
+inline int resident_grid(int64_t tiles) {
+  constexpr int64_t kPerMultiprocessor = 8;
+  return static_cast<int>(std::min(tiles, multiprocessors() * kPerMultiprocessor));
 }
 
 struct LaunchShape {
