@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The linear layer of LLM.int8()."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..utils import (
 from ..utils import (
     LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING as FORMAT_NUMBERS,
 )
-from .params import Int8Params
+from .params import Int8Params, without_parameter
 
 __all__ = ["Linear8bitLt"]
 
@@ -122,11 +123,8 @@ class Linear8bitLt(nn.Linear):
         if weight is None:
             return super()._apply(fn, recurse)
         # torch.nn.Module would lose the class, the codes or the statistics of the weight.
-        self._parameters["weight"] = None
-        try:
+        with without_parameter(self, "weight"):
             super()._apply(fn, recurse)
-        finally:
-            self._parameters["weight"] = weight
         with torch.no_grad():
             self._apply_to_weight(fn, weight)
         return self
@@ -210,8 +208,7 @@ class Linear8bitLt(nn.Linear):
         ours = torch.int8 in (value.dtype, weight.dtype)
         if ours:
             del known[key]
-            self._parameters["weight"] = None
-        try:
+        with without_parameter(self, "weight") if ours else nullcontext():
             super()._load_from_state_dict(
                 known,
                 prefix,
@@ -221,9 +218,6 @@ class Linear8bitLt(nn.Linear):
                 unexpected_keys,
                 error_msgs,
             )
-        finally:
-            if ours:
-                self._parameters["weight"] = weight
         if ours:
             problem = self._mismatch(value, stats, assign)
             if problem is None:

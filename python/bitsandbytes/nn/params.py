@@ -2,6 +2,8 @@
 """Parameters that quantize themselves when they are moved to a device."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import check
 
-__all__ = ["Int8Params"]
+__all__ = ["Int8Params", "device_of", "without_parameter"]
 
 
 class Int8Params(nn.Parameter):
@@ -90,11 +92,11 @@ class Int8Params(nn.Parameter):
 
     def cuda(self, device=None, non_blocking=False):
         """Returns ``self.to(device)``, by default the current CUDA device."""
-        return self.to(_device_of("cuda", device), non_blocking=non_blocking)
+        return self.to(device_of("cuda", device), non_blocking=non_blocking)
 
     def xpu(self, device=None, non_blocking=False):
         """Returns ``self.to(device)``, by default the current XPU device."""
-        return self.to(_device_of("xpu", device), non_blocking=non_blocking)
+        return self.to(device_of("xpu", device), non_blocking=non_blocking)
 
     def _quantized(self, device: torch.device) -> "Int8Params":
         op = "Int8Params.to"
@@ -145,7 +147,19 @@ def _rebuild(data: Tensor, requires_grad: bool, attributes: dict, shared: bool) 
     return param
 
 
-def _device_of(kind: str, device: torch.device | str | int | None) -> torch.device:
+def device_of(kind: str, device: torch.device | str | int | None) -> torch.device:
+    """Returns the device that ``tensor.cuda(device)`` and its like mean."""
     if device is None:
         return torch.device(kind)
     return torch.device(kind, device) if isinstance(device, int) else torch.device(device)
+
+
+@contextmanager
+def without_parameter(module: nn.Module, name: str) -> Iterator[None]:
+    """Hides a parameter from torch.nn.Module, which would not keep its class."""
+    param = module._parameters[name]
+    module._parameters[name] = None
+    try:
+        yield
+    finally:
+        module._parameters[name] = param

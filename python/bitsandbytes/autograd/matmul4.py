@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: MIT
+"""The product of activations and a packed 4-bit weight, with its gradients.
+
+Forward (Dettmers et al. 2023, arXiv:2305.14314, section 3), for activations A, packed codes B and
+the weight W that they stand for: ``out = A W^T + bias``. Backward: ``dA = dout W``. Neither holds W
+in memory, and A is not kept for the backward pass: the weight is frozen.
+"""
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _ops  # noqa: F401  (registers the ops)
+from .._checks import FLOATS, check
+from ..plain.precision import full_precision
+from ..quant.four_bit import dequantize_4bit
+from ..quant.scales import weight_arguments
+from ..quant.state import QuantState
+
+__all__ = ["MatMul4Bit", "matmul_4bit"]
+
+
+class MatMul4Bit(torch.autograd.Function):
+    """Differentiable product with the weight of shape ``[N, K]`` that `packed` stands for.
+
+    `backwards` False: ``[..., K]`` to ``[..., N]``, plus the bias. True: ``[..., N]`` to
+    ``[..., K]``, the gradient of the former, so that each is the other's backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, A, bias, packed, scales, nested, weight_format, backwards):
+        """Computes the product of A in A's dtype."""
+        ctx.save_for_backward(packed, scales, *nested)
+        ctx.weight_format, ctx.backwards = weight_format, backwards
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _product(A, bias, packed, scales, nested, weight_format, backwards)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Returns the gradients of `A` and `bias`; the weight has none."""
+        packed, scales, *nested = ctx.saved_tensors
+        grad_A = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = (packed, scales, tuple(nested), ctx.weight_format, not ctx.backwards)
+            # Gradients of gradients, which hardly anybody wants, are recorded like the first.
+            product = MatMul4Bit.apply if torch.is_grad_enabled() else _product
+            grad_A = product(grad, None, *weight)
+        if ctx.needs_input_grad[1]:
+            flat = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
+            wide = torch.promote_types(grad.dtype, ctx.bias_dtype)
+            grad_bias = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
+        return grad_A, grad_bias, None, None, None, None, None
+
+
+def _product(A, bias, packed, scales, nested, weight_format, backwards) -> Tensor:
+    shape, blocksize, quant_type = weight_format
+    weight = (packed, shape, scales, blocksize, quant_type)
+    if backwards:
+        return torch.ops.bitsandbytes.gemm_4bit_dgrad.default(A, *weight, *nested)
+    if bias is not None and bias.dtype != A.dtype:
+        bias = bias.to(A.dtype)
+    return torch.ops.bitsandbytes.gemm_4bit.default(A, *weight, bias, *nested)
+
+
+def _product_dequantized(A: Tensor, B: Tensor, bias: Tensor | None, state: QuantState) -> Tensor:
+    """Returns the product by way of the whole weight, turned around where A fits it that way."""
+    wide = A.dtype if A.dtype in FLOATS else torch.float32
+    state = QuantState(
+        *(state.absmax, state.shape, state.code, state.blocksize, state.quant_type, wide),
+        *(state.offset, state.state2),
+    )
+    weight = dequantize_4bit(B.reshape(-1, 1), state).to(A.dtype)
+    if A.shape[-1] != state.shape[1]:
+        weight = weight.t()
+    with full_precision(A.device):
+        return F.linear(A, weight, None if bias is None else bias.to(A.dtype))
+
+
+def matmul_4bit(
+    A: Tensor,
+    B: Tensor,
+    quant_state: QuantState | tuple | list,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiplies activations with a packed 4-bit weight ``[N, K]``.
+
+    The weight is rounded to the dtype of `A` and sums are made in float32. Autocast does not
+    change the dtype; the layers have a `compute_dtype` for that.
+
+    Args:
+        A: Activations ``[..., K]``; float32, float16 or bfloat16. float64 is computed with the
+            whole weight dequantized.
+        B: Packed codes as :func:`bitsandbytes.functional.quantize_4bit` returns them, or their
+            transpose.
+        quant_state: State of the codes. The lists of bitsandbytes 0.41 and older are read as well.
+        out: Tensor ``[..., N]`` that takes the result.
+        bias: Floating-point vector ``[N]``.
+
+    Returns:
+        ``A @ W.T + bias``, ``[..., N]`` in the dtype of `A`, or `out`. Gradients flow to `A` and
+        `bias`.
+
+    Raises:
+        ValueError: There is no state, or it is not that of a matrix.
+        ValueError, RuntimeError: A dtype, a shape or a device does not fit.
+
+    Example:
+        >>> import torch
+        >>> import bitsandbytes as bnb
+        >>> packed, state = bnb.functional.quantize_4bit(torch.eye(2), quant_type="nf4")
+        >>> bnb.matmul_4bit(torch.tensor([[3.0, 5.0]]), packed, state)
+        tensor([[3., 5.]])
+    """
+    name = "matmul_4bit"
+    if quant_state is None:
+        raise ValueError(f"{name}: quant_state must be given, got None")
+    if isinstance(quant_state, (tuple, list)):
+        quant_state = QuantState.from_list(quant_state)
+    shape = quant_state.shape
+    if shape is None or len(shape) != 2:
+        got = None if shape is None else list(shape)
+        check(False, name, "quant_state", "that of a matrix [N, K]", f"shape {got}")
+    check(A.is_floating_point(), name, "A", "floating point", A.dtype)
+    check(A.dim() >= 1, name, "A", "of at least one dimension", "a scalar")
+
+    turned = A.shape[-1] != shape[1]
+    if turned:
+        if A.shape[-1] != shape[0]:
+            expected = f"[..., {shape[1]}] for a weight of shape {list(shape)}"
+            check(False, name, "A", expected, f"shape {list(A.shape)}")
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{name}: the weight was quantized as [K, N]. Re-quantize from the weight as "
+                "[N, K]; until then it is dequantized for each product",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+    if turned or A.dtype not in FLOATS:
+        result = _product_dequantized(A, B, bias, quant_state)
+    else:
+        (_, scales, *rest), nested = weight_arguments(quant_state, A.device)
+        weight = (B, scales, nested, (shape, *rest), False)
+        wanted = A.requires_grad or (bias is not None and bias.requires_grad)
+        product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else _product
+        result = product(A, bias, *weight)
+    return result if out is None else out.copy_(result)
