@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS
-from ._codes4 import BLOCKSIZES, QUANT_TYPES
+from ._codes4 import BLOCKSIZES, QUANT_TYPES, STORAGES
 from ._ops import register_fake
 
 __all__: list[str] = []
@@ -185,6 +185,98 @@ def _(
     _check_4bit(op, blocksize, quant_type, "dtype", dtype)
     _check(out.dtype == dtype, op, "out", str(dtype), out.dtype)
     _check(out.numel() == math.prod(shape), op, "out", f"as large as {shape}", out.shape)
+
+
+def _gemm_4bit_shape(op: str, name: str, A: Tensor, B: Tensor, shapeB, blocksize, transposed):
+    """Checks what every product with a 4-bit weight takes; returns the shape of the result."""
+    _check(len(shapeB) == 2, op, "shapeB", "[N, K]", shapeB)
+    given, wanted = (0, 1) if transposed else (1, 0)
+    _check(A.dim() >= 1, op, name, "of at least one dimension", "a scalar")
+    _check(A.shape[-1] == shapeB[given], op, name, f"[..., {shapeB[given]}]", A.shape)
+    _check(A.dtype in FLOATS, op, name, "float32, float16 or bfloat16", A.dtype)
+    _check(B.dtype in STORAGES, op, "B", "of an integer or floating-point dtype", B.dtype)
+    _check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {set(BLOCKSIZES)}", blocksize)
+    return (*A.shape[:-1], shapeB[wanted])
+
+
+def _check_gemm_4bit_scales(
+    op: str,
+    quant_type: str,
+    absmax: Tensor,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
+) -> None:
+    _check(quant_type in QUANT_TYPES, op, "quant_type", "nf4 or fp4", quant_type)
+    _check(absmax.dtype == torch.float32, op, "absmax", "float32", absmax.dtype)
+    if absmax_8bit is None:
+        return
+    _check(absmax_8bit.dtype == torch.uint8, op, "absmax_8bit", "uint8", absmax_8bit.dtype)
+    _check(absmax_8bit.dim() == 1, op, "absmax_8bit", "1-D", absmax_8bit.shape)
+    for name, tensor, shape in (
+        ("absmax_code", absmax_code, (256,)),
+        ("absmax_offset", absmax_offset, ()),
+    ):
+        _check(tensor is not None, op, name, "given with absmax_8bit", None)
+        _check(tensor.dtype == torch.float32, op, name, "float32", tensor.dtype)
+        _check(tensor.shape == shape, op, name, f"of shape {shape}", tensor.shape)
+
+
+@register_fake("gemm_4bit")
+def _(
+    A: Tensor,
+    B: Tensor,
+    shapeB,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    op = "gemm_4bit"
+    shape = _gemm_4bit_shape(op, "A", A, B, shapeB, blocksize, transposed=False)
+    _check_gemm_4bit_scales(op, quant_type, absmax, absmax_8bit, absmax_code, absmax_offset)
+    if bias is not None:
+        _check(bias.dtype == A.dtype, op, "bias", f"{A.dtype} as A", bias.dtype)
+        _check(bias.shape == (shapeB[0],), op, "bias", f"of shape [{shapeB[0]}]", bias.shape)
+    return A.new_empty(shape)
+
+
+@register_fake("gemm_4bit_dgrad")
+def _(
+    grad: Tensor,
+    B: Tensor,
+    shapeB,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    op = "gemm_4bit_dgrad"
+    shape = _gemm_4bit_shape(op, "grad", grad, B, shapeB, blocksize, transposed=True)
+    _check_gemm_4bit_scales(op, quant_type, absmax, absmax_8bit, absmax_code, absmax_offset)
+    return grad.new_empty(shape)
+
+
+@register_fake("gemv_4bit")
+def _(A: Tensor, B: Tensor, shapeB, absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    shape = _gemm_4bit_shape("gemv_4bit", "A", A, B, shapeB, blocksize, transposed=False)
+    return A.new_empty(shape)
+
+
+@register_fake("gemv_4bit.out")
+def _(
+    A: Tensor, B: Tensor, shapeB, absmax: Tensor, code: Tensor, blocksize: int, out: Tensor
+) -> None:
+    op = "gemv_4bit"
+    shape = _gemm_4bit_shape(op, "A", A, B, shapeB, blocksize, transposed=False)
+    _check(tuple(out.shape) == shape, op, "out", f"of shape {shape}", tuple(out.shape))
+    _check(out.device == A.device, op, "out", f"on {A.device} as A", out.device)
+    _check(out.dtype == A.dtype, op, "out", f"{A.dtype} as A", out.dtype)
 
 
 @register_fake("int8_vectorwise_quant")

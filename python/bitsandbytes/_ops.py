@@ -54,6 +54,18 @@ SCHEMAS = (
     "dequantize_4bit_nested.out(Tensor A, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax, "
     "Tensor absmax_offset, int blocksize, int nested_blocksize, str quant_type, int[] shape, "
     "ScalarType dtype, Tensor(a!) out) -> ()",
+    # Products with a 4-bit weight of shape `shapeB`. With `absmax_8bit` the scales are quantized
+    # themselves, in blocks of 256: absmax_code[absmax_8bit] * absmax + absmax_offset.
+    "gemm_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, int blocksize, str quant_type, "
+    "Tensor? bias=None, Tensor? absmax_8bit=None, Tensor? absmax_code=None, "
+    "Tensor? absmax_offset=None) -> Tensor",
+    "gemm_4bit_dgrad(Tensor grad, Tensor B, int[] shapeB, Tensor absmax, int blocksize, "
+    "str quant_type, Tensor? absmax_8bit=None, Tensor? absmax_code=None, "
+    "Tensor? absmax_offset=None) -> Tensor",
+    "gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) "
+    "-> Tensor",
+    "gemv_4bit.out(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, "
+    "Tensor(a!) out) -> ()",
     # LLM.int8()
     "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
     "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",

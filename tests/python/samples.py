@@ -72,6 +72,70 @@ def _(device):
     return [(*_quantized(device), 64, torch.float16, out)]
 
 
+# --- products with a 4-bit weight ---------------------------------------------------------------
+
+
+def _weight_4bit(device, n, k, blocksize):
+    """Packed codes of any kind, their shape and scales, plain and quantized."""
+    packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8, device=device)
+    blocks = -(-n * k // blocksize)
+    plain = torch.rand(blocks, device=device)
+    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
+    quantized = {
+        "absmax_8bit": codes,
+        "absmax_code": create_dynamic_map().to(device),
+        "absmax_offset": torch.tensor(0.75, device=device),
+    }
+    return packed, (n, k), plain, torch.rand(-(-blocks // 256), device=device), quantized
+
+
+@samples("gemm_4bit")
+def _(device):
+    packed, shape, absmax, nested_absmax, nested = _weight_4bit(device, 5, 96, 64)
+    x = torch.randn(2, 3, 96, device=device)
+    bias = torch.randn(5, device=device)
+    odd, odd_shape, odd_absmax, _, _ = _weight_4bit(device, 3, 7, 32)
+    return [
+        (x, packed, shape, absmax, 64, "nf4"),
+        (x.half(), packed.t(), shape, absmax, 64, "fp4", bias.half()),
+        (
+            (x.bfloat16(), packed.flatten().view(torch.int32), shape, nested_absmax, 64, "nf4"),
+            nested,
+        ),
+        ((x[0, 0], packed, shape, nested_absmax, 64, "fp4", bias), nested),
+        (x[0, :, :7], odd, odd_shape, odd_absmax, 32, "nf4"),
+        (x[:0], packed, shape, absmax, 64, "nf4"),
+    ]
+
+
+@samples("gemm_4bit_dgrad")
+def _(device):
+    packed, shape, absmax, nested_absmax, nested = _weight_4bit(device, 5, 96, 64)
+    grad = torch.randn(2, 3, 5, device=device)
+    return [
+        (grad, packed, shape, absmax, 64, "nf4"),
+        (grad.half(), packed.t(), shape, absmax, 64, "fp4"),
+        ((grad.bfloat16()[0, 0], packed, shape, nested_absmax, 64, "nf4"), nested),
+        (grad[:0], packed, shape, absmax, 64, "nf4"),
+    ]
+
+
+@samples("gemv_4bit")
+def _(device):
+    packed, shape, absmax, _, _ = _weight_4bit(device, 5, 96, 64)
+    x = torch.randn(3, 96, device=device)
+    code = torch.linspace(-1, 1, 16, device=device)
+    return [(x, packed, shape, absmax, code, 64), (x[0].half(), packed, shape, absmax, code, 64)]
+
+
+@samples("gemv_4bit.out")
+def _(device):
+    packed, shape, absmax, _, _ = _weight_4bit(device, 5, 96, 64)
+    x = torch.randn(96, device=device)
+    code = torch.linspace(-1, 1, 16, device=device)
+    return [(x, packed, shape, absmax, code, 64, torch.zeros(5, device=device))]
+
+
 # --- LLM.int8() ---------------------------------------------------------------------------------
 
 

@@ -7,13 +7,11 @@ exact int32 product of codes, and columns that hold an outlier are multiplied in
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from .._checks import (
-    AUTOCAST_DEVICES,
     FLOATS,
     check,
     check_device,
@@ -22,6 +20,7 @@ from .._checks import (
     check_shape,
 )
 from .._ops import register_kernel
+from .precision import full_precision
 
 __all__: list[str] = []
 
@@ -31,13 +30,6 @@ UNIT = 1.0 / CODE_MAX
 PRODUCT_UNIT = 1.0 / (CODE_MAX * CODE_MAX)
 # A product of two int8 numbers is at most 2^14, so sums of 2^10 of them are exact in float32.
 EXACT_TERMS = 1024
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Keeps an enclosing autocast from rounding the operands of a float32 product to 16 bits."""
-    if device.type in AUTOCAST_DEVICES:
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def _rows(shape: torch.Size) -> int:
@@ -143,7 +135,7 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
     rows, terms = _rows(A.shape), A.shape[-1]
     a = A.reshape(rows, terms)
     total = torch.zeros(rows, B.shape[0], dtype=torch.int32, device=A.device)
-    with _full_precision(A.device):
+    with full_precision(A.device):
         for start in range(0, terms, EXACT_TERMS):
             part = slice(start, start + EXACT_TERMS)
             total += (a[:, part].float() @ B[:, part].float().t()).to(torch.int32)
@@ -237,7 +229,7 @@ def int8_mixed_scaled_mm(
     if outlier_cols is None:
         return _finish(result, bias, A.dtype), A.new_empty(0)
     outliers = A.reshape(_rows(A.shape), A.shape[-1])[:, outlier_cols]
-    with _full_precision(A.device):
+    with full_precision(A.device):
         correction = outliers.float() @ CB[:, outlier_cols].float().t()
     result += correction.mul_(SCB.flatten() * UNIT).view(result.shape)
     return _finish(result, bias, A.dtype), outliers

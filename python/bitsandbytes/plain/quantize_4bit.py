@@ -18,7 +18,7 @@ from .quantize import (
     scale_blocks,
 )
 
-__all__: list[str] = []
+__all__ = ["check_packed", "decode_4bit"]
 
 SIGN = 8
 
@@ -87,6 +87,19 @@ def quantize_4bit_out(
     absmax.copy_(scales.view(absmax.shape))
 
 
+def check_packed(op: str, argument: str, packed: Tensor, n: int, blocksize: int) -> int:
+    """Raises ValueError unless `packed` holds n codes; returns the number of their blocks."""
+    _check_storage(op, argument, packed.dtype)
+    blocks = -(-n // blocksize)
+    # Some devices of the public package fill up the last block.
+    least = _packed_elements(n, packed.dtype)
+    most = _packed_elements(blocks * blocksize, packed.dtype)
+    expected = f"of {least} elements ({n} codes)"
+    fits = least <= packed.numel() <= most
+    check(fits, op, argument, expected, f"shape {list(packed.shape)}")
+    return blocks
+
+
 def _check_dequantize(
     op: str,
     A: Tensor,
@@ -100,19 +113,24 @@ def _check_dequantize(
     _check_common(op, blocksize, quant_type)
     check(dtype in FLOATS, op, "dtype", "float16, bfloat16 or float32", dtype)
     check(all(size >= 0 for size in shape), op, "shape", "without negative sizes", list(shape))
-    _check_storage(op, "A", A.dtype)
     n = math.prod(shape)
-    blocks = -(-n // blocksize)
-    # Some devices of the public package fill up the last block.
-    least = _packed_elements(n, A.dtype)
-    most = _packed_elements(blocks * blocksize, A.dtype)
-    expected = f"of {least} elements ({n} codes)"
-    check(least <= A.numel() <= most, op, "A", expected, f"shape {list(A.shape)}")
+    blocks = check_packed(op, "A", A, n, blocksize)
     if out is not None:
         check_dtype(op, "out", out, dtype)
         check_numel(op, "out", out, n, "as shape has")
         check_device(op, "out", out, "A", A)
     return blocks
+
+
+def decode_4bit(
+    A: Tensor, scales: Tensor, blocksize: int, table: Tensor, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """Returns ``table[code] * scale`` of packed codes, for any table of sixteen levels."""
+    n = math.prod(shape)
+    packed = A.reshape(-1).view(torch.uint8)[: (n + 1) // 2].long()
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[:n]
+    scales = scales.repeat_interleave(blocksize)[:n]
+    return (table[codes] * scales).to(dtype).view(shape)
 
 
 def _dequantize(
@@ -123,11 +141,7 @@ def _dequantize(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    n = math.prod(shape)
-    packed = A.reshape(-1).view(torch.uint8)[: (n + 1) // 2].long()
-    codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[:n]
-    scales = scales.repeat_interleave(blocksize)[:n]
-    return (levels(quant_type, A.device)[codes] * scales).to(dtype).view(shape)
+    return decode_4bit(A, scales, blocksize, levels(quant_type, A.device), shape, dtype)
 
 
 @register_kernel("dequantize_4bit", "default")

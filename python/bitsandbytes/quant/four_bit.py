@@ -6,13 +6,14 @@ from torch import Tensor
 
 from .._checks import FLOATS
 from .._codes4 import BLOCKSIZES, LEVELS, QUANT_TYPES, STORAGES, levels
-from .scales import nested_arguments, quantize_scales
+from .scales import NESTED_BLOCKSIZE, nested_arguments, quantize_scales, weight_arguments
 from .state import QuantState
 
 __all__ = [
     "dequantize_4bit",
     "dequantize_fp4",
     "dequantize_nf4",
+    "gemv_4bit",
     "get_4bit_type",
     "quantize_4bit",
     "quantize_fp4",
@@ -20,7 +21,6 @@ __all__ = [
 ]
 
 BLOCKSIZE = 64
-NESTED_BLOCKSIZE = 256
 
 
 def get_4bit_type(
@@ -259,6 +259,58 @@ def dequantize_nf4(
 ) -> Tensor:
     """:func:`dequantize_4bit` of NF4; where there is a state, its type counts."""
     return dequantize_4bit(A, quant_state, absmax, out, blocksize, "nf4")
+
+
+def gemv_4bit(
+    A: Tensor,
+    B: Tensor,
+    out: Tensor | None = None,
+    transposed_A: bool = False,
+    transposed_B: bool = False,
+    state: QuantState | tuple | list | None = None,
+) -> Tensor:
+    """Multiplies a vector, or any number of them, by a 4-bit weight: ``A @ W.t()``.
+
+    The weight is never dequantized in memory as a whole. Nothing is recorded for a backward pass;
+    `bitsandbytes.matmul_4bit` does that.
+
+    Args:
+        A: ``[..., K]``; float32, float16 or bfloat16.
+        B: Packed codes of W ``[N, K]`` as :func:`quantize_4bit` returns them, or their transpose.
+        out: Tensor ``[..., N]`` of A's dtype that receives the result.
+        transposed_A: Ignored.
+        transposed_B: Ignored.
+        state: State of the codes, for a weight of two dimensions.
+
+    Returns:
+        ``[..., N]`` in A's dtype, each sum made in float32 from W rounded to A's dtype; `out` if
+        given.
+
+    Raises:
+        ValueError: There is no state, its shape has not two dimensions, or `out` does not fit.
+        RuntimeError: A or B does not fit the state.
+
+    Example:
+        >>> packed, state = quantize_4bit(torch.eye(2))
+        >>> gemv_4bit(torch.tensor([3.0, 5.0]), packed, state=state)
+        tensor([3., 5.])
+    """
+    name = "gemv_4bit"
+    if state is None:
+        raise ValueError(f"{name}: state must be given, got None")
+    if isinstance(state, (tuple, list)):
+        state = QuantState.from_list(state)
+    if len(state.shape) != 2:
+        raise ValueError(f"{name}: state must be of a matrix [N, K], got {tuple(state.shape)}")
+    shape = (*A.shape[:-1], state.shape[0])
+    if out is not None and (out.shape != shape or out.dtype != A.dtype):
+        raise ValueError(
+            f"{name}: out must be {A.dtype} of shape {shape}, "
+            f"got {out.dtype} of shape {tuple(out.shape)}"
+        )
+    weight, nested = weight_arguments(state, A.device)
+    result = torch.ops.bitsandbytes.gemm_4bit(A, B, *weight, None, *nested)
+    return result if out is None else out.copy_(result)
 
 
 def _given(tensor: Tensor | None) -> str:

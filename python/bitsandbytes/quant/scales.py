@@ -7,7 +7,10 @@ from torch import Tensor
 from .codes import default_code
 from .state import QuantState
 
-__all__ = ["nested_arguments", "quantize_scales"]
+__all__ = ["nested_arguments", "quantize_scales", "weight_arguments"]
+
+# Scales that share a scale of their own, where an op does not name the number.
+NESTED_BLOCKSIZE = 256
 
 
 def quantize_scales(scales: Tensor, blocksize: int) -> tuple[Tensor, Tensor, QuantState]:
@@ -53,3 +56,24 @@ def nested_arguments(state: QuantState, device: torch.device) -> tuple:
         offset,
         second.blocksize,
     )
+
+
+def weight_arguments(state: QuantState, device: torch.device) -> tuple[tuple, tuple]:
+    """Returns what the products with a 4-bit weight take for its state.
+
+    Returns:
+        Shape, scales, blocksize and type; then codes, code and offset of the scales, each None
+        where the scales are numbers. `gemm_4bit` takes its bias between the two.
+    """
+    if not state.nested:
+        return _format(state, state.absmax.to(torch.float32)), (None, None, None)
+    codes, code, absmax, offset, blocksize = nested_arguments(state, device)
+    if blocksize == NESTED_BLOCKSIZE:
+        return _format(state, absmax), (codes.flatten(), code, offset)
+    decode = torch.ops.bitsandbytes.dequantize_blockwise
+    scales = decode(codes, absmax, code, blocksize, torch.float32) + offset
+    return _format(state, scales), (None, None, None)
+
+
+def _format(state: QuantState, absmax: Tensor) -> tuple:
+    return state.shape, absmax, state.blocksize, state.quant_type
