@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""8-bit optimizers, int8 linear layers and quantization functions for PyTorch.
+"""8-bit optimizers, int8 and 4-bit linear layers and quantization functions for PyTorch.
 
     import bitsandbytes as bnb
 
     optimizer = bnb.optim.Adam8bit(model.parameters(), lr=1e-3)
     layer = bnb.nn.Linear8bitLt(1024, 1024, has_fp16_weights=False, threshold=6.0)
+    layer = bnb.nn.LinearNF4(1024, 1024, compute_dtype=torch.bfloat16)
     codes, state = bnb.functional.quantize_blockwise(tensor)
 
 ``python -m bitsandbytes`` shows what is installed and checks it.
@@ -16,7 +17,7 @@ from ._version import __version__
 
 # The ops must exist before anything that calls them.
 from . import autograd, functional, nn, optim  # isort: skip
-from .autograd._functions import MatmulLtState, matmul
+from .autograd._functions import MatmulLtState, matmul, matmul_4bit
 from .nn import modules
 from .optim import adam
 
@@ -28,6 +29,7 @@ __all__ = [
     "features",
     "functional",
     "matmul",
+    "matmul_4bit",
     "modules",
     "nn",
     "optim",

@@ -2,5 +2,6 @@
 """Products with quantized weights that gradients flow through."""
 
 from .matmul import MatmulLtState, matmul
+from .matmul4 import matmul_4bit
 
-__all__ = ["MatmulLtState", "matmul"]
+__all__ = ["MatmulLtState", "matmul", "matmul_4bit"]
