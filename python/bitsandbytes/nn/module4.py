@@ -130,9 +130,7 @@ class Module4bit(nn.Module):
         value, weight = state_dict.get(key), self._parameters.get("weight")
         # A copy, because the dict is the caller's: without what torch.nn.Module does not know.
         known = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
-        entries = {
-            k[len(key) + 1 :]: known.pop(k) for k in list(known) if _is_state_entry(k, key)
-        }
+        entries = {k[len(key) + 1 :]: known.pop(k) for k in list(known) if _is_state_entry(k, key)}
         rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)
 

@@ -194,7 +194,9 @@ def test_gradcheck(device):
     packed, state = packed_weight(device, 5, 6)
     a = torch.randn(2, 3, 6, dtype=torch.float64, device=device, requires_grad=True)
     bias = torch.randn(5, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *x: bnb.matmul_4bit(x[0], packed, state, bias=x[1]), (a, bias))
+    assert torch.autograd.gradcheck(
+        lambda *x: bnb.matmul_4bit(x[0], packed, state, bias=x[1]), (a, bias)
+    )
 
 
 def test_gradients_of_gradients(device):
