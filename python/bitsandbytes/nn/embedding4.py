@@ -71,7 +71,7 @@ class Embedding4bit(Module4bit, nn.Embedding):
         return [self.num_embeddings, self.embedding_dim]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        if self.quant_state is None:
+        if self.quant_state is None and getattr(self.weight, "quant_state", None) is None:
             raise NotImplementedError(
                 f"{type(self).__name__}: an embedding that is not quantized has no state dict; "
                 "move it to a device first, as in layer.to(device)"
