@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """How layers with a packed 4-bit weight are moved, saved and loaded."""
 
-import copy
 import logging
 import warnings
 from typing import Any
@@ -11,7 +10,17 @@ from torch import Tensor, nn
 
 from ..quant.state import QuantState
 from .params import without_parameter
-from .params4 import Params4bit, read_state
+from .params4 import Params4bit
+from .state4 import (
+    are_codes_of,
+    copied,
+    copy_state,
+    is_state_entry,
+    move_state,
+    read_state,
+    stored_as,
+    target_of,
+)
 
 __all__ = ["Module4bit"]
 
@@ -47,7 +56,7 @@ class Module4bit(nn.Module):
         state = getattr(weight, "quant_state", None)
         if state is None:
             state = self.quant_state
-            if state is None or not _are_codes_of(state, weight):
+            if state is None or not are_codes_of(state, weight):
                 raise self._missing_state()
             if not torch.compiler.is_compiling():
                 weight = self._restored(weight, state)
@@ -85,9 +94,9 @@ class Module4bit(nn.Module):
     def _apply(self, fn, recurse=True):
         weight, state = self._parameters.get("weight"), self.quant_state
         if not isinstance(weight, Params4bit):
-            if weight is None or state is None or not _are_codes_of(state, weight):
+            if weight is None or state is None or not are_codes_of(state, weight):
                 return super()._apply(fn, recurse)
-            state.to(fn(torch.empty(0, device=weight.device)).device)
+            self.quant_state = move_state(state, target_of(fn, weight.device))
             return super()._apply(lambda t: _moved(fn, t) if t is weight else fn(t), recurse)
         # torch.nn.Module would lose the class or the state of the weight.
         with without_parameter(self, "weight"):
@@ -104,7 +113,7 @@ class Module4bit(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self._parameters.get("weight")
         state = getattr(weight, "quant_state", None) or self.quant_state
-        if weight is None or state is None or not _are_codes_of(state, weight):
+        if weight is None or state is None or not are_codes_of(state, weight):
             return
         entries = state.as_dict(packed=True)
         for key, value in entries.items():
@@ -130,7 +139,7 @@ class Module4bit(nn.Module):
         value, weight = state_dict.get(key), self._parameters.get("weight")
         # A copy, because the dict is the caller's: without what torch.nn.Module does not know.
         known = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
-        entries = {k[len(key) + 1 :]: known.pop(k) for k in list(known) if _is_state_entry(k, key)}
+        entries = {k[len(key) + 1 :]: known.pop(k) for k in list(known) if is_state_entry(k, key)}
         rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)
 
@@ -174,7 +183,7 @@ class Module4bit(nn.Module):
         weight = self._parameters["weight"]
         device = weight.device if self.quant_state is None else self.quant_state.absmax.device
         try:
-            state = self._checked(read_state(_copied(entries), device))
+            state = self._checked(read_state(copied(entries), device))
         except (AssertionError, KeyError, ValueError) as error:
             error_msgs.append(f"{key}: {error}")
             return
@@ -182,7 +191,7 @@ class Module4bit(nn.Module):
             self.quant_state = state
         else:
             with torch.no_grad():
-                _copy_state(self.quant_state, state)
+                copy_state(self.quant_state, state)
 
     def _checked(self, state: QuantState) -> QuantState:
         """Returns `state` if it is that of a weight of this layer; raises ValueError if not."""
@@ -201,9 +210,9 @@ class Module4bit(nn.Module):
         weight = self.weight
         device = value.device if assign else weight.device
         if entries:
-            state = self._checked(read_state(entries if assign else _copied(entries), device))
+            state = self._checked(read_state(entries if assign else copied(entries), device))
             packed = value
-            if not _are_codes_of(state, packed):
+            if not are_codes_of(state, packed):
                 raise ValueError(
                     f"size mismatch: a weight of shape {self._shape()} takes "
                     f"{(state.shape.numel() + 1) // 2} bytes as [elements, 1], got {packed.dtype} "
@@ -225,14 +234,14 @@ class Module4bit(nn.Module):
             self.weight = Params4bit(packed.detach(), quant_storage=packed.dtype, module=self)
             self.weight._hold(state)
             return
-        packed = _stored_as(packed, weight.quant_storage)
+        packed = stored_as(packed, weight.quant_storage)
         if weight.shape == packed.shape and weight.dtype == packed.dtype:
             weight.copy_(packed)
         else:
             weight.data = packed.to(device, copy=True)
         if weight.quant_state is not None:
             # In place, for everybody who shares it.
-            _copy_state(weight.quant_state, state)
+            copy_state(weight.quant_state, state)
             state = weight.quant_state
         weight._hold(state)
         self.quant_state = state
@@ -246,7 +255,7 @@ def _moved(fn, packed: Tensor) -> Tensor:
 
 def _applied(fn, weight: Params4bit) -> Params4bit:
     """Returns `weight` after `fn`, the same object wherever its memory can be exchanged."""
-    was_meta, quantized = weight.is_meta, weight.bnb_quantized
+    quantized = weight.bnb_quantized
     moved = _moved(fn, weight) if quantized else fn(weight)
     if moved is weight:
         return weight
@@ -255,62 +264,7 @@ def _applied(fn, weight: Params4bit) -> Params4bit:
         weight.data = moved.data
     else:
         weight = type(weight)(moved.data, weight.requires_grad, **weight._attributes())
-    if quantized and state is not None and state.absmax.device != weight.device:
-        # Module.to_empty, of which everything else leaves the state behind.
-        state = copy.deepcopy(state)
-        _empty_state(state, weight.device) if was_meta else state.to(weight.device)
+    if quantized and state is not None:
+        state = move_state(state, weight.device)  # Module.to_empty leaves it behind
     weight.quant_state = state
     return weight
-
-
-def _tensors(state: QuantState) -> dict[str, Tensor]:
-    return {key: value for key, value in vars(state).items() if isinstance(value, Tensor)}
-
-
-def _empty_state(state: QuantState, device: torch.device) -> None:
-    """Gives memory to the tensors of a state on the meta device."""
-    for key, value in _tensors(state).items():
-        setattr(state, key, torch.empty_like(value, device=device))
-    if state.state2 is not None:
-        _empty_state(state.state2, device)
-
-
-def _copy_state(state: QuantState, source: QuantState) -> None:
-    """Gives `state` the values of `source`, in the memory that it has where they fit."""
-    mine = _tensors(state)
-    for key, value in vars(source).items():
-        own = mine.get(key)
-        fits = own is not None and isinstance(value, Tensor)
-        if fits and (own.shape, own.dtype, own.device) == (value.shape, value.dtype, value.device):
-            own.copy_(value)
-        elif isinstance(value, QuantState) and state.state2 is not None:
-            _copy_state(state.state2, value)
-        else:
-            setattr(state, key, value)
-
-
-def _copied(entries: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in entries.items()}
-
-
-def _is_state_entry(key: str, weight: str) -> bool:
-    field = key[len(weight) + 1 :].split(".")[0]
-    return key.startswith(weight + ".") and field in QuantState.valid_qs_keys
-
-
-def _are_codes_of(state: QuantState, packed: Tensor) -> bool:
-    """Whether a tensor ``[elements, 1]`` has as many bytes as the weight of `state` takes."""
-    if packed.dim() != 2 or packed.shape[1] != 1:
-        return False
-    n, found = state.shape.numel(), packed.shape[0] * packed.dtype.itemsize
-    # Some devices of the public package fill up the last block.
-    return n <= found * 2 and found < -(-n // state.blocksize) * state.blocksize // 2 + 8
-
-
-def _stored_as(packed: Tensor, storage: torch.dtype) -> Tensor:
-    """Returns the same bytes ``[elements, 1]`` in another dtype, filled up with zeros."""
-    if packed.dtype == storage:
-        return packed
-    flat = packed.detach().reshape(-1).view(torch.uint8)
-    flat = nn.functional.pad(flat, (0, -flat.numel() % storage.itemsize))
-    return flat.view(storage).view(-1, 1)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._codes4 import QUANT_TYPES
 from ..quant.four_bit import BLOCKSIZE, quantize_4bit
 from ..quant.state import QuantState
 from .params import device_of
+from .state4 import move_state, read_state
 
 if TYPE_CHECKING:
     from .module4 import Module4bit
 
-__all__ = ["Params4bit", "read_state"]
+__all__ = ["Params4bit"]
 
 
 def _no_attribute(name: str) -> AttributeError:
@@ -267,10 +267,8 @@ class Params4bit(nn.Parameter):
     def _moved(self, device: torch.device, non_blocking: bool) -> "Params4bit":
         packed = self.data.to(device, non_blocking=non_blocking)
         state = self.quant_state
-        if state is not None and device.type == "meta" and not self.is_meta:
-            state = copy.deepcopy(state)  # the values of this parameter stay
-        if state is not None and state.absmax.device != packed.device:
-            state.to(packed.device)
+        if state is not None:
+            state = move_state(state, packed.device)
         attributes = self._attributes() | {"quant_state": state, "module": None}
         return type(self)(packed, self.requires_grad, **attributes)
 
@@ -299,29 +297,3 @@ class Params4bit(nn.Parameter):
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-
-
-def read_state(entries: dict[str, Any], device: torch.device | str | int) -> QuantState:
-    """Builds the state of a weight from what a checkpoint has for it, which stays as it is.
-
-    Args:
-        entries: As for :meth:`QuantState.from_dict`.
-        device: Where the tensors go.
-
-    Returns:
-        The state, with scales in the order of the blocks.
-
-    Raises:
-        ValueError: There is not exactly one packed entry of a known type.
-        AssertionError: An entry is unknown.
-    """
-    state = QuantState.from_dict(dict(entries), device)
-    if state.quant_type not in QUANT_TYPES:
-        raise ValueError(
-            f"Params4bit: quant_type must be one of {QUANT_TYPES}, got {state.quant_type!r}"
-        )
-    if state.absmax.dim() == 2 and not state.nested:
-        # Compat: what bitsandbytes 0.49 and 0.50 save after inference on a CPU with bfloat16
-        # instructions: scales [blocks per row, rows].
-        state.absmax = state.absmax.t().reshape(-1).float()
-    return state

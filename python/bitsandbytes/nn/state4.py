@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: MIT
+"""What layers do with the state of packed 4-bit codes: read it, move it, give it other values."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._codes4 import QUANT_TYPES
+from ..quant.state import QuantState
+
+__all__ = [
+    "are_codes_of",
+    "copied",
+    "copy_state",
+    "is_state_entry",
+    "move_state",
+    "read_state",
+    "stored_as",
+    "target_of",
+]
+
+
+def read_state(entries: dict[str, Any], device: torch.device | str | int) -> QuantState:
+    """Builds the state of a weight from what a checkpoint has for it, which stays as it is.
+
+    Args:
+        entries: As for :meth:`QuantState.from_dict`.
+        device: Where the tensors go.
+
+    Returns:
+        The state, with scales in the order of the blocks.
+
+    Raises:
+        ValueError: There is not exactly one packed entry of a known type.
+        AssertionError: An entry is unknown.
+    """
+    state = QuantState.from_dict(dict(entries), device)
+    if state.quant_type not in QUANT_TYPES:
+        raise ValueError(
+            f"Params4bit: quant_type must be one of {QUANT_TYPES}, got {state.quant_type!r}"
+        )
+    if state.absmax.dim() == 2 and not state.nested:
+        # Compat: what bitsandbytes 0.49 and 0.50 save after inference on a CPU with bfloat16
+        # instructions: scales [blocks per row, rows].
+        state.absmax = state.absmax.t().reshape(-1).float()
+    return state
+
+
+def _tensors(state: QuantState) -> dict[str, Tensor]:
+    return {key: value for key, value in vars(state).items() if isinstance(value, Tensor)}
+
+
+def move_state(state: QuantState, device: torch.device) -> QuantState:
+    """Returns `state` on `device`: itself, moved in place, unless values go or come.
+
+    On its way to "meta" the state is copied, so that its values stay with whoever holds them; one
+    that comes from there gets memory without values.
+    """
+    if state.absmax.device == device:
+        return state
+    if state.absmax.is_meta or device.type == "meta":
+        state = copy.copy(state)
+        for key, value in _tensors(state).items():
+            setattr(state, key, torch.empty_like(value, device=device))
+        if state.state2 is not None:
+            state.state2 = move_state(state.state2, device)
+    else:
+        state.to(device)
+    return state
+
+
+def target_of(fn, device: torch.device) -> torch.device:
+    """Returns where the function that torch.nn.Module applies to tensors moves those of `device`."""
+    return fn(torch.empty(0, device=device)).device
+
+
+def copy_state(state: QuantState, source: QuantState) -> None:
+    """Gives `state` the values of `source`, in the memory that it has where they fit."""
+    mine = _tensors(state)
+    for key, value in vars(source).items():
+        own = mine.get(key)
+        fits = own is not None and isinstance(value, Tensor)
+        if fits and (own.shape, own.dtype, own.device) == (value.shape, value.dtype, value.device):
+            own.copy_(value)
+        elif isinstance(value, QuantState) and state.state2 is not None:
+            copy_state(state.state2, value)
+        else:
+            setattr(state, key, value)
+
+
+def copied(entries: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of a checkpoint with tensors of their own."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in entries.items()}
+
+
+def is_state_entry(key: str, weight: str) -> bool:
+    """Whether `key` of a state dict belongs to the state of the parameter named `weight`."""
+    field = key[len(weight) + 1 :].split(".")[0]
+    return key.startswith(weight + ".") and field in QuantState.valid_qs_keys
+
+
+def are_codes_of(state: QuantState, packed: Tensor) -> bool:
+    """Whether a tensor ``[elements, 1]`` has as many bytes as the weight of `state` takes."""
+    if packed.dim() != 2 or packed.shape[1] != 1:
+        return False
+    n, found = state.shape.numel(), packed.shape[0] * packed.dtype.itemsize
+    # Some devices of the public package fill up the last block.
+    return n <= found * 2 and found < -(-n // state.blocksize) * state.blocksize // 2 + 8
+
+
+def stored_as(packed: Tensor, storage: torch.dtype) -> Tensor:
+    """Returns the same bytes ``[elements, 1]`` in another dtype, filled up with zeros."""
+    if packed.dtype == storage:
+        return packed
+    flat = packed.detach().reshape(-1).view(torch.uint8)
+    flat = nn.functional.pad(flat, (0, -flat.numel() % storage.itemsize))
+    return flat.view(storage).view(-1, 1)
