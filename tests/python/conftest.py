@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from ranks import Ranks
 
 from bitsandbytes import _library, paged
 
@@ -38,3 +39,19 @@ def paged_device() -> torch.device:
         required = "cuda" in re.split(r"[\s,]+", os.environ.get("BNB_REQUIRE", ""))
         (pytest.fail if required else pytest.skip)(reason)
     return device
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Runs functions on several processes: ``pool(2, "gloo", function, ...)``."""
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(params=["gloo", "nccl"])
+def backend(request) -> str:
+    """Each library that processes may talk by; NCCL needs two GPUs."""
+    if request.param == "nccl" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return request.param

@@ -72,7 +72,7 @@ def move_state(state: QuantState, device: torch.device) -> QuantState:
 
 
 def target_of(fn, device: torch.device) -> torch.device:
-    """Returns where the function that torch.nn.Module applies to tensors moves those of `device`."""
+    """Returns where the function that torch.nn.Module applies moves tensors on `device`."""
     return fn(torch.empty(0, device=device)).device
 
 

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""What the tests of sharded 4-bit layers run on each process."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, init_device_mesh
+
+from bitsandbytes.nn import LinearNF4
+
+
+def device_type():
+    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+
+
+class Adapted(nn.Module):
+    """A frozen 4-bit layer and a trained low-rank one."""
+
+    def __init__(self, storage, dtype):
+        super().__init__()
+        self.base = LinearNF4(48, 48, bias=False, compute_dtype=dtype, quant_storage=storage)
+        self.a = nn.Linear(48, 4, bias=False)
+        self.b = nn.Linear(4, 48, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def model(storage=torch.uint8, dtype=torch.float32):
+    torch.manual_seed(1)
+    layers = nn.Sequential(Adapted(storage, dtype), nn.ReLU(), Adapted(storage, dtype))
+    return layers.to(device_type())
+
+
+def shard(layers, **settings):
+    mesh = init_device_mesh(device_type(), (torch.distributed.get_world_size(),))
+    for layer in layers:
+        if isinstance(layer, Adapted):
+            fully_shard(layer, mesh=mesh, **settings)
+    return fully_shard(layers, mesh=mesh, **settings)
+
+
+def inputs():
+    draw = torch.Generator().manual_seed(7)
+    return torch.randn(6, 48, generator=draw).to(device_type())
+
+
+def train(layers, steps=3):
+    trained = [p for p in layers.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    losses = []
+    for _ in range(steps):
+        loss = layers(inputs()).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def equal_bytes(a, b):
+    a = a.full_tensor() if isinstance(a, DTensor) else a
+    return a.cpu().reshape(-1).view(torch.uint8).equal(b.cpu().reshape(-1).view(torch.uint8))
+
+
+def run_training(storage, reshard):
+    layers, alone = shard(model(storage), reshard_after_forward=reshard), model(storage)
+    assert isinstance(layers[0].base.weight, DTensor)
+    sharded, single = train(layers), train(alone)
+    torch.testing.assert_close(torch.tensor(sharded), torch.tensor(single))
+    for p, q in zip(layers.parameters(), alone.parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(p.full_tensor(), q)
+        else:
+            assert p.shape == q.shape
+    layers.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(layers(inputs()), alone(inputs()))
+
+
+def run_mixed_precision(storage):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=True)
+    layers = shard(model(storage, torch.bfloat16), mp_policy=policy)
+    alone = model(storage, torch.bfloat16).bfloat16()
+    with torch.no_grad():
+        out = layers(inputs())
+        want = alone(inputs().bfloat16())
+    torch.testing.assert_close(out, want)
+
+
+def run_state_dict(storage, trained):
+    alone = model(storage)
+    before = copy.deepcopy(alone.state_dict())
+    layers = shard(model(storage))
+    if trained:
+        layers(inputs()).sum().backward()
+        layers.zero_grad()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(layers, options=options)
+    if torch.distributed.get_rank() == 0:
+        assert set(state) == set(before)
+        for key, value in before.items():
+            assert equal_bytes(state[key], value), key
+        fresh = model(storage)
+        fresh.load_state_dict(state)
+    parts = get_model_state_dict(layers)
+    assert set(parts) == set(before)
+    assert isinstance(parts["0.base.weight"], DTensor)
+    return set(state)
+
+
+def run_loading(storage, how):
+    torch.manual_seed(5)
+    source = model(storage)
+    with torch.no_grad():
+        for p in source.parameters():
+            if p.requires_grad:
+                p.mul_(2)
+    other = nn.Linear(48, 48, bias=False)
+    source[0].base.load_state_dict({"weight": other.weight.detach().to(device_type()) * 3})
+    state = copy.deepcopy(source.state_dict())
+    layers = shard(model(storage))
+    if how == "parts":
+        donor = shard(model(storage))
+        full = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(donor, copy.deepcopy(state), options=full)
+        set_model_state_dict(layers, get_model_state_dict(donor))
+    elif how == "full":
+        set_model_state_dict(layers, state, options=StateDictOptions(full_state_dict=True))
+    torch.testing.assert_close(layers(inputs()), source(inputs()))
+    after = get_model_state_dict(layers, options=StateDictOptions(full_state_dict=True))
+    for key, value in source.state_dict().items():
+        if after:
+            assert equal_bytes(after[key], value), key

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""4-bit layers whose parameters PyTorch distributes (FSDP2), on two processes."""
+
+import pytest
+import torch
+from sharded4_models import (
+    run_loading,
+    run_mixed_precision,
+    run_state_dict,
+    run_training,
+)
+
+STORAGES = [torch.uint8, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_training_equals_one_process(pool, backend, storage, reshard):
+    pool(2, backend, run_training, storage, reshard)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_mixed_precision(pool, backend, storage):
+    pool(2, backend, run_mixed_precision, storage)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_whole_state_dict(pool, backend, storage, trained):
+    pool(2, backend, run_state_dict, storage, trained)
+
+
+@pytest.mark.parametrize("how", ["full", "parts"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_loading(pool, backend, storage, how):
+    pool(2, backend, run_loading, storage, how)
