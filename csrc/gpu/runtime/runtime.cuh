@@ -16,6 +16,8 @@
 #define cudaDeviceGetAttribute hipDeviceGetAttribute
 #define cudaDevAttrMultiProcessorCount hipDeviceAttributeMultiprocessorCount
 #define cudaDevAttrMaxSharedMemoryPerBlockOptin hipDeviceAttributeMaxSharedMemoryPerBlock
+#define cudaDevAttrMaxSharedMemoryPerMultiprocessor \
+  hipDeviceAttributeMaxSharedMemoryPerMultiprocessor
 #define cudaFuncAttributes hipFuncAttributes
 #define cudaFuncAttributeMaxDynamicSharedMemorySize hipFuncAttributeMaxDynamicSharedMemorySize
 #define cudaFuncGetAttributes hipFuncGetAttributes
@@ -128,6 +130,12 @@ __device__ __forceinline__ bool warp_all(bool condition) {
   return warp_max(condition ? 0u : 1u) == 0u;
 }
 
+// One bit per lane for which the condition holds.
+__device__ __forceinline__ uint32_t warp_ballot(bool condition) {
+  const uint64_t lanes = __ballot(condition);
+  return static_cast<uint32_t>(__lane_id() < kWarp ? lanes : lanes >> kWarp);
+}
+
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = (static_cast<uint64_t>(b) << 32) | a;
   uint32_t result = 0;
@@ -144,6 +152,13 @@ __device__ __forceinline__ int dot4(int a, int b, int acc) {
            static_cast<int>(static_cast<int8_t>(b >> shift));
   }
   return acc;
+}
+
+__device__ __forceinline__ int bits_set(uint32_t x) { return __popc(x); }
+
+template <class T>
+__device__ __forceinline__ const T* hide_origin(const T* p) {
+  return p;
 }
 
 __device__ __forceinline__ float approximate_reciprocal(float x) {
@@ -197,11 +212,24 @@ __device__ __forceinline__ bool warp_all(bool condition) {
   return __all_sync(0xffffffffu, condition) != 0;
 }
 
+__device__ __forceinline__ uint32_t warp_ballot(bool condition) {
+  return __ballot_sync(0xffffffffu, condition);
+}
+
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
 }
 
 __device__ __forceinline__ int dot4(int a, int b, int acc) { return __dp4a(a, b, acc); }
+
+__device__ __forceinline__ int bits_set(uint32_t x) { return __popc(x); }
+
+// The same pointer, of which the compiler no longer knows what it points to.
+template <class T>
+__device__ __forceinline__ const T* hide_origin(const T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
 
 __device__ __forceinline__ float approximate_reciprocal(float x) {
   float y;
