@@ -199,7 +199,7 @@ template <class R, class T, StateFormat kFormat>
 __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
     optimizer_preview_kernel(const BNB_GRID_CONSTANT StepList list, float* partials) {
   constexpr bool kCodes = kFormat != StateFormat::kFloat32;
-  extern __shared__ __align__(16) char storage[];
+  BNB_DYNAMIC_SHARED(storage);
   __shared__ Levels<R, kCodes> levels;
   __shared__ Step<R> shared_step;
   __shared__ Norms norm_scratch[kWarps];
@@ -319,7 +319,7 @@ __device__ __forceinline__ float square_tile(const GradientTensor& tensor, int64
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gradient_squares_kernel(const BNB_GRID_CONSTANT GradientList list, float* partials) {
-  extern __shared__ __align__(16) char storage[];
+  BNB_DYNAMIC_SHARED(storage);
   __shared__ Sums<1> scratch[kWarps];
   const Entries<GradientList> entries(list, storage);
   __syncthreads();
@@ -419,15 +419,14 @@ void optimizer_preview(const OptimizerStep& args, StateFormat format,
     return aligned;
   };
   const int64_t most_blocks = int64_t{multiprocessors()} * kResident;
-  const auto handle = static_cast<cudaStream_t>(stream.handle);
   const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
   for_each_launch<StepList>(args, tensors, kPreviewTile, most, packs, [&](const StepList& list) {
     if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
-      kernel<<<blocks, kThreads, entry_bytes(list), handle>>>(list, partials);
-      BNB_LAUNCH_CHECK("optimizer_preview");
+      launch("optimizer_preview", kernel, blocks, kThreads, entry_bytes(list), stream, list,
+             partials);
     }
-    finish_preview_kernel<<<list.header.count, kFinishThreads, 0, handle>>>(list, partials);
-    BNB_LAUNCH_CHECK("finish_preview");
+    launch("finish_preview", finish_preview_kernel, list.header.count, kFinishThreads, 0, stream,
+           list, partials);
   });
 }
 
@@ -438,19 +437,17 @@ void percentile_clipping(const PercentileClipping& args, std::span<const Gradien
   if (args.dtype == DType::kBFloat16) kernel = gradient_squares_kernel<BFloat16>;
   const auto packs = [&](const GradientTensor& t) { return is_aligned(t.grad, 16); };
   const int64_t most_blocks = int64_t{multiprocessors()} * kGradientResident;
-  const auto handle = static_cast<cudaStream_t>(stream.handle);
   const ClippingArgs call{args, static_cast<int>(tensors.size())};
   const int most =
       entries_for<GradientList>(reinterpret_cast<const void*>(kernel), kGradientResident);
   for_each_launch<GradientList>(
       call, tensors, kPreviewTile, most, packs, [&](const GradientList& list) {
         if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
-          kernel<<<blocks, kThreads, entry_bytes(list), handle>>>(list, partials);
-          BNB_LAUNCH_CHECK("gradient_squares");
+          launch("gradient_squares", kernel, blocks, kThreads, entry_bytes(list), stream, list,
+                 partials);
         }
-        percentile_clipping_kernel<<<list.header.count, kFinishThreads, 0, handle>>>(list,
-                                                                                     partials);
-        BNB_LAUNCH_CHECK("percentile_clipping");
+        launch("percentile_clipping", percentile_clipping_kernel, list.header.count, kFinishThreads,
+               0, stream, list, partials);
       });
 }
 

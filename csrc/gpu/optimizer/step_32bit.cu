@@ -69,7 +69,7 @@ template <class R, class T, bool kStochastic>
 __global__ void __launch_bounds__(kThreads)
     optimizer_step_32bit_kernel(const BNB_GRID_CONSTANT StepList list) {
   constexpr int kPack = kPackSize<T>;
-  extern __shared__ __align__(16) char storage[];
+  BNB_DYNAMIC_SHARED(storage);
   __shared__ Step<R> shared_step;
   const OptimizerStep& args = list.header.args;
   const Entries<StepList> entries(list, storage);
@@ -127,8 +127,7 @@ void optimizer_step_32bit(const OptimizerStep& args, std::span<const OptimizerTe
   for_each_launch<StepList>(args, tensors, kTile, most, packs, [&](const StepList& list) {
     const int blocks = static_cast<int>(std::min<int64_t>(list.header.tiles, most_blocks));
     if (blocks == 0) return;
-    kernel<<<blocks, kThreads, entry_bytes(list), static_cast<cudaStream_t>(stream.handle)>>>(list);
-    BNB_LAUNCH_CHECK("optimizer_step_32bit");
+    launch("optimizer_step_32bit", kernel, blocks, kThreads, entry_bytes(list), stream, list);
   });
 }
 

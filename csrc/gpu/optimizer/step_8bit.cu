@@ -82,7 +82,7 @@ __device__ __forceinline__ void step_group(const OptimizerTensor& tensor, const 
 template <class R, class T, bool kStochastic>
 __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
     optimizer_step_8bit_kernel(const BNB_GRID_CONSTANT StepList list) {
-  extern __shared__ __align__(16) char storage[];
+  BNB_DYNAMIC_SHARED(storage);
   __shared__ Shared<R> shared;
   const OptimizerStep& args = list.header.args;
   const Entries<StepList> entries(list, storage);
@@ -154,8 +154,7 @@ void optimizer_step_8bit(const OptimizerStep& args, std::span<const OptimizerTen
   for_each_launch<StepList>(args, tensors, kTile, most, packs, [&](const StepList& list) {
     const int blocks = static_cast<int>(std::min<int64_t>(list.header.tiles, most_blocks));
     if (blocks == 0) return;
-    kernel<<<blocks, kThreads, entry_bytes(list), static_cast<cudaStream_t>(stream.handle)>>>(list);
-    BNB_LAUNCH_CHECK("optimizer_step_8bit");
+    launch("optimizer_step_8bit", kernel, blocks, kThreads, entry_bytes(list), stream, list);
   });
 }
 

@@ -193,7 +193,7 @@ __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Point
 // The step of any block: incomplete, misaligned, with gradients that are not finite or with zeros
 // to skip. Element by element.
 template <class R, class T, bool kStochastic>
-__device__ __noinline__ void step_any_block(const OptimizerTensor& tensor, const Shared<R>& shared,
+__device__ BNB_NOINLINE void step_any_block(const OptimizerTensor& tensor, const Shared<R>& shared,
                                             const Step<R>& step, const Rounding& rounding,
                                             int64_t block) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -287,7 +287,7 @@ template <class R, class T, bool kStochastic>
 __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
     optimizer_step_8bit_blockwise_kernel(const BNB_GRID_CONSTANT StepList list) {
   using L = Lane<R, T>;
-  extern __shared__ __align__(16) char storage[];  // entries of the list, slots of every warp
+  BNB_DYNAMIC_SHARED(storage);  // entries of the list, slots of every warp
   __shared__ Shared<R> shared;
   const OptimizerStep& args = list.header.args;
   const Entries<StepList> entries(list, storage);
@@ -414,9 +414,8 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
     const int64_t warps = shape.threads / kWarp;
     const int blocks = static_cast<int>(std::min(most_blocks, ceil_div(list.header.tiles, warps)));
     if (blocks == 0) return;
-    chosen.kernel<<<blocks, shape.threads, shape.group_bytes + entry_bytes(list),
-                    static_cast<cudaStream_t>(stream.handle)>>>(list);
-    BNB_LAUNCH_CHECK("optimizer_step_8bit_blockwise");
+    launch("optimizer_step_8bit_blockwise", chosen.kernel, blocks, shape.threads,
+           shape.group_bytes + entry_bytes(list), stream, list);
   });
 }
 

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bitsandbytes/kernels/common.h"
 #include "gpu/runtime/runtime.cuh"
 
 namespace bnb::gpu {
@@ -19,11 +20,20 @@ inline void check(cudaError_t status, const char* what, const char* file, int li
 }  // namespace bnb::gpu
 
 #define BNB_GPU_CHECK(call) ::bnb::gpu::check((call), #call, __FILE__, __LINE__)
-// After a launch: a wrong configuration is only known here.
-#define BNB_LAUNCH_CHECK(kernel) \
-  ::bnb::gpu::check(cudaGetLastError(), "launch of " kernel, __FILE__, __LINE__)
 
 namespace bnb::gpu {
+
+// Starts a kernel; only then is it known whether its configuration is one that the device can run.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            int shared_bytes, Stream stream, const Arguments&... arguments) {
+  start_kernel(kernel, grid, block, shared_bytes, static_cast<cudaStream_t>(stream.handle),
+               arguments...);
+  if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) {
+    throw std::runtime_error(std::string("launch of ") + name +
+                             " failed: " + cudaGetErrorString(status));
+  }
+}
 
 // Multiprocessors of the current device; the runtime keeps its attributes at hand.
 inline int multiprocessors() {
