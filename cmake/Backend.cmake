@@ -1,5 +1,4 @@
-# Decides which GPU language to build and enables it. Sets BNB_BACKEND to cpu, cuda, hip, or
-# emulated: the ops of the CPU are then the GPU's, with kernels on a GPU made of fibers. For tests.
+# Decides which GPU language to build and enables it. Sets BNB_BACKEND to cpu, cuda or hip.
 
 set(BNB_BACKEND "${COMPUTE_BACKEND}")
 if(BNB_BACKEND STREQUAL "auto")
@@ -16,8 +15,8 @@ if(BNB_BACKEND STREQUAL "auto")
     endif()
   endif()
 endif()
-if(NOT BNB_BACKEND MATCHES "^(cpu|cuda|hip|emulated)$")
-  message(FATAL_ERROR "COMPUTE_BACKEND must be auto, cpu, cuda, hip or emulated, got '${COMPUTE_BACKEND}'")
+if(NOT BNB_BACKEND MATCHES "^(cpu|cuda|hip)$")
+  message(FATAL_ERROR "COMPUTE_BACKEND must be auto, cpu, cuda or hip, got '${COMPUTE_BACKEND}'")
 endif()
 
 if(BNB_BACKEND STREQUAL "cuda")

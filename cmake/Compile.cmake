@@ -34,14 +34,6 @@ function(bnb_gpu_target target)
               -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=
               $<$<BOOL:${BNB_WERROR}>:-Werror=all-warnings>>)
     target_link_libraries(${target} PRIVATE CUDA::cudart_static)
-  elseif(BNB_BACKEND STREQUAL "emulated")
-    target_compile_definitions(${target} PRIVATE BNB_GPU_EMULATED)
-    # Kernels have pragmas and attributes that only their own compilers know.
-    set_source_files_properties(
-      ${ARGN} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-x;c++;-Wno-unknown-pragmas")
-    if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-      target_compile_options(${target} PRIVATE -mfma) # or std::fma is a function
-    endif()
   else()
     set_source_files_properties(${ARGN} PROPERTIES LANGUAGE HIP)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:HIP>:-ffp-contract=off>)

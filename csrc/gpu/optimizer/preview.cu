@@ -19,7 +19,7 @@ constexpr int kGradientResident = 4;
 // Sums over many threads are taken in double; a thread's own 16 elements of a tile in float.
 template <int kCount>
 struct Sums {
-  double values[kCount] = {};
+  double values[kCount];
 
   __device__ __forceinline__ void add(const Sums& other) {
 #pragma unroll
@@ -38,8 +38,8 @@ using Norms = Sums<2>;
 
 // The new states of a tensor.
 struct Range {
-  float most[2] = {};   // absmax
-  float active = 0.0f;  // 1 if an element is not skipped, else 0
+  float most[2];  // absmax
+  float active;   // 1 if an element is not skipped, else 0
 
   __device__ __forceinline__ void add(const Range& other) {
 #pragma unroll
@@ -223,8 +223,8 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
       }
     }
     const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
-    Norms norms;
-    Range range;
+    Norms norms{};
+    Range range{};
     if (entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n) {
       preview_tile<true>(source, step, begin, norms, range);
     } else {
@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(kFinishThreads)
   const OptimizerStep& args = list.header.args;
   const int e = static_cast<int>(blockIdx.x);
   const int index = list.header.tensors_before + e;
-  Norms norms;
-  Range range;
+  Norms norms{};
+  Range range{};
   for (uint32_t tile = list.entries[e].first_tile + threadIdx.x; tile < list.end_tile(e);
        tile += blockDim.x) {
     const float* partial = partials + (list.header.tiles_before + tile) * kPreviewNumbers;
@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kThreads)
     const auto& entry = entries[entries.find(tile)];
     const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
     const bool whole = entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n;
-    Sums<1> sum;
+    Sums<1> sum{};
     sum.values[0] = whole ? square_tile<true, T>(entry.tensor, begin)
                           : square_tile<false, T>(entry.tensor, begin);
     sum = block_total(sum, scratch);
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int e = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
   float* const gnorm_vec = list.entries[e].tensor.gnorm_vec;
-  Sums<1> sum;
+  Sums<1> sum{};
   for (uint32_t tile = list.entries[e].first_tile + threadIdx.x; tile < list.end_tile(e);
        tile += blockDim.x) {
     sum.values[0] += partials[list.header.tiles_before + tile];
