@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import paged
 from .._checks import warn_user
-from ..plain.optimizer import BLOCK
+from ..plain.states import BLOCK
 from ..quant.codes import default_code
 from . import sharding
 from .buckets import Bucket, all_are, holds_none

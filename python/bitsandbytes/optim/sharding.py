@@ -37,8 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plain.optimizer import BLOCK
 from ..plain.quantize import LEVELS, quantize_blocks
+from ..plain.states import BLOCK
 from ..quant.codes import default_code
 
 __all__ = [
