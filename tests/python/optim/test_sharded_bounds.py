@@ -19,6 +19,7 @@ from sharded_models import (
     whole,
 )
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -42,6 +43,77 @@ def run_percentile_clipping():
 
 def test_percentile_clipping_uses_norms_of_whole_gradients(pool, backend):
     pool(2, backend, run_percentile_clipping)
+
+
+def train_loudly(model, optimizer, numbers):
+    """Gradients grow and shrink, so that histories decide."""
+    for number in numbers:
+        (model(number) * 2.0 ** (number * 5 % 7)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def clipped(model):
+    return make("Adam8bit", model, percentile_clipping=30)
+
+
+def run_clipped_checkpoint(folder, saves):
+    model = sharded_model()
+    optimizer = clipped(model)
+    if saves:
+        train_loudly(model, optimizer, range(6))
+        save(model, optimizer, folder)
+    resumed, forgetful = sharded_model(), sharded_model()
+    again, other = clipped(resumed), clipped(forgetful)
+    load(resumed, again, folder)
+    load(forgetful, other, folder)
+    for (key, p), q in zip(resumed.named_parameters(), model.parameters(), strict=True):
+        state = again.state[p]
+        # Nothing is left of the step that made the states.
+        assert state["step"] == 6
+        assert (state["gnorm_vec"] > 0).all(), key
+        if saves:
+            assert torch.equal(state["gnorm_vec"], optimizer.state[q]["gnorm_vec"]), key
+    for state in other.state.values():
+        state["gnorm_vec"].fill_(1e30)
+    train_loudly(resumed, again, range(6, 9))
+    train_loudly(forgetful, other, range(6, 9))
+    moved = [
+        (whole(p) - whole(q)).abs().max()
+        for p, q in zip(*map(list, (resumed.parameters(), forgetful.parameters())), strict=True)
+    ]
+    assert min(moved) > 1e-4
+    if saves:
+        train_loudly(model, optimizer, range(6, 9))
+        assert_same(resumed, model, tuple(SHAPES))
+    else:
+        alone = Model()
+        train_loudly(alone, clipped(alone), range(9))
+        assert_same(resumed, alone, ())
+
+
+def test_histories_of_gradients_resume(pool, backend, tmp_path):
+    pool(2, backend, run_clipped_checkpoint, str(tmp_path), True)
+    pool(1, backend, run_clipped_checkpoint, str(tmp_path), False)
+
+
+def run_asked_before_the_first_step():
+    # That takes a step with gradients of zero, which must not count as the norm of any gradient.
+    model, alone = sharded_model(), sharded_model()
+    optimizers = [make("SGD", m, momentum=0.9, percentile_clipping=30) for m in (model, alone)]
+    get_optimizer_state_dict(model, optimizers[0])
+    assert not any(state["gnorm_vec"].any() for state in optimizers[0].state.values())
+    train_loudly(model, optimizers[0], range(1))
+    train_loudly(alone, optimizers[1], range(1))
+    assert_same(model, alone, tuple(SHAPES))
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        ours, theirs = (o.state[x]["gnorm_vec"] for o, x in zip(optimizers, (p, q), strict=True))
+        assert torch.equal(ours, theirs)
+        assert theirs.any()
+
+
+def test_asking_for_states_leaves_histories_empty(pool, backend):
+    pool(2, backend, run_asked_before_the_first_step)
 
 
 def run_paged_runs():
