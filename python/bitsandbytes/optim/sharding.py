@@ -173,7 +173,8 @@ def sum_of_parts(split: Split, squares: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     places = [Partial() if i in split.dims else Replicate() for i in range(split.mesh.ndim)]
-    return DTensor.from_local(squares, split.mesh, places, run_check=False).full_tensor()
+    whole = DTensor.from_local(squares, split.mesh, places, run_check=False).full_tensor()
+    return whole.to(squares.device)  # of parts on the host, DTensor adds on the mesh's devices
 
 
 def gradient_norms(split: Split, grads: list[Tensor]) -> list[Tensor]:
