@@ -33,8 +33,10 @@ struct List {
     int tensors_before;
     int count;
   };
-  static constexpr int kMost = (BNB_KERNEL_ARGUMENT_BYTES - static_cast<int>(sizeof(Header))) /
-                               static_cast<int>(sizeof(Entry));
+  static constexpr int kOthers = 16;  // bytes for arguments that kernels take besides
+  static constexpr int kMost =
+      (BNB_KERNEL_ARGUMENT_BYTES - static_cast<int>(sizeof(Header)) - kOthers) /
+      static_cast<int>(sizeof(Entry));
 
   Header header;
   Entry entries[kMost];

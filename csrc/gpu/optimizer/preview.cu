@@ -182,9 +182,12 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   const Preview total = block_total(sum, scratch);
   if (threadIdx.x != 0) return;
+  if (args.param_squares != nullptr) {
+    args.param_squares[index] = static_cast<float>(total.param_squares);
+  }
   if (args.unorm != nullptr) args.unorm[index] = static_cast<float>(total.update_squares);
-  if (args.update_scales != nullptr) {
-    args.update_scales[index] =
+  if (args.new_update_scales != nullptr) {
+    args.new_update_scales[index] =
         bounded_update_scale(total.param_squares, total.update_squares, args.max_unorm);
   }
   for (int k = 0; k < 2; ++k) {
