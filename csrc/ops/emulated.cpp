@@ -1,6 +1,5 @@
-// The GPU's ops on tensors in main memory, with kernels on a GPU made of fibers: for tests of GPU code
-// on machines without one.
-// SPDX-License-Identifier: MIT
+// The GPU's ops on tensors in main memory, with kernels on a GPU made of fibers: for tests of GPU
+// code on machines without one. SPDX-License-Identifier: MIT
 #include "ops/gpu_backend.h"
 
 namespace bnb::ops {

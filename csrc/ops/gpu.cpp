@@ -21,4 +21,6 @@ class GpuScope {
 }  // namespace
 }  // namespace bnb::ops
 
-STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) { bnb::ops::register_ops<bnb::ops::GpuBackend<bnb::ops::GpuScope>>(m); }
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
+  bnb::ops::register_ops<bnb::ops::GpuBackend<bnb::ops::GpuScope>>(m);
+}

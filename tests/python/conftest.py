@@ -3,6 +3,7 @@
 
 import os
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,23 @@ import torch
 from bitsandbytes import _library, paged
 
 _native = _library.native_module()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --emulated, kernels of the GPU take the place of the CPU's."""
+    config.addinivalue_line("markers", "cpu_kernels: tests what only the kernels of the CPU do")
+    if config.getoption("--emulated"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that kernels are replaced is what is wanted
+            torch.ops.load_library(config.getoption("--emulated"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what does not hold for emulated kernels."""
+    if config.getoption("--emulated"):
+        for item in items:
+            if item.get_closest_marker("cpu_kernels"):
+                item.add_marker(pytest.mark.skip(reason="kernels of the GPU run"))
 
 
 @pytest.fixture(params=_native.available_cpu_isas() if _native else [])

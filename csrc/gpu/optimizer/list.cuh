@@ -34,8 +34,9 @@ struct List {
     int count;
   };
   static constexpr int kAlignment = 16;  // of the entries
+  static constexpr int kOthers = 16;     // bytes for arguments that kernels take besides
   static constexpr int kMost =
-      (BNB_KERNEL_ARGUMENT_BYTES - static_cast<int>(sizeof(Header)) - kAlignment) /
+      (BNB_KERNEL_ARGUMENT_BYTES - static_cast<int>(sizeof(Header)) - kAlignment - kOthers) /
       static_cast<int>(sizeof(Entry));
 
   Header header;
@@ -118,7 +119,7 @@ int entries_for(const void* kernel, int resident) {
 template <class L, class T, class Args, class Packs, class Launch>
 void for_each_launch(const Args& args, std::span<const T> tensors, int64_t tile, int most,
                      Packs packs, Launch launch) {
-  static_assert(sizeof(L) <= BNB_KERNEL_ARGUMENT_BYTES);
+  static_assert(sizeof(L) + L::kOthers <= BNB_KERNEL_ARGUMENT_BYTES);
   L list;
   list.header = {args, 0, 0, 0, 0};
   const auto flush = [&] {

@@ -262,9 +262,12 @@ __global__ void __launch_bounds__(kFinishThreads)
   norms = block_total(norms, norm_scratch);
   range = block_total(range, range_scratch);
   if (threadIdx.x != 0) return;
+  if (args.param_squares != nullptr) {
+    args.param_squares[index] = static_cast<float>(norms.values[0]);
+  }
   if (args.unorm != nullptr) args.unorm[index] = static_cast<float>(norms.values[1]);
-  if (args.update_scales != nullptr) {
-    args.update_scales[index] =
+  if (args.new_update_scales != nullptr) {
+    args.new_update_scales[index] =
         bounded_update_scale(norms.values[0], norms.values[1], args.max_unorm);
   }
   for (int k = 0; k < 2; ++k) {
