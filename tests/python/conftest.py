@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leaves out what does not hold for emulated kernels."""
     if config.getoption("--emulated"):
         for item in items:
-            if item.get_closest_marker("cpu_kernels"):
+            if item.get_closest_marker("cpu_kernels") or "cpu_isa" in item.fixturenames:
                 item.add_marker(pytest.mark.skip(reason="kernels of the GPU run"))
 
 
@@ -37,6 +37,12 @@ def cpu_isa(request) -> str:
     _native.set_cpu_isa(request.param)
     yield request.param
     _native.set_cpu_isa(before)
+
+
+@pytest.fixture
+def gpu_kernels(request, device) -> bool:
+    """Whether what runs on `device` are kernels for a GPU."""
+    return device == "cuda" or bool(request.config.getoption("--emulated"))
 
 
 @pytest.fixture
