@@ -167,7 +167,7 @@ void vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
 template <class T>
 void mm_dequant(const Int8MmDequant& args, Stream stream) {
   launch("int8_mm_dequant_kernel", int8_mm_dequant_kernel<T>, row_grid(args.rows), kThreads, 0,
-             stream, args);
+         stream, args);
 }
 
 }  // namespace
@@ -191,7 +191,7 @@ void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
     const dim3 grid(static_cast<unsigned>(ceil_div(args.n, kTileN)),
                     static_cast<unsigned>(ceil_div(rows, kTileM)));
     launch("int8_matmul_kernel", int8_matmul_kernel, grid, kThreads, 0, stream,
-               args.a + row * args.k, args.b, args.out + row * args.n, rows, args.n, args.k);
+           args.a + row * args.k, args.b, args.out + row * args.n, rows, args.n, args.k);
   }
 }
 
