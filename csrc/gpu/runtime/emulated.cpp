@@ -2,10 +2,10 @@
 // SPDX-License-Identifier: MIT
 #include "gpu/runtime/emulated.h"
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <csetjmp>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
