@@ -106,11 +106,10 @@ __global__ void __launch_bounds__(kTileThreads)
 template <class T>
 void quantize(const QuantizeBlockwise& args, Stream stream) {
   const bool aligned = is_aligned(args.a, 16) && is_aligned(args.out, kPackSize<T>);
-  const int grid = resident_grid(ceil_div(args.n, kTileElements));
-  quantize_blockwise_kernel<T><<<grid, kTileThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-      static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,
-      log2_of(args.block_size), aligned);
-  BNB_LAUNCH_CHECK("quantize_blockwise_kernel");
+  launch("quantize_blockwise_kernel", quantize_blockwise_kernel<T>,
+         resident_grid(ceil_div(args.n, kTileElements)), kTileThreads, 0, stream,
+         static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,
+         log2_of(args.block_size), aligned);
 }
 
 template <class T, bool kNested>
@@ -119,11 +118,9 @@ void launch_dequantize(const DequantizeBlockwise& args, Stream stream) {
   const bool aligned = is_aligned(args.a, kPackSize<T>) && is_aligned(args.out, 16) &&
                        log2_block >= 0 && args.block_size >= kPackSize<T>;
   constexpr int64_t kTurn = kTileThreads * kPackSize<T> * 4;
-  dequantize_blockwise_kernel<T, kNested><<<resident_grid(ceil_div(args.n, kTurn)), kTileThreads, 0,
-                                            static_cast<cudaStream_t>(stream.handle)>>>(
-      args.a, args.scales, args.code, static_cast<T*>(args.out), args.n, args.block_size,
-      log2_block, aligned);
-  BNB_LAUNCH_CHECK("dequantize_blockwise_kernel");
+  launch("dequantize_blockwise_kernel", dequantize_blockwise_kernel<T, kNested>,
+         resident_grid(ceil_div(args.n, kTurn)), kTileThreads, 0, stream, args.a, args.scales,
+         args.code, static_cast<T*>(args.out), args.n, args.block_size, log2_block, aligned);
 }
 
 template <class T>
