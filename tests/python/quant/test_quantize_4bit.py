@@ -245,10 +245,10 @@ def test_cuda_equals_cpu(device, dtype, blocksize, name):
     a = torch.randn(100_003) * torch.randn(100_003).exp2()
     a[:300] = 0
     a = a.to(dtype)
-    for source in (a, a[1:], a[:-1]):  # aligned and not
+    for first in (0, 1):  # aligned and not
+        source = a[first:]
         packed, absmax = ops.quantize_4bit(source, blocksize, name, torch.uint8)
-        there = ops.quantize_4bit(a.to(device)[a.numel() - source.numel() :], 64, name, torch.uint8)
-        there = ops.quantize_4bit(source.to(device), blocksize, name, torch.uint8)
+        there = ops.quantize_4bit(a.to(device)[first:], blocksize, name, torch.uint8)
         assert torch.equal(there[0].cpu(), packed) and torch.equal(there[1].cpu(), absmax)
         shape = list(source.shape)
         values = ops.dequantize_4bit(packed, absmax, blocksize, name, shape, dtype)
@@ -290,9 +290,7 @@ def test_codes_of_a_filled_up_last_block(four_bit, device):
     packed, absmax = four_bit.quantize_4bit(a, 64, "nf4", torch.uint8)
     longer = torch.cat([packed, packed.new_full((64 - 35, 1), 0x77)])
     values = four_bit.dequantize_4bit(longer, absmax, 64, "nf4", [70], torch.float32)
-    assert torch.equal(
-        values, four_bit.dequantize_4bit(packed, absmax, 64, "nf4", [70], a.dtype)
-    )
+    assert torch.equal(values, four_bit.dequantize_4bit(packed, absmax, 64, "nf4", [70], a.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
