@@ -127,7 +127,7 @@ def _(device):
     return [
         (packed, absmax, 64, "nf4", [3, 51], torch.float32),
         (packed.t(), absmax, 64, "fp4", [153], torch.bfloat16),
-        (packed[:76].view(torch.float16), absmax, 64, "nf4", [151], torch.float16),
+        (packed[:76].view(-1).view(torch.int16), absmax, 64, "nf4", [151], torch.float16),
         (packed[:0], absmax[:0], 64, "nf4", [0, 64], torch.float32),
     ]
 

@@ -294,6 +294,21 @@ def test_codes_of_a_filled_up_last_block(four_bit, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_memory_that_vectors_do_not_fit(device, dtype, first):
+    n = 20_001  # several turns of a kernel, and a rest
+    a = torch.randn(n + first, device=device).to(dtype)[first:]
+    packed = torch.full((n // 2 + 1 + first,), 7, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-n // 128), device=device)
+    ops.quantize_4bit.out(a, 128, "nf4", torch.uint8, out=packed[first:], absmax=absmax)
+    assert_quantized((packed[first:, None], absmax), a, "nf4", 128)
+    values = torch.full((n + first,), 7, dtype=dtype, device=device)
+    ops.dequantize_4bit.out(packed[first:], absmax, 128, "nf4", [n], dtype, values[first:])
+    assert_dequantized(values[first:], packed[first:], absmax, "nf4", 128, (n,), dtype)
+    assert (packed[:first] == 7).all() and (values[:first] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_out_overloads(four_bit, device, dtype):
     a = torch.randn(10, 71, device=device).to(dtype)
     want, want_absmax = ops.quantize_4bit(a, 64, "fp4", torch.int32)
