@@ -99,7 +99,7 @@ def _(
 
 
 def _check_4bit(op: str, blocksize: int, quant_type: str, name: str, dtype: torch.dtype) -> None:
-    _check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {set(BLOCKSIZES)}", blocksize)
+    _check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {BLOCKSIZES}", blocksize)
     _check(quant_type in QUANT_TYPES, op, "quant_type", "nf4 or fp4", quant_type)
     _check(dtype in FLOATS, op, name, "float32, float16 or bfloat16", dtype)
 
