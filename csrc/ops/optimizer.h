@@ -122,10 +122,18 @@ class StepTensors {
     check_same_device(op, "step", in.step, "params", first);
     args.step = in.step.const_data_ptr<int64_t>();
     if (in.lr_tensor != nullptr) {
-      check_dtype(op, "lr_tensor", *in.lr_tensor, ScalarType::Float);
-      check_numel(op, "lr_tensor", *in.lr_tensor, 1);
-      check_same_device(op, "lr_tensor", *in.lr_tensor, "params", first);
-      args.lr = in.lr_tensor->const_data_ptr<float>();
+      const Tensor& lr = *in.lr_tensor;
+      const ScalarType lr_type = lr.scalar_type();
+      require(lr_type == ScalarType::Float || lr_type == ScalarType::Double, op,
+              ": lr_tensor must have dtype ", ScalarType::Float, " or ", ScalarType::Double,
+              ", got ", lr_type);
+      check_numel(op, "lr_tensor", lr, 1);
+      check_same_device(op, "lr_tensor", lr, "params", first);
+      if (lr_type == ScalarType::Double) {
+        args.lr = lr.const_data_ptr<double>();
+      } else {
+        args.lr = lr.const_data_ptr<float>();
+      }
     }
     for (size_t i = 0; i < count; ++i) {
       const Tensor& param = in.params[i];
