@@ -92,3 +92,11 @@ struct Gpu {
 }  // namespace bnb::ops
 
 STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) { bnb::ops::register_ops<bnb::ops::Gpu>(m); }
+
+extern "C" [[gnu::visibility("default")]] bnb::PlanOutcome bnb_take_planned_step(
+    const bnb::PlannedStep* step, char* message, size_t size) {
+  return bnb::ops::take_planned_step<bnb::ops::Gpu>(*step, message, size);
+}
+extern "C" [[gnu::visibility("default")]] void bnb_drop_step_plan(int64_t plan) {
+  bnb::ops::StepPlans<bnb::ops::Gpu>::instance().drop(plan);
+}

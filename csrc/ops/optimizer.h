@@ -200,8 +200,7 @@ class StepTensors {
   std::vector<OptimizerTensor>& collect() {
     tensors_.resize(in_.params.size());
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      // The parameter's order is that of a one-row state; two rows are always in row-major order.
-      const Tensor& layout = (*in_.states[states_ == 3 ? 1 : 0])[i];
+      const Tensor& layout = layout_of(i);
       OptimizerTensor& t = tensors_[i];
       t = {};
       t.n = in_.params[i].numel();
@@ -220,7 +219,18 @@ class StepTensors {
 
   int states() const { return states_; }
 
+  // Whether no parameter must be copied.
+  bool in_order() const {
+    for (size_t i = 0; i < in_.params.size(); ++i) {
+      if (!same_layout(in_.params[i], layout_of(i))) return false;
+    }
+    return true;
+  }
+
  private:
+  // The parameter's order is that of a one-row state; two rows are always in row-major order.
+  const Tensor& layout_of(size_t i) const { return (*in_.states[states_ == 3 ? 1 : 0])[i]; }
+
   Tensor ordered(const Tensor& t, const Tensor& layout, bool written) {
     if (same_layout(t, layout)) return t;
     Tensor copy = copy_in_layout(t, layout);
@@ -276,6 +286,41 @@ inline const Tensor* pointer_to(const std::optional<Tensor>& t) {
   return t.has_value() ? &*t : nullptr;
 }
 
+// One absmax per block of every state, checked.
+class BlockScales {
+ public:
+  using Lists = std::array<const Tensors*, 2>;
+
+  BlockScales(const char* op, const Lists& absmax, const Tensors& params, int states)
+      : absmax_(absmax), count_(state_tensors(states)) {
+    for (int k = 0; k < count_; ++k) {
+      const char* list = k == 0 ? "absmax1" : "absmax2";
+      check_length(op, list, *absmax[k], params.size());
+      for (size_t i = 0; i < params.size(); ++i) {
+        const Tensor& t = (*absmax[k])[i];
+        const int64_t blocks = state_rows(states, k) * ceil_div(params[i].numel(), kOptimizerBlock);
+        require(t.scalar_type() == ScalarType::Float && t.numel() == blocks && t.is_contiguous() &&
+                    t.device() == params[i].device(),
+                op, ": ", list, "[", i, "] must be a contiguous float32 tensor of ", blocks,
+                " elements (one per ", kOptimizerBlock, ") on the device of its parameter, got ",
+                t.scalar_type(), " of shape ", ShapeOf{t});
+      }
+    }
+  }
+
+  void put(std::vector<OptimizerTensor>& pointers) const {
+    for (int k = 0; k < count_; ++k) {
+      for (size_t i = 0; i < pointers.size(); ++i) {
+        pointers[i].absmax[k] = (*absmax_[k])[i].template mutable_data_ptr<float>();
+      }
+    }
+  }
+
+ private:
+  Lists absmax_;
+  int count_;
+};
+
 template <class Backend>
 void optimizer_step_32bit(const std::string& rule, const Tensors& params, const Tensors& grads,
                           const Tensors& state1, const Tensors& state2, BNB_STEP_OPTIONS) {
@@ -302,28 +347,10 @@ void optimizer_step_8bit_blockwise(const std::string& rule, const Tensors& param
   StepTensors tensors(op, input, ScalarType::Byte, args);
   const int count = state_tensors(tensors.states());
   check_qmaps(op, {&qmap1, pointer_to(qmap2)}, count, params[0], args);
-  const std::array<const Tensors*, 2> absmax = {&absmax1, &absmax2};
-  for (int k = 0; k < count; ++k) {
-    const char* list = k == 0 ? "absmax1" : "absmax2";
-    check_length(op, list, *absmax[k], params.size());
-    for (size_t i = 0; i < params.size(); ++i) {
-      const Tensor& t = (*absmax[k])[i];
-      const int64_t blocks =
-          state_rows(tensors.states(), k) * ceil_div(params[i].numel(), kOptimizerBlock);
-      require(t.scalar_type() == ScalarType::Float && t.numel() == blocks && t.is_contiguous() &&
-                  t.device() == params[i].device(),
-              op, ": ", list, "[", i, "] must be a contiguous float32 tensor of ", blocks,
-              " elements (one per ", kOptimizerBlock, ") on the device of its parameter, got ",
-              t.scalar_type(), " of shape ", ShapeOf{t});
-    }
-  }
+  const BlockScales scales(op, {&absmax1, &absmax2}, params, tensors.states());
   const typename Backend::Scope scope(params[0]);
   std::vector<OptimizerTensor>& pointers = tensors.collect();
-  for (int k = 0; k < count; ++k) {
-    for (size_t i = 0; i < params.size(); ++i) {
-      pointers[i].absmax[k] = (*absmax[k])[i].template mutable_data_ptr<float>();
-    }
-  }
+  scales.put(pointers);
   const auto kept =
       run_preview<Backend>(args, StateFormat::kBlockwise8bit, pointers, params[0], scope);
   Backend::optimizer_step_8bit_blockwise(args, pointers, scope);

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import paged
 from . import sharding
+from .plan import StepPlan
 
 __all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "holds_none", "learning_rate"]
 
@@ -99,6 +100,10 @@ class Bucket:
         self._vectors: dict[str, Tensor] = {}
         self._histories: list[Tensor] = []
         self._pages: list[int] | None = None
+        lists = (self.state1, self.state2, self.absmax1, self.absmax2, self.qmap1, self.qmap2)
+        # States with one scale per tensor take new scales in every step.
+        whole = self.eight_bit and not self.absmax1
+        self._plan = None if self.sharded or whole else StepPlan(params, *lists)
 
     def _entries(self, key: str) -> list[Tensor]:
         return [sharding.local(s[key]) for s in self.states] if key in self.states[0] else []
@@ -167,7 +172,9 @@ class Bucket:
             gnorm_scales = norms[2]
         lists = (rule, params, grads, self.state1, self.state2)
         options = self._options(config, gnorm_scales)
-        if not self.eight_bit:
+        if self._plan is not None and self._plan.take(rule, grads, options):
+            pass
+        elif not self.eight_bit:
             ops.optimizer_step_32bit(*lists, *options)
         elif self.absmax1:
             qmaps = (self.qmap1, self.qmap2)
