@@ -175,11 +175,14 @@ class Options {
       if (PyErr_Occurred()) return refuse();
       step.seed = static_cast<uint64_t>(seed);
     }
-    // Factors on single gradients, norms of single updates.
-    return next_is_none() && next_is_none() && at_ == PyTuple_GET_SIZE(tuple_);
+    // What follows is for single tensors: factors on gradients, norms of updates.
+    while (at_ < PyTuple_GET_SIZE(tuple_)) {
+      if (!next_is_none()) return false;
+    }
+    return true;
   }
 
-  static constexpr Py_ssize_t kCount = 17;
+  static constexpr Py_ssize_t kLeast = 15;  // those read by name
 
  private:
   PyObject* item(Py_ssize_t i) const { return PyTuple_GET_ITEM(tuple_, i); }
@@ -245,7 +248,7 @@ class StepPlan {
     PlannedStep step{};
     const auto count = static_cast<Py_ssize_t>(tensors_.size());
     if (stale_ || PyList_GET_SIZE(grads.ptr()) != count ||
-        PyTuple_GET_SIZE(options.ptr()) != Options::kCount) {
+        PyTuple_GET_SIZE(options.ptr()) < Options::kLeast) {
       return false;
     }
     if (!Options(options.ptr(), reader_, layouts_[0].known()).read(step)) return false;

@@ -2,7 +2,6 @@
 """Lists of parameters that advance together, and the native call that advances them."""
 
 import itertools
-import operator
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor
 
 from .. import paged
 from . import sharding
+from .lists import all_are, gradients
 from .plan import StepPlan
 
-__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "holds_none", "learning_rate"]
+__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "learning_rate"]
 
 NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
 
@@ -20,19 +20,9 @@ NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
 PER_PARAMETER = ("max1", "new_max1", "max2", "new_max2", "unorm_vec")
 
 
-def all_are(a: list, b: list) -> bool:
-    """Whether two lists hold the same objects."""
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
 def _is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being recorded on the current stream of `device`."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def holds_none(objects: list) -> bool:
-    """Whether one of them is None."""
-    return any(map(operator.is_, objects, itertools.repeat(None)))
 
 
 def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -112,7 +102,7 @@ class Bucket:
 
     def gradients(self) -> list[Tensor | None]:
         """Returns the gradient of each parameter."""
-        return [p.grad for p in self.params]
+        return gradients(self.params)
 
     def vector(self, key: str) -> Tensor:
         """Returns the numbers of state entry `key` [count]; zeros where a state had none."""
