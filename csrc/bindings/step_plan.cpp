@@ -144,7 +144,7 @@ std::optional<DType> float_dtype(const dlpack::Tensor& t) {
   return std::nullopt;
 }
 
-// Reads the options of a step (`_HYPER` in python/bitsandbytes/_ops.py) one after the other.
+// Reads the options of a step (`_STEP` in python/bitsandbytes/_ops.py) one after the other.
 class Options {
  public:
   Options(PyObject* tuple, const TensorReader& reader, const dlpack::Tensor& first)

@@ -149,10 +149,4 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Cpu>(m); }
 
-extern "C" [[gnu::visibility("default")]] bnb::PlanOutcome bnb_take_planned_step(
-    const bnb::PlannedStep* step, char* message, size_t size) {
-  return bnb::ops::take_planned_step<bnb::ops::Cpu>(*step, message, size);
-}
-extern "C" [[gnu::visibility("default")]] void bnb_drop_step_plan(int64_t plan) {
-  bnb::ops::StepPlans<bnb::ops::Cpu>::instance().drop(plan);
-}
+BNB_EXPORT_STEP_PLANS(bnb::ops::Cpu)

@@ -130,10 +130,8 @@ int64_t optimizer_plan(const std::string& rule, const Tensors& params, const Ten
                        const Tensor& step) {
   constexpr const char* op = "_optimizer_plan";
   const bool blockwise = qmap1.has_value();
-  const std::optional<Tensor> none;
   OptimizerStep args{};
-  const StepInput input{rule, params, params, {&state1, &state2}, step, none, Hyper{}, 0.0,
-                        {},   none,   none};
+  const StepInput input{rule, params, params, {&state1, &state2}, step, nullptr, Hyper{}, nullptr};
   StepTensors tensors(op, input, blockwise ? ScalarType::Byte : ScalarType::Float, args);
   if (!tensors.in_order()) return 0;
   std::vector<OptimizerTensor>& pointers = tensors.collect();
@@ -142,8 +140,8 @@ int64_t optimizer_plan(const std::string& rule, const Tensors& params, const Ten
   if (blockwise) {
     const std::array<const Tensor*, 2> qmap = {&*qmap1, pointer_to(qmap2)};
     check_qmaps(op, qmap, state_tensors(tensors.states()), params[0], args);
-    const BlockScales scales(op, {&absmax1, &absmax2}, params, tensors.states());
-    scales.put(pointers);
+    const BlockScales scales(op, absmax1, absmax2, tensors.states(), params);
+    scales.add_to(pointers);
     lists.insert(lists.end(), {&absmax1, &absmax2});
     held.push_back(*qmap1);
     if (qmap2.has_value()) held.push_back(*qmap2);
@@ -170,3 +168,13 @@ PlanOutcome take_planned_step(const PlannedStep& step, char* message, size_t siz
 }
 
 }  // namespace bnb::ops
+
+// Exports what `bitsandbytes/kernels/step_plan.h` names from a library with one backend.
+#define BNB_EXPORT_STEP_PLANS(...)                                                  \
+  extern "C" [[gnu::visibility("default")]] bnb::PlanOutcome bnb_take_planned_step( \
+      const bnb::PlannedStep* step, char* message, size_t size) {                   \
+    return bnb::ops::take_planned_step<__VA_ARGS__>(*step, message, size);          \
+  }                                                                                 \
+  extern "C" [[gnu::visibility("default")]] void bnb_drop_step_plan(int64_t plan) { \
+    bnb::ops::StepPlans<__VA_ARGS__>::instance().drop(plan);                        \
+  }
