@@ -97,7 +97,7 @@ def _make(rule: str, params: list[Tensor], state1: list[Tensor], *rest):
     if (
         library is None
         or not library.loaded
-        or not hasattr(Tensor, "__dlpack_c_exchange_api__")  # since torch 2.10
+        or not hasattr(Tensor, "__dlpack_c_exchange_api__")  # torch may be too old
         # Subclasses may have no memory of their own.
         or any(type(p) not in (Tensor, nn.Parameter) or p.is_neg() for p in params)
         or any(type(s) is not Tensor for s in state1)
