@@ -13,7 +13,7 @@ import torch
 
 import bitsandbytes
 
-__all__ = ["Record", "time_cpu", "time_cuda"]
+__all__ = ["Record", "time_cpu", "time_cuda", "time_host"]
 
 
 def time_cuda(work: Callable[[], object], repeats: int = 15, inner: int = 1) -> float:
@@ -35,6 +35,23 @@ def time_cuda(work: Callable[[], object], repeats: int = 15, inner: int = 1) -> 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / inner)
+    return statistics.median(times)
+
+
+def time_host(work: Callable[[], object], repeats: int = 15) -> float:
+    """Returns the median time in milliseconds until `work` has handed everything to the device.
+
+    Args:
+        work: What to time; the device is idle when it is called.
+        repeats: Number of measurements.
+    """
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1e3)
+    torch.cuda.synchronize()
     return statistics.median(times)
 
 

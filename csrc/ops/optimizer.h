@@ -180,8 +180,7 @@ class StepTensors {
   std::vector<OptimizerTensor>& collect() {
     tensors_.resize(in_.params.size());
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      // The parameter's order is that of a one-row state; two rows are always in row-major order.
-      const Tensor& layout = (*in_.states[states_ == 3 ? 1 : 0])[i];
+      const Tensor& layout = layout_of(i);
       OptimizerTensor& t = tensors_[i];
       t = {};
       t.n = in_.params[i].numel();
@@ -200,7 +199,18 @@ class StepTensors {
 
   int states() const { return states_; }
 
+  // Whether no parameter must be copied.
+  bool in_order() const {
+    for (size_t i = 0; i < in_.params.size(); ++i) {
+      if (!same_layout(in_.params[i], layout_of(i))) return false;
+    }
+    return true;
+  }
+
  private:
+  // The parameter's order is that of a one-row state; two rows are always in row-major order.
+  const Tensor& layout_of(size_t i) const { return (*in_.states[states_ == 3 ? 1 : 0])[i]; }
+
   Tensor ordered(const Tensor& t, const Tensor& layout, bool written) {
     if (same_layout(t, layout)) return t;
     Tensor copy = copy_in_layout(t, layout);

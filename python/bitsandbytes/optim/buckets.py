@@ -2,7 +2,6 @@
 """Lists of parameters that advance together, and the native call that advances them."""
 
 import itertools
-import operator
 from typing import Any
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 from .. import paged
 from ..plain.optimizer import bounded_scale
 from . import sharding
+from .lists import all_are, gradients
+from .plan import StepPlan
 
-__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "holds_none", "learning_rate"]
+__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "learning_rate"]
 
 NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
 
@@ -20,19 +21,9 @@ NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
 PER_PARAMETER = ("max1", "new_max1", "max2", "new_max2", "unorm_vec")
 
 
-def all_are(a: list, b: list) -> bool:
-    """Whether two lists hold the same objects."""
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
 def _is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being recorded on the current stream of `device`."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def holds_none(objects: list) -> bool:
-    """Whether one of them is None."""
-    return any(map(operator.is_, objects, itertools.repeat(None)))
 
 
 def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -92,6 +83,10 @@ class Bucket:
         self._vectors: dict[str, Tensor] = {}
         self._histories: list[Tensor] = []
         self._pages: list[int] | None = None
+        lists = (self.state1, self.state2, self.absmax1, self.absmax2, self.qmap1, self.qmap2)
+        # States with one scale per tensor take new scales in every step.
+        whole = self.eight_bit and not self.absmax1
+        self._plan = None if self.sharded or whole else StepPlan(params, *lists)
 
     def _hold(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         """Takes parameters, and the lists of what their states hold."""
@@ -115,7 +110,7 @@ class Bucket:
 
     def gradients(self) -> list[Tensor | None]:
         """Returns the gradient of each parameter."""
-        return [p.grad for p in self.params]
+        return gradients(self.params)
 
     def vector(self, key: str) -> Tensor:
         """Returns the numbers of state entry `key` [count]; zeros where a state had none."""
@@ -191,7 +186,9 @@ class Bucket:
         options = self._options(config, gnorm_scales)
         if config["max_unorm"] > 0.0 and self.split is not None:
             options = self._bounded_as_wholes(lists, options)
-        if not self.eight_bit:
+        if self._plan is not None and self._plan.take(rule, grads, options):
+            pass
+        elif not self.eight_bit:
             ops.optimizer_step_32bit(*lists, *options)
         elif self.absmax1:
             qmaps = (self.qmap1, self.qmap2)

@@ -110,6 +110,7 @@ class _TracedBucket(Bucket):
         self.step_tensor = section.step_tensor
         self.captured = self.compiled = True
         self._pending = False
+        self._plan = None
         self._vectors = section.vectors
         self._histories = self._entries("gnorm_vec")
 

@@ -13,8 +13,9 @@ from .._checks import warn_user
 from ..plain.states import BLOCK
 from ..quant.codes import default_code
 from . import sharding
-from .buckets import Bucket, all_are, holds_none
+from .buckets import Bucket
 from .checkpoint import QUANT_STATE_KEYS, WRAPPER, StateReader, nested, read_state_dict
+from .lists import all_are, holds_none
 from .overrides import GlobalOptimManager
 from .signature import derived_init
 
