@@ -83,7 +83,7 @@ BNB_HD float absmax(const T* a, int64_t n) {
 
 // ---- Codes: encode of the dynamic maps (code/dynamic8.h) on vectors, decode ---------------------
 
-// The dynamic maps as the loops below see them: by one access to the bucket table, or by decades.
+// The dynamic maps as the loops below see them: by one access to the bucket table, or by bins.
 struct SignedMap {
   const uint32_t* buckets;
   bool keep_sign;
@@ -100,15 +100,10 @@ struct SignedMap {
     return shift_right<Layout::kShift>(entry + u);
   }
 
-  static const detail::DecadeTables& decades() { return kSignedDecades; }
-  static BNB_HD Int usable_bits(Float x) { return magnitude_bits(x); }
-
-  // Code from the index of the level among the positive ones.
-  BNB_HD Int from_index(Int index, Float x) const {
-    const Int least = max(index, broadcast_int(keep_sign ? 1 : 0));
-    const Int negative =
-        broadcast_int(SignedDynamic8::kZero) - min(least, broadcast_int(SignedDynamic8::kZero));
-    return select(is_negative(x), negative, index + broadcast_int(SignedDynamic8::kZero));
+  template <class T>
+  BNB_HD bool run_by_bins(const T* a, float inverse, uint8_t* out) const {
+    return encode_run<true>(kSignedBins, a, Float(inverse * kSignedBins.unit),
+                            SignedDynamic8::kZero - (keep_sign ? 1 : 0), out);
   }
 };
 
@@ -120,34 +115,11 @@ struct UnsignedMap {
     return shift_right<Layout::kShift>(gather(kUnsignedBuckets.values, bucket) + u);
   }
 
-  static const detail::DecadeTables& decades() { return kUnsignedDecades; }
-  static BNB_HD Int usable_bits(Float x) { return bits(x); }
-  BNB_HD Int from_index(Int index, Float) const { return index; }
-};
-
-// Codes of finite x, |x| <= 1 (and rounding).
-template <class Map>
-BNB_HD Int encode(const Map& map, Float x) {
-  if constexpr (kHasRegisterTables) {
-    const detail::DecadeTables& t = Map::decades();
-    // Negative floats are negative integers: an unsigned map takes them for zero.
-    const Int b =
-        max(Map::usable_bits(x), broadcast_int(static_cast<int32_t>(detail::kLeastExponent << 23)));
-    const Float m = from_bits(b);
-    const Int exponent = shift_right<23>(b);
-    const Mask next = greater_equal(m, lookup32(t.next_region, exponent));
-    const Int start = lookup32(t.region, exponent);
-    const Int region = select(next, start + broadcast_int(1), start);
-    const Float position = min(fma(m, lookup16(t.scale, region), lookup16(t.offset, region)),
-                               lookup16(t.most, region));
-    if (any(less(fraction(position), Float(detail::kUndecided)))) [[unlikely]] {
-      return map.by_buckets(x);
-    }
-    return map.from_index(truncate_to_int(position), x);
-  } else {
-    return map.by_buckets(x);
+  template <class T>
+  BNB_HD bool run_by_bins(const T* a, float inverse, uint8_t* out) const {
+    return encode_run<false>(kUnsignedBins, a, Float(inverse * kUnsignedBins.unit), 0, out);
   }
-}
+};
 
 // Codes of a whole block whose absmax is known. `kKeepSign`: a negative value never becomes zero.
 template <bool kKeepSign, class T>
@@ -172,9 +144,18 @@ BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, 
   }
   const Float scale(inverse);
   const auto encode_all = [&](const auto& map) {
-    for_each_vector(0, n, [&](int64_t i, int64_t count) {
-      store_codes_some(out + i, encode(map, load_some(a + i, count) * scale), count);
-    });
+    const auto by_buckets = [&](int64_t first, int64_t last) {
+      for_each_vector(first, last, [&](int64_t i, int64_t count) {
+        store_codes_some(out + i, map.by_buckets(load_some(a + i, count) * scale), count);
+      });
+    };
+    int64_t i = 0;
+    if constexpr (kEncodeRun > 0) {
+      for (; i + kEncodeRun <= n; i += kEncodeRun) {
+        if (!map.run_by_bins(a + i, inverse, out + i)) by_buckets(i, i + kEncodeRun);
+      }
+    }
+    by_buckets(i, n);
   };
   code.kind == CodeKind::kSignedDynamic8 ? encode_all(SignedMap(kKeepSign))
                                          : encode_all(UnsignedMap());

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "bitsandbytes/code/bins.h"
 #include "bitsandbytes/numeric.h"
 #include "cpu/dispatch.h"
 
@@ -94,11 +95,6 @@ BNB_HD Int shift_right_signed(Int a) {
   return {_mm512_srai_epi32(a.v, kBits)};
 }
 BNB_HD Int round_to_int(Float a) { return {_mm512_cvtps_epi32(a.v)}; }
-BNB_HD Int truncate_to_int(Float a) { return {_mm512_cvttps_epi32(a.v)}; }
-// Distance to the nearest integer.
-BNB_HD Float fraction(Float a) {
-  return {_mm512_abs_ps(_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
-}
 BNB_HD Float int_to_float(Int a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 BNB_HD Mask is_negative(Float a) { return {_mm512_movepi32_mask(_mm512_castps_si512(a.v))}; }
@@ -124,20 +120,6 @@ BNB_HD void store_codes(uint8_t* p, Int a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 BNB_HD Int load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-
-// Lookups in small tables, and whether they beat gathers from larger ones.
-inline constexpr bool kHasRegisterTables = true;
-BNB_HD Float lookup16(const float* table, Int index) {
-  return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
-}
-// Only the lowest five bits of the index count.
-BNB_HD Float lookup32(const float* table, Int index) {
-  return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + 16))};
-}
-BNB_HD Int lookup32(const int32_t* table, Int index) {
-  return {_mm512_permutex2var_epi32(_mm512_loadu_si512(table), index.v,
-                                    _mm512_loadu_si512(table + 16))};
-}
 
 // Levels of kDecodeRun consecutive codes: each of a level's four bytes is looked up on its own, in
 // two halves of the table, and the bytes are woven together.
@@ -167,6 +149,64 @@ BNB_HD void decode_run(const Code& code, const uint8_t* codes, float* out) {
   _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi16(low01, low23));
   _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi16(high01, high23));
   _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi16(high01, high23));
+}
+
+// A table of 32 numbers by the lowest five bits of `index`.
+BNB_HD __m512 lookup32(const float* table, __m512i index) {
+  return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
+}
+
+// Codes of kEncodeRun consecutive values by bins (code/bins.h); nothing and false if one of them is
+// undecided. `scale`: unit / absmax. `least_negative`: code of the negative values next to zero.
+inline constexpr int kEncodeRun = 64;
+template <bool kSigned, class T>
+BNB_HD bool encode_run(const BinTables& t, const T* a, Float scale, int least_negative,
+                       uint8_t* out) {
+  const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80000000u));
+  const __m512i least = _mm512_set1_epi32((127 - BinTables::kBinades + 1) << 23);
+  __m512i nearest = _mm512_set1_epi32(-1);
+  __m512i y[4];
+  for (int v = 0; v < 4; ++v) {
+    const __m512i x = _mm512_castps_si512((load(a + 16 * v) * scale).v);
+    const __m512i m = _mm512_max_epi32(kSigned ? _mm512_andnot_si512(sign, x) : x, least);
+    const __m512i exponent = _mm512_srli_epi32(m, 23);
+    const __m512 place = _mm512_fmadd_ps(_mm512_castsi512_ps(m), lookup32(t.scale, exponent),
+                                         lookup32(t.offset, exponent));
+    // The bin's lower eight bits become byte 2, its ninth bit the lowest of byte 3.
+    y[v] = _mm512_slli_epi32(_mm512_castps_si512(place), 2);
+    // As is_undecided() does it, two bits further left.
+    const __m512i near =
+        _mm512_and_si512(_mm512_add_epi32(y[v], _mm512_set1_epi32(8)), _mm512_set1_epi32(0xfff0));
+    nearest = _mm512_min_epu32(nearest, near);
+    // y | (x & sign), where y has no sign.
+    if (kSigned) y[v] = _mm512_ternarylogic_epi32(y[v], x, sign, 0xf8);
+  }
+  if (_mm512_testn_epi32_mask(nearest, nearest) != 0) [[unlikely]] {
+    return false;
+  }
+  // Bytes 2 of 32 elements, then bytes 3.
+  alignas(64) static constexpr uint8_t kOrder[64] = {
+      2,  6,  10, 14, 18, 22, 26, 30, 34, 38,  42,  46,  50,  54,  58,  62,
+      66, 70, 74, 78, 82, 86, 90, 94, 98, 102, 106, 110, 114, 118, 122, 126,
+      3,  7,  11, 15, 19, 23, 27, 31, 35, 39,  43,  47,  51,  55,  59,  63,
+      67, 71, 75, 79, 83, 87, 91, 95, 99, 103, 107, 111, 115, 119, 123, 127};
+  const __m512i order = _mm512_load_si512(kOrder);
+  const __m512i first = _mm512_permutex2var_epi8(y[0], order, y[1]);
+  const __m512i second = _mm512_permutex2var_epi8(y[2], order, y[3]);
+  const __m512i bins = _mm512_shuffle_i64x2(first, second, 0x44);
+  const __m512i high = _mm512_shuffle_i64x2(first, second, 0xee);
+  __m512i codes = lookup_bytes(t.codes, bins, _mm512_movepi8_mask(bins));
+  if (kSigned) {
+    const __m512i mirrored = _mm512_subs_epu8(_mm512_set1_epi8(static_cast<char>(254)), codes);
+    const __m512i negative =
+        _mm512_min_epu8(mirrored, _mm512_set1_epi8(static_cast<char>(least_negative)));
+    codes = _mm512_mask_mov_epi8(codes, _mm512_movepi8_mask(high), negative);
+  } else {
+    const __mmask64 upper = _mm512_test_epi8_mask(high, _mm512_set1_epi8(1));
+    codes = _mm512_mask_sub_epi8(codes, upper, bins, _mm512_set1_epi8(static_cast<char>(t.upper)));
+  }
+  _mm512_storeu_si512(out, codes);
+  return true;
 }
 
 BNB_HD int32_t reduce_max(Int a) { return _mm512_reduce_max_epi32(a.v); }
