@@ -100,8 +100,10 @@ struct SignedMap {
     return shift_right<Layout::kShift>(entry + u);
   }
 
+  BNB_HD int one_by_buckets(float x) const { return SignedDynamic8::encode(buckets, x); }
+
   template <class T>
-  BNB_HD bool run_by_bins(const T* a, float inverse, uint8_t* out) const {
+  BNB_HD uint64_t run_by_bins(const T* a, float inverse, uint8_t* out) const {
     return encode_run<true>(kSignedBins, a, Float(inverse * kSignedBins.unit),
                             SignedDynamic8::kZero - (keep_sign ? 1 : 0), out);
   }
@@ -115,8 +117,12 @@ struct UnsignedMap {
     return shift_right<Layout::kShift>(gather(kUnsignedBuckets.values, bucket) + u);
   }
 
+  BNB_HD int one_by_buckets(float x) const {
+    return UnsignedDynamic8::encode(kUnsignedBuckets.values, x);
+  }
+
   template <class T>
-  BNB_HD bool run_by_bins(const T* a, float inverse, uint8_t* out) const {
+  BNB_HD uint64_t run_by_bins(const T* a, float inverse, uint8_t* out) const {
     return encode_run<false>(kUnsignedBins, a, Float(inverse * kUnsignedBins.unit), 0, out);
   }
 };
@@ -144,18 +150,19 @@ BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, 
   }
   const Float scale(inverse);
   const auto encode_all = [&](const auto& map) {
-    const auto by_buckets = [&](int64_t first, int64_t last) {
-      for_each_vector(first, last, [&](int64_t i, int64_t count) {
-        store_codes_some(out + i, map.by_buckets(load_some(a + i, count) * scale), count);
-      });
-    };
     int64_t i = 0;
     if constexpr (kEncodeRun > 0) {
       for (; i + kEncodeRun <= n; i += kEncodeRun) {
-        if (!map.run_by_bins(a + i, inverse, out + i)) by_buckets(i, i + kEncodeRun);
+        uint64_t undecided = map.run_by_bins(a + i, inverse, out + i);
+        for (; undecided != 0; undecided &= undecided - 1) [[unlikely]] {
+          const int64_t j = i + __builtin_ctzll(undecided);
+          out[j] = static_cast<uint8_t>(map.one_by_buckets(to_float(a[j]) * inverse));
+        }
       }
     }
-    by_buckets(i, n);
+    for_each_vector(i, n, [&](int64_t j, int64_t count) {
+      store_codes_some(out + j, map.by_buckets(load_some(a + j, count) * scale), count);
+    });
   };
   code.kind == CodeKind::kSignedDynamic8 ? encode_all(SignedMap(kKeepSign))
                                          : encode_all(UnsignedMap());

@@ -156,14 +156,16 @@ BNB_HD __m512 lookup32(const float* table, __m512i index) {
   return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
 }
 
-// Codes of kEncodeRun consecutive values by bins (code/bins.h); nothing and false if one of them is
-// undecided. `scale`: unit / absmax. `least_negative`: code of the negative values next to zero.
+// Codes of kEncodeRun consecutive values by bins (code/bins.h). Returns which of them are
+// undecided, one bit each: their codes are not valid. `scale`: unit / absmax. `least_negative`:
+// code of the negative values next to zero.
 inline constexpr int kEncodeRun = 64;
 template <bool kSigned, class T>
-BNB_HD bool encode_run(const BinTables& t, const T* a, Float scale, int least_negative,
-                       uint8_t* out) {
+BNB_HD uint64_t encode_run(const BinTables& t, const T* a, Float scale, int least_negative,
+                           uint8_t* out) {
   const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80000000u));
   const __m512i least = _mm512_set1_epi32((127 - BinTables::kBinades + 1) << 23);
+  const __m512i undecided = _mm512_set1_epi32(BinTables::kUndecided);
   __m512i nearest = _mm512_set1_epi32(-1);
   __m512i y[4];
   for (int v = 0; v < 4; ++v) {
@@ -172,19 +174,13 @@ BNB_HD bool encode_run(const BinTables& t, const T* a, Float scale, int least_ne
     const __m512i exponent = _mm512_srli_epi32(m, 23);
     const __m512 place = _mm512_fmadd_ps(_mm512_castsi512_ps(m), lookup32(t.scale, exponent),
                                          lookup32(t.offset, exponent));
-    // The bin's lower eight bits become byte 2, its ninth bit the lowest of byte 3.
-    y[v] = _mm512_slli_epi32(_mm512_castps_si512(place), 2);
-    // As is_undecided() does it, two bits further left.
-    const __m512i near =
-        _mm512_and_si512(_mm512_add_epi32(y[v], _mm512_set1_epi32(8)), _mm512_set1_epi32(0xfff0));
-    nearest = _mm512_min_epu32(nearest, near);
+    y[v] = _mm512_castps_si512(place);
+    // The place in the bin is the lower half of y.
+    nearest = _mm512_min_epu16(nearest, y[v]);
     // y | (x & sign), where y has no sign.
     if (kSigned) y[v] = _mm512_ternarylogic_epi32(y[v], x, sign, 0xf8);
   }
-  if (_mm512_testn_epi32_mask(nearest, nearest) != 0) [[unlikely]] {
-    return false;
-  }
-  // Bytes 2 of 32 elements, then bytes 3.
+  // Bytes 2 of 32 elements, then bytes 3: the lower eight bits of the bin, and sign and exponent.
   alignas(64) static constexpr uint8_t kOrder[64] = {
       2,  6,  10, 14, 18, 22, 26, 30, 34, 38,  42,  46,  50,  54,  58,  62,
       66, 70, 74, 78, 82, 86, 90, 94, 98, 102, 106, 110, 114, 118, 122, 126,
@@ -202,11 +198,19 @@ BNB_HD bool encode_run(const BinTables& t, const T* a, Float scale, int least_ne
         _mm512_min_epu8(mirrored, _mm512_set1_epi8(static_cast<char>(least_negative)));
     codes = _mm512_mask_mov_epi8(codes, _mm512_movepi8_mask(high), negative);
   } else {
-    const __mmask64 upper = _mm512_test_epi8_mask(high, _mm512_set1_epi8(1));
+    const __mmask64 upper =
+        _mm512_test_epi8_mask(high, _mm512_set1_epi8(BinTables::kUpperBit >> 24));
     codes = _mm512_mask_sub_epi8(codes, upper, bins, _mm512_set1_epi8(static_cast<char>(t.upper)));
   }
   _mm512_storeu_si512(out, codes);
-  return true;
+  if (_mm512_testn_epi32_mask(nearest, undecided) == 0) [[likely]] {
+    return 0;
+  }
+  uint64_t lanes = 0;
+  for (int v = 0; v < 4; ++v) {
+    lanes |= static_cast<uint64_t>(_mm512_testn_epi32_mask(y[v], undecided)) << (16 * v);
+  }
+  return lanes;
 }
 
 BNB_HD int32_t reduce_max(Int a) { return _mm512_reduce_max_epi32(a.v); }

@@ -6,10 +6,13 @@
 // finer ruler too. So one fused multiply-add, with two numbers of the binade, tells the bin between
 // two marks of the ruler, and a table the code of the bin:
 //
-//     y = fma(x, scale[e], offset[e]),  bin = integral part of y - 512,  code = codes[bin]
+//     y = fma(x, scale[e], offset[e]),  bin = bits(y) >> 16 - bits(128) >> 16,  code = codes[bin]
 //
-// Rounding leaves an x very near a mark undecided; those are encoded the first way (dynamic8.h).
-// All this is in units in which the last threshold, to level 1, is just below 1: it fits no ruler.
+// Bins are numbered by the bits of y, in which they start at multiples of 2^16: so a byte of y is
+// the index into the table. There are 128 of width 1 from y = 128 on, 128 of width 2 from 256 on,
+// and those of width 4 from 512 on need no table. Rounding leaves an x very near a mark undecided;
+// those are encoded the first way (dynamic8.h). All this is in units in which the last threshold,
+// to level 1, is just below 1: it fits no ruler.
 // SPDX-License-Identifier: MIT
 #pragma once
 
@@ -22,23 +25,36 @@ namespace bnb {
 
 struct BinTables {
   static constexpr int kBinades = 32;  // up to [1, 2); all below the first one is zero
-  static constexpr int kBins = 256;
-  // y lies in [512, 1024), so that its mantissa holds 9 bits of the bin and 14 of the place in it.
-  static constexpr int kFraction = 14;
+  static constexpr int kBins = 256;    // by table
+  static constexpr int kOctave = 128;  // bins of one width
+  static constexpr int kFraction = 16;
+  // Number of the first bin: y = 128.
+  static constexpr uint32_t kFirst = float_bits(128.0f) >> kFraction;
+  // Bins from kBins on have this bit in common, in y.
+  static constexpr uint32_t kUpperBit = 1u << 26;
+  // An x less than this from a mark is undecided, in units of the last place of y.
+  // make_bin_tables() proves that it is enough.
+  static constexpr int kNear = 4;
 
-  // By the lowest five bits of the exponent.
+  // By the lowest five bits of the exponent. Offsets are kNear units too large.
   alignas(64) float scale[kBinades];
   float offset[kBinades];
   alignas(64) uint8_t codes[kBins];
-  uint8_t upper;  // bins from 256 on, all in [0.5, 2): code = bin - upper, modulo 256
+  uint8_t upper;  // bins from kBins on, all in [0.5, 2): code = bin - upper, modulo 256
   float unit;     // x is measured in 1 / unit
+  int count;      // of bins, with those that are left out between two widths
   bool valid;     // every mark fits
+
+  static constexpr uint32_t kUndecided = (1u << kFraction) - 2 * kNear;
 };
 
-// True when the bits of y leave open on which side of a mark x lies: when they are less than two
-// units of the last place from it. make_bin_tables() proves that this is enough.
+static_assert((float_bits(512.0f) & BinTables::kUpperBit) != 0 &&
+              (float_bits(256.0f) & BinTables::kUpperBit) == 0 &&
+              (float_bits(128.0f) & BinTables::kUpperBit) == 0);
+
+// True when the bits of y leave open on which side of a mark x lies.
 BNB_HD constexpr bool is_undecided(uint32_t y_bits) {
-  return ((y_bits + 2) & ((1u << BinTables::kFraction) - 4)) == 0;
+  return (y_bits & BinTables::kUndecided) == 0;
 }
 
 namespace detail {
@@ -107,7 +123,7 @@ constexpr BinTables make_bin_tables(const float* thresholds,  // [count]
     int bins = 1;
     if (low == 1.0) {
       // The last threshold is its edge, and what is very near it undecided.
-      per_unit = 128.0;
+      per_unit = 32.0;
       code = count;
     } else if (marks.count > 0) {
       const double width = marks.count > 1 ? marks.ruler() : low;
@@ -120,17 +136,30 @@ constexpr BinTables make_bin_tables(const float* thresholds,  // [count]
       t.valid = t.valid && marks.values[0] > low * (1 + 0x1p-21) &&
                 marks.values[marks.count - 1] < low * (2 - 0x1p-21);
     }
+    // One ruler needs bins of one width.
+    if (bin / BinTables::kOctave != (bin + bins - 1) / BinTables::kOctave) {
+      bin = (bin / BinTables::kOctave + 1) * BinTables::kOctave;
+    }
+    const double first_y =
+        bits_float((BinTables::kFirst + static_cast<uint32_t>(bin)) << BinTables::kFraction);
+    const double bin_width = 1 << (bin / BinTables::kOctave);
+    const double unit_of_y = bin_width / (1 << BinTables::kFraction);
     const int slot = static_cast<int>(exponent % BinTables::kBinades);
-    t.scale[slot] = static_cast<float>(per_unit);
-    t.offset[slot] = static_cast<float>(512.0 + bin + (per_unit > 0.0 ? -start * per_unit : 0.5));
+    t.scale[slot] = static_cast<float>(per_unit * bin_width);
+    const double of_start = per_unit > 0.0 ? start * per_unit : -0.5;
+    t.offset[slot] =
+        static_cast<float>(first_y - of_start * bin_width + BinTables::kNear * unit_of_y);
     for (int k = 0; k < marks.count; ++k) {
-      // y of a threshold should be an integer. What it is off, three roundings of x and that of y
-      // must stay below two units of the last place of y.
+      // y of a threshold should be the edge of a bin. What it is off, three roundings of x and
+      // that of y must stay below kNear units of the last place of y.
       const double place = marks.values[k] * t.scale[slot];
-      const double y = place + t.offset[slot];
-      const double off = y - static_cast<double>(static_cast<int>(y + 0.5));
-      const double rounding = place * 0x3p-24 + 0x1p-15;
-      t.valid = t.valid && off + rounding < 0x1p-13 && off - rounding > -0x1p-13;
+      const double y = place + t.offset[slot] - BinTables::kNear * unit_of_y;
+      const double from_first = (y - first_y) / bin_width;
+      const double off = from_first - static_cast<double>(static_cast<int>(from_first + 0.5));
+      const double rounding = place * 0x3p-24 / unit_of_y + 0.5;
+      const double off_units = off * (1 << BinTables::kFraction);
+      t.valid = t.valid && off_units + rounding < BinTables::kNear &&
+                off_units - rounding > -BinTables::kNear;
     }
     for (int j = 0; j < bins; ++j, ++bin) {
       const double middle = start + (j + 0.5) / (per_unit > 0.0 ? per_unit : 1.0);
@@ -144,7 +173,8 @@ constexpr BinTables make_bin_tables(const float* thresholds,  // [count]
     }
     if (low < 1.0) code += marks.count;
   }
-  t.valid = t.valid && bin <= 2 * BinTables::kBins;
+  t.count = bin;
+  t.valid = t.valid && bin <= BinTables::kBins + BinTables::kOctave;
   return t;
 }
 
@@ -157,7 +187,7 @@ constexpr int encode_by_bins(const BinTables& t, float x) {
   const float y = static_cast<float>(double{bits_float(b)} * t.scale[slot] + t.offset[slot]);
   const uint32_t y_bits = float_bits(y);
   if (is_undecided(y_bits)) return -1;
-  const int bin = static_cast<int>((y_bits >> BinTables::kFraction) & 511);
+  const int bin = static_cast<int>((y_bits >> BinTables::kFraction) - BinTables::kFirst);
   return bin < BinTables::kBins ? t.codes[bin] : (bin - t.upper) & 255;
 }
 

@@ -232,6 +232,8 @@ struct UnsignedDynamic8 {
 };
 
 static_assert(SignedDynamic8::make_bins().valid && UnsignedDynamic8::make_bins().valid);
+// Where the sign is known, the table is enough.
+static_assert(SignedDynamic8::make_bins().count <= BinTables::kBins);
 static_assert(detail::buckets_hold_one_threshold<SignedDynamic8::Layout>(
     make_thresholds(SignedDynamic8::make_levels()).values + SignedDynamic8::kZero, 128));
 static_assert(detail::buckets_hold_one_threshold<UnsignedDynamic8::Layout>(

@@ -70,7 +70,7 @@ TEST(Bins, AreRightOrUndecidedOverAllMagnitudes) {
         ASSERT_EQ(code, search(map, x)) << x;
       }
     }
-    EXPECT_LT(undecided, total / 2000);
+    EXPECT_LT(undecided, total / 5000);
   }
 }
 
