@@ -233,7 +233,7 @@ void step_blocks(const OptimizerStep& args, const OptimizerTensor& tensor, int64
         }
         if (step.skip_zeros) {
           const Mask skip = equal(g, Float(0.0f));
-          skipped = skipped && all_of_first(skip, count);
+          skipped = skipped && all(skip);
           updated = select(skip, p, updated);
           for (int k = 0; k < R::kStates; ++k) s[k] = select(skip, old[k], s[k]);
         }
@@ -353,7 +353,7 @@ void preview_tiles(const OptimizerStep& args, const OptimizerTensor& tensor, int
         }
         if (step.skip_zeros) {
           const Mask skip = equal(g, Float(0.0f));
-          idle = idle && all_of_first(skip, count);
+          idle = idle && all(skip);
           update = select(skip, Float(0.0f), update);
           for (int k = 0; k < R::kStates; ++k) s[k] = select(skip, old[k], s[k]);
         }

@@ -55,15 +55,6 @@ BNB_HD void store_codes_some(uint8_t* p, Int x, int64_t count) {
   count == kLanes ? store_codes(p, x) : store_codes_first(p, x, count);
 }
 
-BNB_HD bool all_of_first(Mask m, int64_t count) {
-  float lanes[kWidth];
-  store(lanes, select(m, Float(1.0f), Float(0.0f)));
-  for (int64_t i = 0; i < count; ++i) {
-    if (lanes[i] == 0.0f) return false;
-  }
-  return true;
-}
-
 // ---- Absolute maximum --------------------------------------------------------------------------
 
 BNB_HD Int magnitude_bits(Float x) { return bits(x) & broadcast_int(0x7fffffff); }

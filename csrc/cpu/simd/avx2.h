@@ -113,6 +113,7 @@ BNB_HD Int select(Mask m, Int a, Int b) {
       _mm256_blendv_ps(_mm256_castsi256_ps(b.v), _mm256_castsi256_ps(a.v), m.v))};
 }
 BNB_HD bool any(Mask m) { return _mm256_movemask_ps(m.v) != 0; }
+BNB_HD bool all(Mask m) { return _mm256_movemask_ps(m.v) == 0xff; }
 
 BNB_HD Float gather(const float* table, Int index) {
   return {_mm256_i32gather_ps(table, index.v, 4)};

@@ -33,9 +33,19 @@ BNB_HD Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
 BNB_HD Float load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+// Words 2 i + 1 of a vector become words i, or words i become 2 i + 1.
+alignas(64) inline constexpr uint16_t kUpperHalves[32] = {
+    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+};
+alignas(64) inline constexpr uint16_t kToUpperHalves[32] = {
+    0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+    0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15,
+};
 BNB_HD Float load(const BFloat16* p) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+  const __m512i halves =
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(kToUpperHalves), halves))};
 }
 BNB_HD void store(float* p, Float x) { _mm512_storeu_ps(p, x.v); }
 BNB_HD void store(Half* p, Float x) {
@@ -49,14 +59,12 @@ BNB_HD void store(Half* p, Float x) {
 }
 BNB_HD void store(BFloat16* p, Float x) {
   const __m512i b = _mm512_castps_si512(x.v);
-  const __m512i high = _mm512_srli_epi32(b, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i bias = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(b, bias), 16);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
-  const __m512i result = _mm512_mask_mov_epi32(rounded, nan, quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+  const __m512i result = _mm512_mask_or_epi32(rounded, nan, b, _mm512_set1_epi32(0x400000));
+  const __m512i halves = _mm512_permutexvar_epi16(_mm512_load_si512(kUpperHalves), result);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(halves));
 }
 
 BNB_HD Float operator+(Float a, Float b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -106,6 +114,7 @@ BNB_HD Mask equal(Int a, Int b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
 BNB_HD Float select(Mask m, Float a, Float b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
 BNB_HD Int select(Mask m, Int a, Int b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
 BNB_HD bool any(Mask m) { return m.v != 0; }
+BNB_HD bool all(Mask m) { return m.v == 0xffff; }
 
 BNB_HD Float gather(const float* table, Int index) {
   return {_mm512_i32gather_ps(index.v, table, 4)};

@@ -81,6 +81,7 @@ BNB_HD Mask equal(Int a, Int b) { return {a.v == b.v}; }
 BNB_HD Float select(Mask m, Float a, Float b) { return m.v ? a : b; }
 BNB_HD Int select(Mask m, Int a, Int b) { return m.v ? a : b; }
 BNB_HD bool any(Mask m) { return m.v; }
+BNB_HD bool all(Mask m) { return m.v; }
 
 BNB_HD Float gather(const float* table, Int index) { return {table[index.v]}; }
 BNB_HD Int gather(const uint32_t* table, Int index) {
