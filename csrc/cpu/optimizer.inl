@@ -218,7 +218,8 @@ void step_blocks(const OptimizerStep& args, const OptimizerTensor& tensor, int64
           __builtin_prefetch(grad + i + States::kBlocks * kOptimizerBlock);
           __builtin_prefetch(param + i + States::kBlocks * kOptimizerBlock, 1);
         }
-        const Float g = load_some(grad + i, count) * Float(step.gnorm_scale);
+        Float g = load_some(grad + i, count);
+        if (step.gnorm_scale != 1.0f) g = g * Float(step.gnorm_scale);
         const Float p = load_some(param + i, count);
         Float s[R::kStates];
         Float old[R::kStates];

@@ -61,8 +61,9 @@ BNB_HD void store(BFloat16* p, Float x) {
   const __m512i b = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i result = _mm512_mask_or_epi32(rounded, nan, b, _mm512_set1_epi32(0x400000));
+  // Of a NaN, quiet or not (classes 0 and 1), the quiet x; of anything else the sum.
+  const __m512i result = _mm512_castps_si512(
+      _mm512_fixupimm_ps(_mm512_castsi512_ps(rounded), x.v, _mm512_set1_epi32(0x22), 0));
   const __m512i halves = _mm512_permutexvar_epi16(_mm512_load_si512(kUpperHalves), result);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(halves));
 }
