@@ -229,8 +229,10 @@ void step_blocks(const OptimizerStep& args, const OptimizerTensor& tensor, int64
           // A gradient that is not finite has no use: its element loses the state and keeps the
           // parameter.
           const Mask finite = less(magnitude_bits(g), broadcast_int(0x7f800000));
-          updated = select(finite, updated, p);
-          for (int k = 0; k < R::kStates; ++k) s[k] = select(finite, s[k], Float(0.0f));
+          if (!all(finite)) [[unlikely]] {
+            updated = select(finite, updated, p);
+            for (int k = 0; k < R::kStates; ++k) s[k] = select(finite, s[k], Float(0.0f));
+          }
         }
         if (step.skip_zeros) {
           const Mask skip = equal(g, Float(0.0f));
