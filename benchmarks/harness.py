@@ -2,6 +2,7 @@
 """Timing, the machine's own limits, and a record of every figure with where it came from."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -89,6 +90,8 @@ class Record:
         self.circumstances = {
             "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
             "threads": torch.get_num_threads(),
+            # More than this program's own threads: others were computing, too.
+            "load_average": round(os.getloadavg()[0], 1),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "bitsandbytes": bitsandbytes.__version__,
