@@ -33,6 +33,15 @@ inline int multiprocessors() {
   return count;
 }
 
+// Shared memory that a block of threads may have on the current device, if its kernel asks for it.
+inline int most_shared_bytes() {
+  int device = 0;
+  int bytes = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 struct LaunchShape {
   int threads;
   int shared_bytes;  // dynamic
@@ -41,13 +50,9 @@ struct LaunchShape {
 // The largest block of at most `most_threads` whose shared memory the current device has, where
 // every group of `group` threads takes `group_bytes` of it. Lets the kernel have that much.
 inline LaunchShape shape_for(const void* kernel, int most_threads, int group, int group_bytes) {
-  int device = 0;
-  int limit = 0;
   cudaFuncAttributes attributes{};
-  BNB_GPU_CHECK(cudaGetDevice(&device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   BNB_GPU_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  limit -= static_cast<int>(attributes.sharedSizeBytes);
+  const int limit = most_shared_bytes() - static_cast<int>(attributes.sharedSizeBytes);
   int threads = most_threads;
   while (threads > group && threads / group * group_bytes > limit) threads /= 2;
   const LaunchShape shape{threads, threads / group * group_bytes};
