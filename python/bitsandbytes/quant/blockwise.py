@@ -24,7 +24,8 @@ def _takes_old_order(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*args, **kwargs):
         if 4 <= len(args) <= 6:
-            fourth, fifth, sixth = (*args[3:], 0, False)[:3]
+            new_order = None, 0, False  # out, blocksize, nested, where they are not given
+            fourth, fifth, sixth = args[3:] + new_order[len(args) - 3 :]
             if (
                 (isinstance(fourth, Tensor) and fourth.is_floating_point())
                 or fifth is None
@@ -66,7 +67,8 @@ def quantize_blockwise(
         nested: Quantize the scales as well.
         rand: Round stochastically, so that the mean of many results is A: float32 ``[1024 or
             more]`` of numbers uniform in [0, 1), on A's device. Elements take one after the other
-            from a place on that Python's `random` chooses, and begin anew at the end.
+            from a place on that Python's `random` chooses (in compiled code, from the first), and
+            begin anew at the end.
 
     Returns:
         uint8 codes of A's shape, and the state that :func:`dequantize_blockwise` needs.
@@ -106,7 +108,8 @@ def quantize_blockwise(
     if rand is None:
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise(A, code, blocksize)
     else:
-        start = random.randrange(LEAST_RANDOM_NUMBERS)
+        # A compiled graph cannot draw Python's random numbers.
+        start = 0 if torch.compiler.is_compiling() else random.randrange(LEAST_RANDOM_NUMBERS)
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise_stochastic(
             A, code, blocksize, rand, start
         )
