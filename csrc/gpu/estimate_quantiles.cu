@@ -127,10 +127,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     count_second_kernel(const T* __restrict__ a,  // [n]
                         int64_t n, bool aligned, Workspace w) {
-  extern __shared__ uint32_t shared[];  // bins [kQuantiles, 2^second_bits], groups [kFirstBins]
+  BNB_DYNAMIC_SHARED(shared);  // bins [kQuantiles, 2^second_bits], groups [kFirstBins]
   const int size = kQuantiles << w.second_bits;
-  uint32_t* const bins = shared;
-  uint16_t* const groups = reinterpret_cast<uint16_t*>(shared + size);
+  uint32_t* const bins = reinterpret_cast<uint32_t*>(shared);
+  uint16_t* const groups = reinterpret_cast<uint16_t*>(bins + size);
   clear_shared(bins, size);
   for (int i = threadIdx.x; i < kFirstBins; i += kThreads) groups[i] = w.first_groups[i];
   if (w.third_bits > 0) clear(w.third_counts, int64_t{kQuantiles} << w.third_bits);
@@ -230,6 +230,7 @@ __global__ void __launch_bounds__(kThreads)
                   const Found* __restrict__ before, Located located) {
   __shared__ uint64_t rank[kQuantiles];
   __shared__ uint64_t sums[kThreads];
+  __shared__ int members;
   const int group = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   if (!kFirst && before->group[group] != group) return;  // the same for the whole block
@@ -237,12 +238,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = static_cast<int64_t>(group) << bits;
 
   // The members, from `group` on.
-  bool member = false;
-  if (thread < kQuantiles - group) {
-    member = kFirst || before->group[group + thread] == group;
-    if (member) rank[thread] = kFirst ? ranks.values[thread] : before->rank[group + thread];
+  if (thread == 0) members = 0;
+  __syncthreads();
+  if (thread < kQuantiles - group && (kFirst || before->group[group + thread] == group)) {
+    rank[thread] = kFirst ? ranks.values[thread] : before->rank[group + thread];
+    atomicAdd(&members, 1);
   }
-  const int members = __syncthreads_count(member);
 
   // Each thread has a run of bins, and needs the number of elements before it.
   const int run = max(bins / kThreads, 1);
@@ -334,42 +335,39 @@ int grid(int64_t n, int pack, int resident) {
 }
 
 template <class T>
-void estimate(const EstimateQuantiles& args, void* workspace, cudaStream_t stream) {
+void estimate(const EstimateQuantiles& args, void* workspace, Stream stream) {
   Cutter cutter{static_cast<char*>(workspace)};
   const Workspace w = lay_out(args.dtype, cutter);
   const T* const a = static_cast<const T*>(args.a);
   const bool aligned = is_aligned(a, 16);
   const QuantileRanks ranks = quantile_ranks(args.n, args.offset);
-  constexpr int kPack = kPackSize<T>;
+  const int two_blocks = grid(args.n, kPackSize<T>, 2);
   const bool two_passes = w.third_bits == 0;
 
-  BNB_GPU_CHECK(cudaMemsetAsync(w.first_counts, 0, kFirstBins * sizeof(Count), stream));
-  count_first_kernel<T><<<grid(args.n, kPack, 2), kThreads, 0, stream>>>(a, args.n, aligned, w);
-  BNB_LAUNCH_CHECK("count_first_kernel");
-  locate_kernel<T, true><<<1, kThreads, 0, stream>>>(w.first_counts, kFirstBits, ranks, nullptr,
-                                                     Located{w.found, w.first_groups, nullptr});
-  BNB_LAUNCH_CHECK("locate_kernel");
+  BNB_GPU_CHECK(cudaMemsetAsync(w.first_counts, 0, kFirstBins * sizeof(Count),
+                                static_cast<cudaStream_t>(stream.handle)));
+  launch("count_first_kernel", count_first_kernel<T>, two_blocks, kThreads, 0, stream, a, args.n,
+         aligned, w);
+  launch("locate_kernel", locate_kernel<T, true>, 1, kThreads, 0, stream, w.first_counts,
+         kFirstBits, ranks, nullptr, Located{w.found, w.first_groups, nullptr});
 
   const int bytes = second_bytes(w.second_bits);
   BNB_GPU_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(count_second_kernel<T>),
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  count_second_kernel<T>
-      <<<grid(args.n, kPack, w.second_bits > 6 ? 1 : 2), kThreads, bytes, stream>>>(a, args.n,
-                                                                                    aligned, w);
-  BNB_LAUNCH_CHECK("count_second_kernel");
-  locate_kernel<T, false><<<kQuantiles, kThreads, 0, stream>>>(
-      w.second_counts, w.second_bits, ranks, w.found,
-      two_passes ? Located{nullptr, nullptr, args.out}
-                 : Located{w.found + 1, w.second_groups, nullptr});
-  BNB_LAUNCH_CHECK("locate_kernel");
+  launch("count_second_kernel", count_second_kernel<T>,
+         w.second_bits > 6 ? grid(args.n, kPackSize<T>, 1) : two_blocks, kThreads, bytes, stream, a,
+         args.n, aligned, w);
+  launch("locate_kernel", locate_kernel<T, false>, kQuantiles, kThreads, 0, stream, w.second_counts,
+         w.second_bits, ranks, w.found,
+         two_passes ? Located{nullptr, nullptr, args.out}
+                    : Located{w.found + 1, w.second_groups, nullptr});
   if (two_passes) return;
 
   if constexpr (sizeof(T) == 4) {
-    count_third_kernel<<<grid(args.n, kPack, 2), kThreads, 0, stream>>>(a, args.n, aligned, w);
-    BNB_LAUNCH_CHECK("count_third_kernel");
-    locate_kernel<T, false><<<kQuantiles, kThreads, 0, stream>>>(
-        w.third_counts, w.third_bits, ranks, w.found + 1, Located{nullptr, nullptr, args.out});
-    BNB_LAUNCH_CHECK("locate_kernel");
+    launch("count_third_kernel", count_third_kernel, two_blocks, kThreads, 0, stream, a, args.n,
+           aligned, w);
+    launch("locate_kernel", locate_kernel<T, false>, kQuantiles, kThreads, 0, stream,
+           w.third_counts, w.third_bits, ranks, w.found + 1, Located{nullptr, nullptr, args.out});
   }
 }
 
@@ -382,14 +380,13 @@ int64_t quantile_workspace_bytes(DType dtype) {
 }
 
 void estimate_quantiles(const EstimateQuantiles& args, void* workspace, Stream stream) {
-  const auto handle = static_cast<cudaStream_t>(stream.handle);
   switch (args.dtype) {
     case DType::kFloat16:
-      return estimate<Half>(args, workspace, handle);
+      return estimate<Half>(args, workspace, stream);
     case DType::kBFloat16:
-      return estimate<BFloat16>(args, workspace, handle);
+      return estimate<BFloat16>(args, workspace, stream);
     default:
-      return estimate<float>(args, workspace, handle);
+      return estimate<float>(args, workspace, stream);
   }
 }
 

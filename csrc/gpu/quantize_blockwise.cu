@@ -258,11 +258,10 @@ void quantize(const QuantizeBlockwise& args, Stream stream) {
   const bool aligned = is_aligned(args.a, 16) && is_aligned(args.out, kPackSize<T>);
   const auto kernel = args.rand != nullptr ? quantize_blockwise_kernel<T, true>
                                            : quantize_blockwise_kernel<T, false>;
-  kernel<<<grid(ceil_div(args.n, kTile)), kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-      static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,
-      log2_of(args.block_size), aligned,
-      RandomNumbers{args.rand, args.rand_size, args.rand_offset});
-  BNB_LAUNCH_CHECK("quantize_blockwise_kernel");
+  launch("quantize_blockwise_kernel", kernel, grid(ceil_div(args.n, kTile)), kThreads, 0, stream,
+         static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,
+         log2_of(args.block_size), aligned,
+         RandomNumbers{args.rand, args.rand_size, args.rand_offset});
 }
 
 template <class T>
@@ -270,11 +269,9 @@ void dequantize(const DequantizeBlockwise& args, Stream stream) {
   const bool aligned = is_aligned(args.a, kPackSize<T>) && is_aligned(args.out, 16) &&
                        log2_of(args.block_size) >= 0 && args.block_size >= kPackSize<T>;
   constexpr int64_t kTurn = kThreads * kPackSize<T> * 4;
-  dequantize_blockwise_kernel<T>
-      <<<grid(ceil_div(args.n, kTurn)), kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-          args.a, args.absmax, args.code, static_cast<T*>(args.out), args.n, args.block_size,
-          log2_of(args.block_size), aligned);
-  BNB_LAUNCH_CHECK("dequantize_blockwise_kernel");
+  launch("dequantize_blockwise_kernel", dequantize_blockwise_kernel<T>,
+         grid(ceil_div(args.n, kTurn)), kThreads, 0, stream, args.a, args.absmax, args.code,
+         static_cast<T*>(args.out), args.n, args.block_size, log2_of(args.block_size), aligned);
 }
 
 }  // namespace

@@ -181,6 +181,26 @@ def _(rule, params, grads, state1, state2, *rest) -> None:
     _check_step("optimizer_step_8bit", params, grads)
 
 
+def _preview(op: str, params: list[Tensor], grads: list[Tensor]) -> Tensor:
+    _check_step(op, params, grads)
+    return params[0].new_empty((2, len(params)), dtype=torch.float32)
+
+
+@register_fake("optimizer_preview_32bit")
+def _(rule, params, grads, state1, state2, *rest) -> Tensor:
+    return _preview("optimizer_preview_32bit", params, grads)
+
+
+@register_fake("optimizer_preview_8bit_blockwise")
+def _(rule, params, grads, state1, state2, *rest) -> Tensor:
+    return _preview("optimizer_preview_8bit_blockwise", params, grads)
+
+
+@register_fake("optimizer_preview_8bit")
+def _(rule, params, grads, state1, state2, *rest) -> Tensor:
+    return _preview("optimizer_preview_8bit", params, grads)
+
+
 @register_fake("percentile_clipping_step")
 def _(grads: list[Tensor], gnorm_vec: list[Tensor], step: Tensor, percentile: int) -> Tensor:
     op = "percentile_clipping_step"

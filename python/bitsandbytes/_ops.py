@@ -15,12 +15,17 @@ __all__ = ["SCHEMAS", "register_fake", "register_kernel"]
 NAMESPACE = "bitsandbytes"
 
 # What every optimizer op takes besides its lists: the number of steps taken, hyperparameters, and
-# the options of one call. `gnorm_scales` and `unorm` hold one number per parameter of the list.
+# the options of one call. `gnorm_scales`, `unorm` and `update_scales` hold one number per parameter
+# of the list.
 _HYPER = (
     "Tensor step, Tensor? lr_tensor, float lr, float beta1, float beta2, float beta3, float alpha, "
     "float eps, float weight_decay, float gnorm_scale, bool skip_zeros, "
-    "float t_alpha=0.0, float t_beta3=0.0, float max_unorm=0.0, int? rounding_seed=None, "
-    "Tensor? gnorm_scales=None, Tensor(z!)? unorm=None"
+    "float t_alpha=0.0, float t_beta3=0.0"
+)
+_PREVIEW = f"{_HYPER}, Tensor? gnorm_scales=None"
+_STEP = (
+    f"{_HYPER}, float max_unorm=0.0, int? rounding_seed=None, Tensor? gnorm_scales=None, "
+    "Tensor(z!)? unorm=None, Tensor? update_scales=None"
 )
 
 SCHEMAS = (
@@ -51,13 +56,23 @@ SCHEMAS = (
     "Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)",
     # Optimizers: one call for a whole list of parameters
     "optimizer_step_32bit(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "
-    f"Tensor(c!)[] state2, {_HYPER}) -> ()",
+    f"Tensor(c!)[] state2, {_STEP}) -> ()",
     "optimizer_step_8bit_blockwise(str rule, Tensor(a!)[] params, Tensor[] grads, "
     "Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, "
-    f"Tensor qmap1, Tensor? qmap2, {_HYPER}) -> ()",
+    f"Tensor qmap1, Tensor? qmap2, {_STEP}) -> ()",
     "optimizer_step_8bit(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "
     "Tensor(c!)[] state2, Tensor max1, Tensor? max2, Tensor(d!) new_max1, Tensor(e!)? new_max2, "
-    f"Tensor qmap1, Tensor? qmap2, {_HYPER}) -> ()",
+    f"Tensor qmap1, Tensor? qmap2, {_STEP}) -> ()",
+    # Sums of squares [2, count] of parameters and of their updates, which a step would bound. Parts
+    # of one tensor add theirs up and pass `update_scales` to the step instead of `max_unorm`.
+    "optimizer_preview_32bit(str rule, Tensor[] params, Tensor[] grads, Tensor[] state1, "
+    f"Tensor[] state2, {_PREVIEW}) -> Tensor",
+    "optimizer_preview_8bit_blockwise(str rule, Tensor[] params, Tensor[] grads, Tensor[] state1, "
+    "Tensor[] state2, Tensor[] absmax1, Tensor[] absmax2, Tensor qmap1, Tensor? qmap2, "
+    f"{_PREVIEW}) -> Tensor",
+    "optimizer_preview_8bit(str rule, Tensor[] params, Tensor[] grads, Tensor[] state1, "
+    "Tensor[] state2, Tensor max1, Tensor? max2, Tensor qmap1, Tensor? qmap2, "
+    f"{_PREVIEW}) -> Tensor",
     # Gradient norms [count], clip values [count], factors [count] of adaptive clipping
     "percentile_clipping_step(Tensor[] grads, Tensor(a!)[] gnorm_vec, Tensor step, int percentile) "
     "-> Tensor",

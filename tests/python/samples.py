@@ -211,6 +211,9 @@ def _(device):
     params, grads, tail = _step(device, torch.float32, False)
     state = [torch.rand(p.shape, device=device) for p in params]
     calls.append((("lars", params, grads, state, [], *tail), _options(device)))
+    scaled = {**_options(device), "max_unorm": 0.0, "update_scales": torch.rand(2, device=device)}
+    params, grads, tail = _step(device, torch.float32, False)
+    calls.append((("lars", params, grads, state, [], *tail), scaled))
     return calls
 
 
@@ -248,6 +251,33 @@ def _(device):
     codes, _ = _codes(params, 1, device)
     calls.append((("lion", params, grads, codes, [], *scales, qmaps[0], None, *tail), {}))
     return calls
+
+
+def _of_preview(calls, outputs=()):
+    """Calls of a step, without the arguments that only a step takes."""
+    kept = ("t_alpha", "t_beta3", "gnorm_scales")
+    return [
+        (
+            [value for i, value in enumerate(args) if i not in outputs],
+            {key: value for key, value in options.items() if key in kept},
+        )
+        for args, options in calls
+    ]
+
+
+@samples("optimizer_preview_32bit")
+def _(device):
+    return _of_preview(SAMPLES["optimizer_step_32bit"](device))
+
+
+@samples("optimizer_preview_8bit_blockwise")
+def _(device):
+    return _of_preview(SAMPLES["optimizer_step_8bit_blockwise"](device))
+
+
+@samples("optimizer_preview_8bit")
+def _(device):
+    return _of_preview(SAMPLES["optimizer_step_8bit"](device), outputs=(7, 8))
 
 
 @samples("percentile_clipping_step")

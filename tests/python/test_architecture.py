@@ -46,6 +46,7 @@ ALLOWED = {
     "csrc/gpu": (["bitsandbytes/", "gpu/"], []),
     "csrc/gpu/device": (["bitsandbytes/", "gpu/device/", "gpu/runtime/"], []),
     "csrc/gpu/runtime": (["bitsandbytes/", "gpu/runtime/"], ["cuda", "hip", "cub"]),
+    "csrc/gpu/runtime/emulated.cpp": (["gpu/runtime/"], ["ucontext.h"]),
     "csrc/ops": (["bitsandbytes/", "ops/"], []),
     "csrc/ops/torch_api.h": (["bitsandbytes/"], ["torch/"]),
     "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", *CPU_INTERFACE], []),

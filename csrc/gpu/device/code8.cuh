@@ -41,6 +41,16 @@ struct EncodeTables {
   }
 };
 
+// Level of code i of those packed in `words`.
+__device__ __forceinline__ float level_of(const float* levels,  // [256]
+                                          const uint32_t* words, int i) {
+  // The byte's offset into the table, taken out of the word in two instructions.
+  const int shift = 8 * (i % 4) - 2;
+  const uint32_t word = words[i / 4];
+  const uint32_t offset = (shift < 0 ? word << 2 : word >> shift) & 0x3fcu;
+  return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(levels) + offset);
+}
+
 // One code in shared memory.
 template <bool kKeepSign>
 struct Code8 {
@@ -70,11 +80,7 @@ struct Code8 {
 
   // Level of code i of those packed in `words`.
   __device__ __forceinline__ float level(const uint32_t* words, int i) const {
-    // The byte's offset into the table, taken out of the word in two instructions.
-    const int shift = 8 * (i % 4) - 2;
-    const uint32_t word = words[i / 4];
-    const uint32_t offset = (shift < 0 ? word << 2 : word >> shift) & 0x3fcu;
-    return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(levels) + offset);
+    return level_of(levels, words, i);
   }
 
   // Packs the codes of kCount elements of one quantization block into `words`.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import paged
+from ..plain.optimizer import bounded_scale
 from . import sharding
 
 __all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "holds_none", "learning_rate"]
@@ -90,8 +91,9 @@ class Bucket:
         self.qmap1 = first.get("qmap1")
         self.qmap2 = first.get("qmap2")
         self.steps = first["step"]
-        self.part = sharding.part_of(params[0])
+        self.split = sharding.split_of(params[0])
         self.sharded = any(map(sharding.is_dtensor, params))
+        self.flattened = any(map(sharding.is_flattened, params))
         self.device = params[0].device
         self.step_tensor = torch.full((), self.steps, dtype=torch.int64, device=self.device)
         self.captured = False
@@ -160,13 +162,15 @@ class Bucket:
         if config["percentile_clipping"] < 100:
             percentile = int(config["percentile_clipping"])
             # The norm of a norm is that norm.
-            whole = grads if self.part is None else sharding.gradient_norms(self.params, grads)
+            whole = grads if self.split is None else sharding.gradient_norms(self.split, grads)
             norms = ops.percentile_clipping_step(
                 whole, self.histories(), self.step_tensor, percentile
             )
             gnorm_scales = norms[2]
         lists = (rule, params, grads, self.state1, self.state2)
         options = self._options(config, gnorm_scales)
+        if config["max_unorm"] > 0.0 and self.split is not None:
+            options = self._bounded_as_wholes(lists, options)
         if not self.eight_bit:
             ops.optimizer_step_32bit(*lists, *options)
         elif self.absmax1:
@@ -188,16 +192,35 @@ class Bucket:
         paged.prefetch_pages(self._pages, self.device)
 
     def _step_tensor_wise(self, lists: tuple, options: tuple) -> None:
-        keys = ("1", "2") if self.state2 else ("1",)
-        old = [self.vector(f"max{k}") for k in keys]
-        new = [self.vector(f"new_max{k}") for k in keys]
-        pad = [None] * (2 - len(keys))
+        old, new = self._whole_scales("max"), self._whole_scales("new_max")
         torch.ops.bitsandbytes.optimizer_step_8bit(
-            *lists, *old, *pad, *new, *pad, self.qmap1, self.qmap2, *options
+            *lists, *old, *new, self.qmap1, self.qmap2, *options
         )
         # By value: a captured graph reads and writes the same addresses every time.
         for to, value in zip(old, new, strict=True):
-            to.copy_(value)
+            if to is not None:
+                to.copy_(value)
+
+    def _whole_scales(self, key: str) -> list[Tensor | None]:
+        return [self.vector(f"{key}1"), self.vector(f"{key}2") if self.state2 else None]
+
+    def _bounded_as_wholes(self, lists: tuple, options: tuple) -> tuple:
+        """Returns options with factors that bound whole tensors instead of their parts."""
+        *hyper, max_unorm, seed, gnorm_scales, unorm = options
+        ops, rest = torch.ops.bitsandbytes, (*hyper, gnorm_scales)
+        qmaps = (self.qmap1, self.qmap2)
+        if not self.eight_bit:
+            squares = ops.optimizer_preview_32bit(*lists, *rest)
+        elif self.absmax1:
+            scales = (self.absmax1, self.absmax2)
+            squares = ops.optimizer_preview_8bit_blockwise(*lists, *scales, *qmaps, *rest)
+        else:
+            scales = self._whole_scales("max")
+            squares = ops.optimizer_preview_8bit(*lists, *scales, *qmaps, *rest)
+        param_squares, update_squares = sharding.sum_of_parts(self.split, squares)
+        unorm.copy_(update_squares)
+        factors = bounded_scale(param_squares, update_squares, max_unorm)
+        return (*hyper, 0.0, seed, gnorm_scales, None, factors)
 
     def _options(self, config: dict[str, Any], gnorm_scales: Tensor | None) -> tuple:
         lr, lr_tensor = learning_rate(config["lr"], self.device)
@@ -206,7 +229,8 @@ class Bucket:
         seed = config["rounding_seed"]
         if seed is not None and self.params[0].dtype is torch.bfloat16:
             seed = _derived_seed(seed, *self.place)
-            for coordinate in self.part or ():  # replicas round alike, parts do not
+            # Replicas round alike, parts do not.
+            for coordinate in self.split.part() if self.split is not None else ():
                 seed = _derived_seed(seed, 0, coordinate)
         else:
             seed = None

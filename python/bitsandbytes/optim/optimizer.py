@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import paged
 from .._checks import warn_user
-from ..plain.optimizer import BLOCK
+from ..plain.states import BLOCK
 from ..quant.codes import default_code
 from . import sharding
 from .buckets import Bucket, all_are, holds_none
@@ -268,7 +268,8 @@ class Optimizer8bit(torch.optim.Optimizer):
             for bucket, grads in self._prepared_buckets()
         ]
         for bucket, config, _ in ready:
-            sharding.refuse_bounds(bucket.part, config)
+            if bucket.flattened:
+                sharding.refuse_bounds(config)
         for bucket, config, grads in ready:
             if self.is_paged:
                 bucket.prefetch()
@@ -325,8 +326,9 @@ class Optimizer8bit(torch.optim.Optimizer):
                 self._check_state(state, gindex, pindex)
                 override = self.mng.config_of(gindex, pindex, p)
                 if self.is_paged:
-                    held = (sharding.local(state[k]) for k in ("state1", "state2") if k in state)
-                    paged_bytes += sum(entry.nbytes for entry in held)
+                    # The same on every process, so that all exchange norms of the same lists.
+                    held = (state[k] for k in ("state1", "state2") if k in state)
+                    paged_bytes += sum(map(sharding.part_bytes, held))
                 key = (
                     paged_bytes // PAGED_RUN,
                     gindex,
@@ -338,7 +340,7 @@ class Optimizer8bit(torch.optim.Optimizer):
                     id(state.get("qmap1")),
                     id(state.get("qmap2")),
                     state["step"],
-                    sharding.part_of(p),
+                    sharding.split_of(p),
                 )
                 params, states = members.setdefault(key, ([], []))
                 params.append(p)
@@ -377,7 +379,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         override = self.mng.config_of(gindex, pindex, p)
         bucket = Bucket(group, override, (gindex, pindex), [p], [state])
         config = self._merge_config(group, override)
-        sharding.refuse_bounds(bucket.part, config)
+        if bucket.flattened:
+            sharding.refuse_bounds(config)
         bucket.step(self.optimizer_name, config, [p.grad])
         bucket.write_steps()
 

@@ -183,9 +183,9 @@ shapes = st.one_of(
     seed=st.integers(0, 2**16),
 )
 def test_any_shape_dtype_layout_and_value(
-    blockwise, device, shape, dtype, layout, blocksize, name, special, seed
+    blockwise, device, gpu_kernels, shape, dtype, layout, blocksize, name, special, seed
 ):
-    if device == "cuda" and blockwise is ops:
+    if gpu_kernels and blockwise is ops:
         blocksize = min(4096, max(32, 1 << blocksize.bit_length()))
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(shape, generator=generator) * 10.0 ** (seed % 7 - 3)
@@ -341,6 +341,7 @@ def test_small_shapes(device, shape):
     assert F.dequantize_blockwise(codes, state).shape == shape
 
 
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("blocksize", [1, 3, 100, 16384])
 def test_cpu_takes_any_blocksize(blocksize):
     a = torch.randn(1000)
