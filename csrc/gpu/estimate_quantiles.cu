@@ -221,8 +221,8 @@ struct Located {
   float* out;        // [kQuantiles]
 };
 
-// A block of threads per group: finds the bin of each of its quantiles. `before` is what was found
-// until now, `ranks` what to begin with in the first pass.
+// A block of at most kThreads per group: finds the bin of each of its quantiles. `before` is what
+// was found until now, `ranks` what to begin with in the first pass.
 template <class T, bool kFirst>
 __global__ void __launch_bounds__(kThreads)
     locate_kernel(const Count* __restrict__ counts,  // [groups, 2^bits]
@@ -246,14 +246,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   // Each thread has a run of bins, and needs the number of elements before it.
-  const int run = max(bins / kThreads, 1);
+  const int threads = static_cast<int>(blockDim.x);
+  const int run = max(bins / threads, 1);
   const int first = thread * run;
   const int last = min(first + run, bins);
   uint64_t sum = 0;
   for (int bin = first; bin < last; ++bin) sum += counts[row + bin];
   sums[thread] = sum;
   __syncthreads();
-  for (int distance = 1; distance < kThreads; distance *= 2) {
+  for (int distance = 1; distance < threads; distance *= 2) {
     const uint64_t other = thread >= distance ? sums[thread - distance] : 0;
     __syncthreads();
     sums[thread] += other;
@@ -357,8 +358,8 @@ void estimate(const EstimateQuantiles& args, void* workspace, Stream stream) {
   launch("count_second_kernel", count_second_kernel<T>,
          w.second_bits > 6 ? grid(args.n, kPackSize<T>, 1) : two_blocks, kThreads, bytes, stream, a,
          args.n, aligned, w);
-  launch("locate_kernel", locate_kernel<T, false>, kQuantiles, kThreads, 0, stream, w.second_counts,
-         w.second_bits, ranks, w.found,
+  launch("locate_kernel", locate_kernel<T, false>, kQuantiles, kQuantiles, 0, stream,
+         w.second_counts, w.second_bits, ranks, w.found,
          two_passes ? Located{nullptr, nullptr, args.out}
                     : Located{w.found + 1, w.second_groups, nullptr});
   if (two_passes) return;
@@ -366,7 +367,7 @@ void estimate(const EstimateQuantiles& args, void* workspace, Stream stream) {
   if constexpr (sizeof(T) == 4) {
     launch("count_third_kernel", count_third_kernel, two_blocks, kThreads, 0, stream, a, args.n,
            aligned, w);
-    launch("locate_kernel", locate_kernel<T, false>, kQuantiles, kThreads, 0, stream,
+    launch("locate_kernel", locate_kernel<T, false>, kQuantiles, kQuantiles, 0, stream,
            w.third_counts, w.third_bits, ranks, w.found + 1, Located{nullptr, nullptr, args.out});
   }
 }
