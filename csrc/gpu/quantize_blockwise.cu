@@ -18,6 +18,65 @@ constexpr int kTile = 4096;  // elements per turn of a block of threads: the lar
 // Blocks of threads per multiprocessor in flight; enough to cover memory latency.
 constexpr int kResident = 8;
 
+// Puts the levels of a table that is not ascending in order, and gives the codes of the ordered
+// table those that the caller knows.
+struct LevelOrder {
+  uint8_t codes[kCodeLevels];
+
+  // Returns whether it had to, the same for the whole block. Called by all of its threads, which
+  // must be synchronised before and after.
+  __device__ bool sort(float* levels) {  // [256], in shared memory
+    static_assert(kThreads == kCodeLevels);
+    const int mine = static_cast<int>(threadIdx.x);
+    const float level = levels[mine];
+    if (block_all(mine == 0 || !level_before(level, levels[mine - 1]))) return false;
+    int rank = 0;
+    for (int i = 0; i < kCodeLevels; ++i) {
+      const bool before = level_before(levels[i], level);
+      const bool after = level_before(level, levels[i]);
+      rank += static_cast<int>(before || (!after && i < mine));
+    }
+    __syncthreads();
+    levels[rank] = level;
+    codes[rank] = static_cast<uint8_t>(mine);
+    return true;
+  }
+  template <class W>
+  __device__ __forceinline__ void restore(W& packed) const {
+#pragma unroll
+    for (uint32_t& word : packed.words) {
+      word = codes[word & 0xffu] | codes[(word >> 8) & 0xffu] << 8 |
+             codes[(word >> 16) & 0xffu] << 16 | static_cast<uint32_t>(codes[word >> 24]) << 24;
+    }
+  }
+};
+
+// Random numbers of stochastic rounding: element i takes number (i + offset) mod size.
+struct RandomNumbers {
+  const float* values;  // [size]
+  int64_t size;
+  int64_t offset;
+
+  // Moves codes of the nearest levels of kCount elements from i on to the levels on the other side,
+  // by chance.
+  template <int kCount>
+  __device__ __forceinline__ void round(const float* levels, const float (&x)[kCount],
+                                        float inverse, int64_t i,
+                                        Words<uint8_t, kCount>& codes) const {
+    const auto level = [levels](int k) { return levels[k]; };
+    int64_t next = (i + offset) % size;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int shift = 8 * (j % 4);
+      uint32_t& word = codes.words[j / 4];
+      const int nearest = static_cast<int>((word >> shift) & 0xffu);
+      const int code = round_stochastic(level, nearest, __fmul_rn(x[j], inverse), values[next]);
+      word += static_cast<uint32_t>(code - nearest) << shift;  // stays within its byte
+      next = next + 1 == size ? 0 : next + 1;
+    }
+  }
+};
+
 // A tile is kSlices slices; in a slice each thread holds one 16-byte pack, threads in order:
 //
 //     slice 0: [thread 0 pack][thread 1 pack] ... [thread 255 pack]
@@ -25,13 +84,13 @@ constexpr int kResident = 8;
 //
 // A quantization block is then a run of lanes, of warps, or of whole slices, and its maximum is
 // reduced by shuffles, through shared memory, or over both.
-template <class T>
+template <class T, bool kStochastic>
 __global__ void __launch_bounds__(kThreads)
     quantize_blockwise_kernel(const T* __restrict__ a,         // [n]
                               const float* __restrict__ code,  // [256]
                               uint8_t* __restrict__ out,       // [n]
-                              float* __restrict__ absmax,      // [ceil(n / block_size)]
-                              int64_t n, int log2_block, bool aligned) {
+                              float* __restrict__ absmax,      // [ceil(n / block_size)] or null
+                              int64_t n, int log2_block, bool aligned, RandomNumbers random) {
   constexpr int kPack = kPackSize<T>;
   constexpr int kSlice = kThreads * kPack;
   constexpr int kSlices = kTile / kSlice;
@@ -39,7 +98,12 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Code8<false> levels;
   __shared__ EncodeTables<false> tables;
   __shared__ uint32_t warp_most[2][kSlices][kWarps];
+  __shared__ LevelOrder order;
   levels.fill(code, tables);
+  // The dynamic maps' own encode knows numbers up to 1 only.
+  if (absmax == nullptr && threadIdx.x == 0) levels.kind = CodeKind::kTable;
+  __syncthreads();
+  const bool reordered = levels.kind == CodeKind::kTable && order.sort(levels.levels);
   __syncthreads();
 
   const int block_size = 1 << log2_block;
@@ -113,10 +177,12 @@ __global__ void __launch_bounds__(kThreads)
     for (int v = 0; v < kSlices; ++v) {
       const int64_t i = base + v * kSlice;
       if (i >= n) break;
-      const float scale = absmax_from_bits(most[v]);
-      if ((i & (block_size - 1)) == 0) absmax[i >> log2_block] = scale;
+      const float scale = absmax != nullptr ? absmax_from_bits(most[v]) : 1.0f;
+      if (absmax != nullptr && (i & (block_size - 1)) == 0) absmax[i >> log2_block] = scale;
       Words<uint8_t, kPack> codes;
       levels.encode(tables, x[v], scale, codes.words);
+      if constexpr (kStochastic) random.round(levels.levels, x[v], __frcp_rn(scale), i, codes);
+      if (reordered) order.restore(codes);
       if (aligned && n - i >= kPack) {
         store_aligned(out + i, codes);
       } else {
@@ -190,9 +256,12 @@ int log2_of(int64_t block_size) {
 template <class T>
 void quantize(const QuantizeBlockwise& args, Stream stream) {
   const bool aligned = is_aligned(args.a, 16) && is_aligned(args.out, kPackSize<T>);
-  launch("quantize_blockwise_kernel", quantize_blockwise_kernel<T>, grid(ceil_div(args.n, kTile)),
-         kThreads, 0, stream, static_cast<const T*>(args.a), args.code, args.out, args.absmax,
-         args.n, log2_of(args.block_size), aligned);
+  const auto kernel = args.rand != nullptr ? quantize_blockwise_kernel<T, true>
+                                           : quantize_blockwise_kernel<T, false>;
+  launch("quantize_blockwise_kernel", kernel, grid(ceil_div(args.n, kTile)), kThreads, 0, stream,
+         static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,
+         log2_of(args.block_size), aligned,
+         RandomNumbers{args.rand, args.rand_size, args.rand_offset});
 }
 
 template <class T>

@@ -28,6 +28,13 @@ struct GpuBackend {
   static void dequantize_blockwise(const DequantizeBlockwise& args, const Scope& scope) {
     gpu::dequantize_blockwise(args, scope.stream());
   }
+  static int64_t quantile_workspace_bytes(DType dtype) {
+    return gpu::quantile_workspace_bytes(dtype);
+  }
+  static void estimate_quantiles(const EstimateQuantiles& args, void* workspace,
+                                 const Scope& scope) {
+    gpu::estimate_quantiles(args, workspace, scope.stream());
+  }
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope& scope) {
     gpu::int8_vectorwise_quant(args, scope.stream());
   }

@@ -4,6 +4,7 @@
 
 #include "ops/int8.h"
 #include "ops/optimizer.h"
+#include "ops/quantiles.h"
 #include "ops/quantize.h"
 #include "ops/step_plan.h"
 
@@ -15,6 +16,9 @@ void register_ops(Library& m) {
   m.impl("quantize_blockwise.out", TORCH_BOX(&quantize_blockwise_out<Backend>));
   m.impl("dequantize_blockwise", TORCH_BOX(&dequantize_blockwise<Backend>));
   m.impl("dequantize_blockwise.out", TORCH_BOX(&dequantize_blockwise_out<Backend>));
+  m.impl("quantize_blockwise_stochastic", TORCH_BOX(&quantize_blockwise_stochastic<Backend>));
+  m.impl("quantize_no_absmax", TORCH_BOX(&quantize_no_absmax<Backend>));
+  m.impl("estimate_quantiles", TORCH_BOX(&estimate_quantiles<Backend>));
   m.impl("int8_vectorwise_quant", TORCH_BOX(&int8_vectorwise_quant<Backend>));
   m.impl("int8_linear_matmul", TORCH_BOX(&int8_linear_matmul<Backend>));
   m.impl("int8_linear_matmul.out", TORCH_BOX(&int8_linear_matmul_out<Backend>));

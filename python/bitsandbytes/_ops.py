@@ -37,6 +37,12 @@ SCHEMAS = (
     "-> Tensor",
     "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, "
     "ScalarType dtype, Tensor(a!) out) -> ()",
+    # Codes of levels that are not the nearest: `rand` decides, read from `offset` on
+    "quantize_blockwise_stochastic(Tensor A, Tensor code, int blocksize, Tensor rand, int offset) "
+    "-> (Tensor, Tensor)",
+    # 8-bit quantization without blocks
+    "quantize_no_absmax(Tensor A, Tensor code) -> Tensor",
+    "estimate_quantiles(Tensor A, float offset) -> Tensor",
     # LLM.int8()
     "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
     "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",

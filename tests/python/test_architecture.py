@@ -35,6 +35,9 @@ def code_of(path):
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
 
 
+# What ops may know of the CPU kernels.
+CPU_INTERFACE = ["cpu/bounds.h", "cpu/dispatch.h", "cpu/quantiles.h", "cpu/quantize.h"]
+
 # Folder -> what its files may include with quotes, and with brackets besides the C++ library.
 ALLOWED = {
     "include": (["bitsandbytes/"], []),
@@ -46,7 +49,7 @@ ALLOWED = {
     "csrc/gpu/runtime/emulated.cpp": (["gpu/runtime/"], ["ucontext.h"]),
     "csrc/ops": (["bitsandbytes/", "ops/"], []),
     "csrc/ops/torch_api.h": (["bitsandbytes/"], ["torch/"]),
-    "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", "cpu/bounds.h", "cpu/dispatch.h"], []),
+    "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", *CPU_INTERFACE], []),
     "csrc/ops/gpu.cpp": (["bitsandbytes/", "ops/", "gpu/runtime/"], []),
     "csrc/bindings": (
         ["bitsandbytes/", "bindings/", "cpu/dispatch.h"],

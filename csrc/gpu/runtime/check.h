@@ -44,6 +44,15 @@ inline int multiprocessors() {
   return count;
 }
 
+// Shared memory that a block of threads may have on the current device, if its kernel asks for it.
+inline int most_shared_bytes() {
+  int device = 0;
+  int bytes = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 // What a kernel takes of shared memory beside its static part.
 struct SharedNeeds {
   int group;        // threads ...
@@ -65,15 +74,13 @@ inline LaunchShape shape_for(const void* kernel, int most_threads, int resident,
   constexpr int kReserved = 1024;  // of every block, by the system
   constexpr int kFewEntries = 32;
   int device = 0;
-  int limit = 0;
   int of_multiprocessor = 0;
   cudaFuncAttributes attributes{};
   BNB_GPU_CHECK(cudaGetDevice(&device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&of_multiprocessor,
                                        cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   BNB_GPU_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  limit -= static_cast<int>(attributes.sharedSizeBytes);
+  const int limit = most_shared_bytes() - static_cast<int>(attributes.sharedSizeBytes);
   const int share =
       of_multiprocessor / resident - kReserved - static_cast<int>(attributes.sharedSizeBytes);
   const int few = std::min(kFewEntries, needs.entries);

@@ -8,7 +8,7 @@ from torch import Tensor
 from .._checks import FLOATS, check, check_device, check_dtype, check_numel
 from .._ops import register_kernel
 
-__all__ = ["code_thresholds", "dequantize_blocks", "quantize_blocks"]
+__all__ = ["code_thresholds", "dequantize_blocks", "encode", "full_code", "quantize_blocks"]
 
 LEVELS = 256
 
@@ -34,10 +34,55 @@ def _search(thresholds: Tensor, x: Tensor) -> Tensor:
     return codes
 
 
+def full_code(code: Tensor) -> Tensor:
+    """Returns a flat code of 256 levels: a shorter one ends in NaN, which no number is near to."""
+    code = code.reshape(-1)
+    return torch.nn.functional.pad(code, (0, LEVELS - code.numel()), value=torch.nan)
+
+
+def encode(values: Tensor, code: Tensor, rand: Tensor | None = None, offset: int = 0) -> Tensor:
+    """Encodes a flat float32 tensor as it is.
+
+    Args:
+        values: float32 ``[n]``.
+        code: float32 ``[256]``, in any order.
+        rand: float32 ``[m]`` in [0, 1) for stochastic rounding; element i takes number
+            ``(i + offset) % m``.
+        offset: See `rand`.
+
+    Returns:
+        uint8 codes ``[n]`` of the nearest levels, or of one of the two that a value lies between.
+    """
+    levels, codes = torch.sort(code, stable=True)  # NaN last
+    found = _search(code_thresholds(levels), values)
+    if rand is not None:
+        where = (torch.arange(values.numel(), device=values.device) + offset) % rand.numel()
+        found = _round_stochastic(levels, found, values, rand[where])
+    return codes.to(torch.uint8)[found]
+
+
+def _round_stochastic(levels: Tensor, found: Tensor, x: Tensor, r: Tensor) -> Tensor:
+    nearest = levels[found]
+    upper = levels[(found + 1).clamp(max=LEVELS - 1)]
+    lower = levels[(found - 1).clamp(min=0)]
+    up = (x > nearest) & (found < LEVELS - 1) & (r >= (upper - x) / (upper - nearest))
+    down = (x < nearest) & (found > 0) & (r >= (x - lower) / (nearest - lower))
+    return found + up.long() - down.long()
+
+
+def _scale(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Returns ``values * (1 / absmax)`` float32 ``[n]`` and absmax ``[ceil(n / blocksize)]``."""
+    n = values.numel()
+    blocks = -(-n // blocksize)
+    padded = torch.nn.functional.pad(values, (0, blocks * blocksize - n)).view(blocks, blocksize)
+    absmax = padded.abs().amax(dim=1) if n else padded.new_empty(0)
+    return (padded * (1.0 / absmax)[:, None]).reshape(-1)[:n], absmax
+
+
 def quantize_blocks(
     values: Tensor, code: Tensor, blocksize: int, keep_sign: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes a flat float32 tensor.
+    """Quantizes a flat float32 tensor with an ascending code.
 
     Args:
         values: float32 ``[n]``.
@@ -48,11 +93,7 @@ def quantize_blocks(
     Returns:
         uint8 codes ``[n]`` and float32 absmax ``[ceil(n / blocksize)]``.
     """
-    n = values.numel()
-    blocks = -(-n // blocksize)
-    padded = torch.nn.functional.pad(values, (0, blocks * blocksize - n)).view(blocks, blocksize)
-    absmax = padded.abs().amax(dim=1) if n else padded.new_empty(0)
-    scaled = (padded * (1.0 / absmax)[:, None]).reshape(-1)[:n]
+    scaled, absmax = _scale(values, blocksize)
     codes = _search(code_thresholds(code), scaled)
     if keep_sign:
         lost = scaled.signbit() & ~code[codes].signbit() & (codes > 0)
@@ -66,23 +107,45 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: in
     return code[codes.long()] * scales
 
 
-def _check_common(op: str, A: Tensor, code: Tensor, blocksize: int) -> None:
-    check(blocksize > 0, op, "blocksize", "positive", blocksize)
+def _check_code(op: str, A: Tensor, code: Tensor) -> None:
     check_dtype(op, "code", code, torch.float32)
-    check_numel(op, "code", code, LEVELS, "levels")
+    check(1 <= code.numel() <= LEVELS, op, "code", f"of 1 to {LEVELS} elements", code.numel())
     check_device(op, "code", code, "A", A)
 
 
-def _check_quantize(A: Tensor, code: Tensor, blocksize: int) -> None:
-    check_dtype("quantize_blockwise", "A", A, *FLOATS)
-    _check_common("quantize_blockwise", A, code, blocksize)
+def _check_quantize(op: str, A: Tensor, code: Tensor, blocksize: int) -> None:
+    check_dtype(op, "A", A, *FLOATS)
+    check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check_code(op, A, code)
 
 
 @register_kernel("quantize_blockwise", "default")
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    _check_quantize(A, code, blocksize)
-    codes, absmax = quantize_blocks(A.reshape(-1).float(), code.reshape(-1), blocksize)
-    return codes.view(A.shape), absmax
+    _check_quantize("quantize_blockwise", A, code, blocksize)
+    scaled, absmax = _scale(A.reshape(-1).float(), blocksize)
+    return encode(scaled, full_code(code)).view(A.shape), absmax
+
+
+@register_kernel("quantize_blockwise_stochastic", "default")
+def quantize_blockwise_stochastic(
+    A: Tensor, code: Tensor, blocksize: int, rand: Tensor, offset: int
+) -> tuple[Tensor, Tensor]:
+    op = "quantize_blockwise_stochastic"
+    _check_quantize(op, A, code, blocksize)
+    check_dtype(op, "rand", rand, torch.float32)
+    check(rand.numel() >= 1, op, "rand", "of at least one element", rand.numel())
+    check_device(op, "rand", rand, "A", A)
+    expected = f"0 to {rand.numel() - 1} for a rand of {rand.numel()} elements"
+    check(0 <= offset < rand.numel(), op, "offset", expected, offset)
+    scaled, absmax = _scale(A.reshape(-1).float(), blocksize)
+    return encode(scaled, full_code(code), rand.reshape(-1), offset).view(A.shape), absmax
+
+
+@register_kernel("quantize_no_absmax", "default")
+def quantize_no_absmax(A: Tensor, code: Tensor) -> Tensor:
+    check_dtype("quantize_no_absmax", "A", A, *FLOATS)
+    _check_code("quantize_no_absmax", A, code)
+    return encode(A.reshape(-1).float(), full_code(code)).view(A.shape)
 
 
 @register_kernel("quantize_blockwise.out", "default")
@@ -90,14 +153,14 @@ def quantize_blockwise_out(
     A: Tensor, code: Tensor, blocksize: int, *, out: Tensor, absmax: Tensor
 ) -> None:
     op = "quantize_blockwise"
-    _check_quantize(A, code, blocksize)
+    _check_quantize(op, A, code, blocksize)
     check_dtype(op, "out", out, torch.uint8)
     check_numel(op, "out", out, A.numel(), "as A")
     check_device(op, "out", out, "A", A)
     check_dtype(op, "absmax", absmax, torch.float32)
     check_numel(op, "absmax", absmax, -(-A.numel() // blocksize), "one per block")
     check_device(op, "absmax", absmax, "A", A)
-    codes, scales = quantize_blocks(A.reshape(-1).float(), code.reshape(-1), blocksize)
+    codes, scales = quantize_blockwise(A, code, blocksize)
     out.copy_(codes.view(out.shape))
     absmax.copy_(scales.view(absmax.shape))
 
@@ -107,7 +170,8 @@ def _check_dequantize(
 ) -> None:
     op = "dequantize_blockwise"
     check_dtype(op, "A", A, torch.uint8)
-    _check_common(op, A, code, blocksize)
+    check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check_code(op, A, code)
     check_dtype(op, "absmax", absmax, torch.float32)
     check_numel(op, "absmax", absmax, -(-A.numel() // blocksize), "one per block")
     check_device(op, "absmax", absmax, "A", A)
@@ -119,7 +183,7 @@ def dequantize_blockwise(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
 ) -> Tensor:
     _check_dequantize(A, absmax, code, blocksize, dtype)
-    values = dequantize_blocks(A.reshape(-1), absmax.reshape(-1), code.reshape(-1), blocksize)
+    values = dequantize_blocks(A.reshape(-1), absmax.reshape(-1), full_code(code), blocksize)
     return values.view(A.shape).to(dtype)
 
 
@@ -132,5 +196,5 @@ def dequantize_blockwise_out(
     check_dtype(op, "out", out, dtype)
     check_numel(op, "out", out, A.numel(), "as A")
     check_device(op, "out", out, "A", A)
-    values = dequantize_blocks(A.reshape(-1), absmax.reshape(-1), code.reshape(-1), blocksize)
+    values = dequantize_blocks(A.reshape(-1), absmax.reshape(-1), full_code(code), blocksize)
     out.copy_(values.view(out.shape))
