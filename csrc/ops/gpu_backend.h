@@ -34,6 +34,13 @@ struct GpuBackend {
   static void dequantize_4bit(const Dequantize4bit& args, const Scope& scope) {
     gpu::dequantize_4bit(args, scope.stream());
   }
+  static int64_t quantile_workspace_bytes(DType dtype) {
+    return gpu::quantile_workspace_bytes(dtype);
+  }
+  static void estimate_quantiles(const EstimateQuantiles& args, void* workspace,
+                                 const Scope& scope) {
+    gpu::estimate_quantiles(args, workspace, scope.stream());
+  }
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope& scope) {
     gpu::int8_vectorwise_quant(args, scope.stream());
   }

@@ -59,6 +59,30 @@ def _(
     _check(out.numel() == A.numel(), op, "out", "as large as A", out.shape)
 
 
+@register_fake("quantize_blockwise_stochastic")
+def _(A: Tensor, code: Tensor, blocksize: int, rand: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    op = "quantize_blockwise_stochastic"
+    _check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    _check(rand.dtype == torch.float32, op, "rand", "float32", rand.dtype)
+    absmax = A.new_empty((_blocks(A.numel(), blocksize),), dtype=torch.float32)
+    return A.new_empty(A.shape, dtype=torch.uint8), absmax
+
+
+@register_fake("quantize_no_absmax")
+def _(A: Tensor, code: Tensor) -> Tensor:
+    op = "quantize_no_absmax"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    return A.new_empty(A.shape, dtype=torch.uint8)
+
+
+@register_fake("estimate_quantiles")
+def _(A: Tensor, offset: float) -> Tensor:
+    op = "estimate_quantiles"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    return A.new_empty((256,), dtype=torch.float32)
+
+
 @register_fake("dequantize_blockwise_nested")
 def _(
     A: Tensor,

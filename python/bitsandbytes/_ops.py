@@ -37,6 +37,12 @@ SCHEMAS = (
     "-> Tensor",
     "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, "
     "ScalarType dtype, Tensor(a!) out) -> ()",
+    # Codes of levels that are not the nearest: `rand` decides, read from `offset` on
+    "quantize_blockwise_stochastic(Tensor A, Tensor code, int blocksize, Tensor rand, int offset) "
+    "-> (Tensor, Tensor)",
+    # 8-bit quantization without blocks
+    "quantize_no_absmax(Tensor A, Tensor code) -> Tensor",
+    "estimate_quantiles(Tensor A, float offset) -> Tensor",
     # The same with quantized scales: absmax_code[absmax_8bit] * absmax + absmax_offset
     "dequantize_blockwise_nested(Tensor A, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax, "
     "Tensor absmax_offset, Tensor code, int blocksize, int nested_blocksize, ScalarType dtype) "
@@ -103,8 +109,15 @@ SCHEMAS = (
     "Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) -> ()",
 )
 
+# Gives a native library the tensors of a plan to hold (optim/plan.py). It computes nothing, exists
+# where there are native kernels only, and is never called where a tracer looks on.
+_PLAN_SCHEMA = (
+    "_optimizer_plan(str rule, Tensor[] params, Tensor[] state1, Tensor[] state2, "
+    "Tensor[] absmax1, Tensor[] absmax2, Tensor? qmap1, Tensor? qmap2, Tensor step) -> int"
+)
+
 _definitions = torch.library.Library(NAMESPACE, "DEF")
-for _schema in SCHEMAS:
+for _schema in (*SCHEMAS, _PLAN_SCHEMA):
     _definitions.define(_schema)
 
 

@@ -50,6 +50,33 @@ def _(device):
     return [((x, code, 64), {"out": out, "absmax": absmax})]
 
 
+@samples("quantize_blockwise_stochastic")
+def _(device):
+    x = torch.randn(3, 50, device=device)
+    rand = torch.rand(1024, device=device)
+    return [
+        (x, create_dynamic_map().to(device), 64, rand, 0),
+        (x.half().t(), torch.rand(17, device=device), 256, rand[:5], 4),
+        (x.bfloat16()[:0], create_dynamic_map().to(device), 64, rand, 1000),
+    ]
+
+
+@samples("quantize_no_absmax")
+def _(device):
+    x = torch.randn(3, 50, device=device)
+    return [
+        (x, create_dynamic_map().to(device)),
+        (x.half().t(), torch.rand(1, device=device)),
+        (x.bfloat16()[:0], create_dynamic_map().to(device)),
+    ]
+
+
+@samples("estimate_quantiles")
+def _(device):
+    x = torch.randn(30, 50, device=device)
+    return [(x, 1 / 512), (x.half().t(), 0.0), (x.bfloat16()[:, ::2], 0.5), (x[0, :1], 0.1)]
+
+
 def _quantized(device):
     codes = torch.randint(0, 256, (3, 50), dtype=torch.uint8, device=device)
     return codes, torch.rand(3, device=device), create_dynamic_map().to(device)

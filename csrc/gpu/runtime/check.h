@@ -45,11 +45,24 @@ inline int multiprocessors() {
   return count;
 }
 
-// Blocks of threads for kernels that walk over `tiles` tiles: no more than are in flight together,
-// which is enough of them to cover the latency of memory.
-inline int resident_grid(int64_t tiles) {
-  constexpr int64_t kPerMultiprocessor = 8;
-  return static_cast<int>(std::min(tiles, multiprocessors() * kPerMultiprocessor));
+// Blocks of threads for kernels that walk over `tiles` tiles: no more than are in flight together.
+// Eight on a multiprocessor are enough to cover the latency of memory.
+inline int resident_grid(int64_t tiles, int64_t on_multiprocessor = 8) {
+  return static_cast<int>(std::min(tiles, multiprocessors() * on_multiprocessor));
+}
+
+// Shared memory that a block of threads may have on the current device, if its kernel asks for it.
+inline int most_shared_bytes() {
+  int device = 0;
+  int bytes = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+// Lets a kernel have so much shared memory beside its static part.
+inline void allow_shared(const void* kernel, int bytes) {
+  BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
 // What a kernel takes of shared memory beside its static part.
@@ -73,15 +86,13 @@ inline LaunchShape shape_for(const void* kernel, int most_threads, int resident,
   constexpr int kReserved = 1024;  // of every block, by the system
   constexpr int kFewEntries = 32;
   int device = 0;
-  int limit = 0;
   int of_multiprocessor = 0;
   cudaFuncAttributes attributes{};
   BNB_GPU_CHECK(cudaGetDevice(&device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&of_multiprocessor,
                                        cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   BNB_GPU_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  limit -= static_cast<int>(attributes.sharedSizeBytes);
+  const int limit = most_shared_bytes() - static_cast<int>(attributes.sharedSizeBytes);
   const int share =
       of_multiprocessor / resident - kReserved - static_cast<int>(attributes.sharedSizeBytes);
   const int few = std::min(kFewEntries, needs.entries);
@@ -94,7 +105,7 @@ inline LaunchShape shape_for(const void* kernel, int most_threads, int resident,
   // Fewer entries rather than fewer blocks, but for devices on which even a few are too many.
   const int room = (share > bytes() ? std::min(share, limit) : limit) - shape.group_bytes;
   shape.entries = std::clamp(room / needs.entry_bytes, few, needs.entries);
-  BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes()));
+  allow_shared(kernel, bytes());
   return shape;
 }
 

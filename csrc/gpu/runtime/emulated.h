@@ -96,6 +96,12 @@ T atomicAdd(T* p, T value) {
   return std::exchange(*p, static_cast<T>(*p + value));
 }
 
+inline uint32_t atomicCAS(uint32_t* p, uint32_t expected, uint32_t value) {
+  const uint32_t before = *p;
+  if (before == expected) *p = value;
+  return before;
+}
+
 // ---- Runtime
 // -------------------------------------------------------------------------------------
 
@@ -127,3 +133,7 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* start, int value, size_t bytes, cudaStream_t) {
+  std::memset(start, value, bytes);
+  return cudaSuccess;
+}

@@ -30,6 +30,7 @@
 #define cudaErrorMemoryAllocation hipErrorOutOfMemory
 #define cudaFree hipFree
 #define cudaMallocManaged hipMallocManaged
+#define cudaMemsetAsync hipMemsetAsync
 #define cudaStreamCaptureMode hipStreamCaptureMode
 #define cudaStreamCaptureModeRelaxed hipStreamCaptureModeRelaxed
 #define cudaStreamCaptureStatus hipStreamCaptureStatus

@@ -292,7 +292,7 @@ def test_from_a_pair():
     absmax, code = torch.ones(2), F.create_dynamic_map()
     state = QuantState.from_list((absmax, code), 64)
     assert state.absmax is absmax and state.code is code
-    assert (state.blocksize, state.dtype, state.shape) == (64, torch.float32, None)
+    assert (state.blocksize, state.dtype, state.shape) == (64, None, None)
     assert QuantState.from_list((absmax, code)).blocksize == 4096
 
 
