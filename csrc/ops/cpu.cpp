@@ -5,6 +5,8 @@
 
 #include "cpu/bounds.h"
 #include "cpu/dispatch.h"
+#include "cpu/quantiles.h"
+#include "cpu/quantize.h"
 #include "ops/registration.h"
 
 namespace bnb::ops {
@@ -28,11 +30,9 @@ struct Cpu {
   static void check_quantize_block_size(const char*, int64_t) {}
 
   static void quantize_blockwise(const QuantizeBlockwise& args, const Scope&) {
-    const cpu::Code code = cpu::prepare_code(args.code);
-    const cpu::Kernels& kernels = cpu::kernels();
-    parallel(ceil_div(args.n, args.block_size), args.block_size, [&](int64_t first, int64_t last) {
-      kernels.quantize_blockwise(args, code, first, last);
-    });
+    const cpu::Quantizer quantizer(args);
+    parallel(ceil_div(args.n, args.block_size), args.block_size,
+             [&](int64_t first, int64_t last) { quantizer.run(first, last); });
   }
 
   static void dequantize_blockwise(const DequantizeBlockwise& args, const Scope&) {
@@ -53,6 +53,19 @@ struct Cpu {
     const cpu::Kernels& kernels = cpu::kernels();
     parallel(ceil_div(args.n, args.block_size), args.block_size,
              [&](int64_t first, int64_t last) { kernels.dequantize_4bit(args, first, last); });
+  }
+
+  static int64_t quantile_workspace_bytes(DType) { return 0; }
+
+  static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {
+    const int64_t threads = torch::stable::get_num_threads();
+    cpu::QuantileSearch search(args, std::clamp<int64_t>(args.n / kGrain, 1, threads));
+    for (int pass = 0; pass < search.passes(); ++pass) {
+      torch::stable::parallel_for(0, search.pieces(), 1, [&](int64_t first, int64_t last) {
+        for (int64_t piece = first; piece < last; ++piece) search.count(pass, piece);
+      });
+      search.locate(pass);
+    }
   }
 
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
@@ -160,3 +173,5 @@ struct Cpu {
 }  // namespace bnb::ops
 
 STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Cpu>(m); }
+
+BNB_EXPORT_STEP_PLANS(bnb::ops::Cpu)

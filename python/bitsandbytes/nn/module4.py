@@ -56,6 +56,12 @@ class Module4bit(nn.Module):
         state = getattr(weight, "quant_state", None)
         if state is None:
             state = self.quant_state
+            if state is not None and weight.dtype != self.quant_storage:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the packed weight must be {self.quant_storage}, got "
+                    f"{weight.dtype}: mixed precision has cast its bytes; use an integer "
+                    "quant_storage, or the dtype that parameters are cast to"
+                )
             if state is None or not are_codes_of(state, weight):
                 raise self._missing_state()
             if not torch.compiler.is_compiling():
@@ -231,6 +237,7 @@ class Module4bit(nn.Module):
             source._quantized(device)
             packed, state = source.data, source.quant_state
         if assign:
+            self.quant_storage = packed.dtype
             self.weight = Params4bit(packed.detach(), quant_storage=packed.dtype, module=self)
             self.weight._hold(state)
             return

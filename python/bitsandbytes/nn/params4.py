@@ -167,6 +167,8 @@ class Params4bit(nn.Parameter):
         self = cls(data.to(device), requires_grad, module=module)
         self._hold(state)
         self.quant_storage = data.dtype
+        if module is not None:
+            module.quant_storage = data.dtype
         return self
 
     def _hold(self, state: QuantState) -> None:

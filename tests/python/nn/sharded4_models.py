@@ -3,7 +3,9 @@
 
 import copy
 
+import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -23,9 +25,9 @@ def device_type():
 class Adapted(nn.Module):
     """A frozen 4-bit layer and a trained low-rank one."""
 
-    def __init__(self, storage, dtype):
+    def __init__(self, storage, dtype, nested):
         super().__init__()
-        self.base = LinearNF4(48, 48, bias=False, compute_dtype=dtype, quant_storage=storage)
+        self.base = LinearNF4(48, 48, False, dtype, nested, storage)
         self.a = nn.Linear(48, 4, bias=False)
         self.b = nn.Linear(4, 48, bias=False)
 
@@ -33,10 +35,10 @@ class Adapted(nn.Module):
         return self.base(x) + self.b(self.a(x))
 
 
-def model(storage=torch.uint8, dtype=torch.float32):
+def model(storage, dtype=torch.float32, nested=True):
     torch.manual_seed(1)
-    layers = nn.Sequential(Adapted(storage, dtype), nn.ReLU(), Adapted(storage, dtype))
-    return layers.to(device_type())
+    settings = (storage, dtype, nested)
+    return nn.Sequential(Adapted(*settings), nn.ReLU(), Adapted(*settings)).to(device_type())
 
 
 def shard(layers, **settings):
@@ -95,6 +97,14 @@ def run_mixed_precision(storage):
     torch.testing.assert_close(out, want)
 
 
+def run_bytes_that_are_cast():
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for storage in (torch.float16, torch.float32):
+        layers = shard(model(storage), mp_policy=policy)
+        with pytest.raises(RuntimeError, match="mixed precision"), torch.no_grad():
+            layers(inputs())
+
+
 def run_state_dict(storage, trained):
     alone = model(storage)
     before = copy.deepcopy(alone.state_dict())
@@ -116,26 +126,33 @@ def run_state_dict(storage, trained):
     return set(state)
 
 
-def run_loading(storage, how):
+def changed_model(storage, nested):
+    source = model(storage, nested=nested)
     torch.manual_seed(5)
-    source = model(storage)
     with torch.no_grad():
         for p in source.parameters():
             if p.requires_grad:
                 p.mul_(2)
-    other = nn.Linear(48, 48, bias=False)
-    source[0].base.load_state_dict({"weight": other.weight.detach().to(device_type()) * 3})
-    state = copy.deepcopy(source.state_dict())
-    layers = shard(model(storage))
-    if how == "parts":
-        donor = shard(model(storage))
-        full = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(donor, copy.deepcopy(state), options=full)
-        set_model_state_dict(layers, get_model_state_dict(donor))
-    elif how == "full":
-        set_model_state_dict(layers, state, options=StateDictOptions(full_state_dict=True))
+    weight = nn.Linear(48, 48).weight.detach() * 3
+    source[0].base.load_state_dict({"weight": weight.to(device_type())})
+    return source
+
+
+def run_loading(storage, how, folder):
+    # The text of nested scales has no fixed length, which torch.distributed.checkpoint needs.
+    nested = how != "files"
+    source, layers = changed_model(storage, nested), shard(model(storage, nested=nested))
+    full = StateDictOptions(full_state_dict=True)
+    if how == "full":
+        set_model_state_dict(layers, source.state_dict(), options=full)
+    else:
+        state = get_model_state_dict(shard(changed_model(storage, nested)))
+        if how == "files":
+            dcp.save({"model": state}, checkpoint_id=folder)
+            state = get_model_state_dict(layers)
+            dcp.load({"model": state}, checkpoint_id=folder)
+        set_model_state_dict(layers, state)
     torch.testing.assert_close(layers(inputs()), source(inputs()))
-    after = get_model_state_dict(layers, options=StateDictOptions(full_state_dict=True))
+    after = get_model_state_dict(layers, options=full)
     for key, value in source.state_dict().items():
-        if after:
-            assert equal_bytes(after[key], value), key
+        assert not after or equal_bytes(after[key], value), key

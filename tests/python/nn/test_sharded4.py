@@ -4,6 +4,7 @@
 import pytest
 import torch
 from sharded4_models import (
+    run_bytes_that_are_cast,
     run_loading,
     run_mixed_precision,
     run_state_dict,
@@ -24,13 +25,17 @@ def test_mixed_precision(pool, backend, storage):
     pool(2, backend, run_mixed_precision, storage)
 
 
+def test_bytes_that_are_cast_get_a_sentence(pool, backend):
+    pool(2, backend, run_bytes_that_are_cast)
+
+
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("storage", STORAGES)
 def test_whole_state_dict(pool, backend, storage, trained):
     pool(2, backend, run_state_dict, storage, trained)
 
 
-@pytest.mark.parametrize("how", ["full", "parts"])
+@pytest.mark.parametrize("how", ["full", "parts", "files"])
 @pytest.mark.parametrize("storage", STORAGES)
-def test_loading(pool, backend, storage, how):
-    pool(2, backend, run_loading, storage, how)
+def test_loading(pool, backend, storage, how, tmp_path):
+    pool(2, backend, run_loading, storage, how, str(tmp_path))
