@@ -56,9 +56,10 @@ class Module4bit(nn.Module):
         state = getattr(weight, "quant_state", None)
         if state is None:
             state = self.quant_state
-            if state is not None and weight.dtype != self.quant_storage:
+            storage = self.quant_storage
+            if state and weight.dtype != storage and are_codes_of(state, weight, storage):
                 raise RuntimeError(
-                    f"{type(self).__name__}: the packed weight must be {self.quant_storage}, got "
+                    f"{type(self).__name__}: the packed weight must be {storage}, got "
                     f"{weight.dtype}: mixed precision has cast its bytes; use an integer "
                     "quant_storage, or the dtype that parameters are cast to"
                 )

@@ -101,11 +101,14 @@ def is_state_entry(key: str, weight: str) -> bool:
     return key.startswith(weight + ".") and field in QuantState.valid_qs_keys
 
 
-def are_codes_of(state: QuantState, packed: Tensor) -> bool:
-    """Whether a tensor ``[elements, 1]`` has as many bytes as the weight of `state` takes."""
+def are_codes_of(state: QuantState, packed: Tensor, storage: torch.dtype | None = None) -> bool:
+    """Whether a tensor ``[elements, 1]`` has as many bytes as the weight of `state` takes.
+
+    With `storage`: whether it had, before its elements of that dtype were cast to another.
+    """
     if packed.dim() != 2 or packed.shape[1] != 1:
         return False
-    n, found = state.shape.numel(), packed.shape[0] * packed.dtype.itemsize
+    n, found = state.shape.numel(), packed.shape[0] * (storage or packed.dtype).itemsize
     # Some devices of the public package fill up the last block.
     return n <= found * 2 and found < -(-n // state.blocksize) * state.blocksize // 2 + 8
 
