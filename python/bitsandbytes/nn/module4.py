@@ -263,7 +263,7 @@ def _moved(fn, packed: Tensor) -> Tensor:
 
 def _applied(fn, weight: Params4bit) -> Params4bit:
     """Returns `weight` after `fn`, the same object wherever its memory can be exchanged."""
-    quantized = weight.bnb_quantized
+    quantized, was_meta = weight.bnb_quantized, weight.is_meta
     moved = _moved(fn, weight) if quantized else fn(weight)
     if moved is weight:
         return weight
@@ -272,7 +272,7 @@ def _applied(fn, weight: Params4bit) -> Params4bit:
         weight.data = moved.data
     else:
         weight = type(weight)(moved.data, weight.requires_grad, **weight._attributes())
-    if quantized and state is not None:
-        state = move_state(state, weight.device)  # Module.to_empty leaves it behind
+    if quantized and state is not None and (was_meta or not state.absmax.is_meta):
+        state = move_state(state, weight.device)
     weight.quant_state = state
     return weight

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..quant.four_bit import BLOCKSIZE, quantize_4bit
 from ..quant.state import QuantState
 from .params import device_of
-from .state4 import move_state, read_state
+from .state4 import are_codes_of, move_state, read_state
 
 if TYPE_CHECKING:
     from .module4 import Module4bit
@@ -34,6 +34,13 @@ def _from_state(name: str, field: str, nested: bool = False) -> property:
         return getattr(state, field)
 
     return property(get, doc=f"`{field}` of the quantization state.")
+
+
+def _are_numbers_of(state: QuantState | list, data: Tensor) -> bool:
+    """Whether `data` is a weight as it was before it was packed to the codes of `state`."""
+    if not isinstance(state, QuantState) or data.shape != state.shape:
+        return False
+    return data.is_floating_point() and not are_codes_of(state, data)
 
 
 class Params4bit(nn.Parameter):
@@ -94,6 +101,9 @@ class Params4bit(nn.Parameter):
         """Makes the parameter; `data` is neither copied nor quantized."""
         if data is None:
             data = torch.empty(0)
+        if bnb_quantized and quant_state is not None and _are_numbers_of(quant_state, data):
+            # Numbers with the attributes of the codes that they replace, as when merging adapters.
+            quant_state, bnb_quantized = None, False
         self = torch.Tensor._make_subclass(cls, data, requires_grad)
         self.blocksize = BLOCKSIZE if blocksize is None else blocksize
         self.compress_statistics = compress_statistics
@@ -188,7 +198,7 @@ class Params4bit(nn.Parameter):
 
         Returns:
             This parameter if it was quantized now or nothing changed, otherwise a new one. The
-            state is shared and moves in place, except to "meta".
+            state is shared and moves in place; to "meta" it does not move.
 
         Raises:
             RuntimeError: If a weight that requires a gradient would be quantized.
@@ -269,7 +279,8 @@ class Params4bit(nn.Parameter):
     def _moved(self, device: torch.device, non_blocking: bool) -> "Params4bit":
         packed = self.data.to(device, non_blocking=non_blocking)
         state = self.quant_state
-        if state is not None:
+        # Values go nowhere without a copy of theirs: offloaded codes come back, to the same state.
+        if state is not None and not packed.is_meta and not state.absmax.is_meta:
             state = move_state(state, packed.device)
         attributes = self._attributes() | {"quant_state": state, "module": None}
         return type(self)(packed, self.requires_grad, **attributes)

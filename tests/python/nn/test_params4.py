@@ -159,8 +159,10 @@ def test_meta(device):
         param.to("cpu")
     param = quantized(device)
     moved = param.to("meta")
-    assert moved.is_meta and moved.quant_state.absmax.is_meta and moved.bnb_quantized
+    assert moved.is_meta and moved.quant_state is param.quant_state and moved.bnb_quantized
     assert same(param.to("cpu"), quantized())  # nothing of it went away
+    back = Params4bit(param.data, **moved.__dict__).to(device)  # as offloading hooks do
+    assert same(back.to("cpu"), quantized())
 
 
 def test_what_cannot_be_quantized():
@@ -188,6 +190,15 @@ def test_quantizing_again_with_an_old_state(device):
     new = Params4bit((weight() * 2).to("cpu"), **attributes).to(device)
     assert same(new, Params4bit(weight() * 2, quant_type="nf4").to(device))
     assert set(new.__dict__) == ATTRIBUTES
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_numbers_with_the_attributes_of_codes_are_quantized(device, storage):
+    param = quantized(device, quant_type="nf4", quant_storage=storage)
+    new = Params4bit(weight() * 2, requires_grad=False, **param.__dict__)
+    assert not new.bnb_quantized and new.quant_state is None
+    want = Params4bit(weight() * 2, quant_type="nf4", quant_storage=storage).to(device)
+    assert same(new.to(device), want)
 
 
 def test_a_copy_from_attributes(device):
