@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on the CPU, each beside PyTorch's own part in the same run.
 
-python benchmarks/cpu.py [--out FILE] [--only optimizer,host,quantize]
+python benchmarks/cpu.py [--out FILE] [--only optimizer,host,quantize,quantize_4bit]
 """
 
 import argparse
@@ -88,16 +88,48 @@ def quantize(record: Record) -> None:
                 record.add(f"{verb}_blockwise/{name}", ms, copy_ms=copy, times_copy=copy / ms)
 
 
+def quantize_4bit(record: Record) -> None:
+    """4-bit quantization of 33 million numbers, against a copy of them."""
+    n = 2**25
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(n).to(dtype)
+        target = torch.empty_like(x)
+        copy_work = functools.partial(target.copy_, x)
+        for quant_type in ("nf4", "fp4"):
+            for nested in (False, True):
+                quantize = functools.partial(
+                    F.quantize_4bit, x, quant_type=quant_type, compress_statistics=nested
+                )
+                packed, state = quantize()
+                works = {
+                    "quantize": quantize,
+                    "dequantize": functools.partial(F.dequantize_4bit, packed, state),
+                    "dequantize(out=)": functools.partial(
+                        F.dequantize_4bit, packed, state, out=target
+                    ),
+                }
+                name = f"{str(dtype)[6:]}/{quant_type}{'/nested' if nested else ''}"
+                for verb, work in works.items():
+                    ms, copy = time_cpu(work, copy_work)
+                    record.add(f"{verb}_4bit/{name}", ms, copy_ms=copy, times_copy=copy / ms)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "cpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--only", default="optimizer,host,quantize")
+    parser.add_argument("--only", default="optimizer,host,quantize,quantize_4bit")
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record("cpu")
     for name in args.only.split(","):
-        {"optimizer": optimizer, "host": host, "quantize": quantize}[name](record)
+        parts = {
+            "optimizer": optimizer,
+            "host": host,
+            "quantize": quantize,
+            "quantize_4bit": quantize_4bit,
+        }
+        parts[name](record)
     record.write(args.out)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on one CUDA device, against its own copy bandwidth and PyTorch's fused optimizer.
 
-    python benchmarks/gpu.py [--out FILE] [--only optimizer,quantize]
+    python benchmarks/gpu.py [--out FILE] [--only optimizer,quantize,quantize_4bit]
 
 Every row names its floor: the bytes the work must move at least, over the measured bandwidth of a
 device-to-device copy (bytes read plus bytes written).
@@ -143,17 +143,46 @@ def quantize(record: Record, bandwidth: float) -> None:
     record.add("quantize_blockwise/4096x4096 bf16, one call", ms)
 
 
+def quantize_4bit(record: Record, bandwidth: float) -> None:
+    """4-bit quantization of a large tensor, and one small call."""
+    n = 2**28
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(n, device=DEVICE, dtype=dtype)
+        out = torch.empty_like(x)
+        for quant_type, blocksize in (("nf4", 64), ("fp4", 64), ("nf4", 32), ("nf4", 4096)):
+            for nested in (False, True):
+                packed, state = F.quantize_4bit(x, None, None, blocksize, nested, quant_type)
+                name = f"{str(dtype)[6:]}/{quant_type}/block{blocksize}"
+                scale = 1 + 4 / 256 if nested else 4
+                floor = (n * (x.element_size() + 0.5) + n / blocksize * scale) / bandwidth
+                if nested:
+                    name += "/nested"
+                else:
+                    ms = time_cuda(
+                        functools.partial(
+                            F.quantize_4bit, x, None, None, blocksize, False, quant_type
+                        )
+                    )
+                    record.add(f"quantize_4bit/{name}", ms, of_copy=floor / ms)
+                ms = time_cuda(functools.partial(F.dequantize_4bit, packed, state, out=out))
+                record.add(f"dequantize_4bit/{name}", ms, of_copy=floor / ms)
+    x = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+    ms = time_cuda(lambda: F.quantize_nf4(x), inner=50)
+    record.add("quantize_4bit/4096x4096 bf16 nf4, one call", ms)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "gpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--only", default="optimizer,quantize")
+    parser.add_argument("--only", default="optimizer,quantize,quantize_4bit")
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record("cuda")
     bandwidth = copy_bandwidth(record)
     for name in args.only.split(","):
-        {"optimizer": optimizer, "quantize": quantize}[name](record, bandwidth)
+        parts = {"optimizer": optimizer, "quantize": quantize, "quantize_4bit": quantize_4bit}
+        parts[name](record, bandwidth)
     record.write(args.out)
 
 

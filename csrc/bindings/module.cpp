@@ -11,6 +11,7 @@
 #include "bindings/object_lists.h"
 #include "bindings/step_plan.h"
 #include "bitsandbytes/code/dynamic8.h"
+#include "bitsandbytes/code/registry4.h"
 #include "bitsandbytes/optim/registry.h"
 #include "cpu/dispatch.h"
 
@@ -32,10 +33,12 @@ std::vector<float> code_table(const std::string& name) {
   const bnb::CodeTable* table = nullptr;
   if (name == "dynamic") table = &kSigned;
   if (name == "udynamic") table = &kUnsigned;
-  if (table == nullptr) {
-    throw py::value_error("code_table: name must be 'dynamic' or 'udynamic', got '" + name + "'");
+  if (table != nullptr) return {table->values, table->values + bnb::kCodeLevels};
+  for (const bnb::Code4Info& code : bnb::kCodes4) {
+    if (name == code.name) return {code.levels.values, code.levels.values + bnb::kCode4Levels};
   }
-  return {table->values, table->values + bnb::kCodeLevels};
+  throw py::value_error("code_table: name must be 'dynamic', 'udynamic', 'nf4' or 'fp4', got '" +
+                        name + "'");
 }
 
 std::map<std::string, int> optimizers() {
@@ -56,7 +59,7 @@ void set_cpu_isa(const std::string& name) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of bitsandbytes that is not a torch op.";
   m.def("build_info", &build_info, "What this build was made with and for.");
-  m.def("code_table", &code_table, py::arg("name"), "The 256 levels of a built-in 8-bit code.");
+  m.def("code_table", &code_table, py::arg("name"), "The levels of a built-in code, 256 or 16.");
   m.def("optimizers", &optimizers, "Update rules with their number of states.");
   m.def(
       "cpu_isa", [] { return std::string(bnb::cpu::kernels().isa); },

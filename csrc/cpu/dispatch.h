@@ -10,6 +10,7 @@
 #include "bitsandbytes/kernels/int8.h"
 #include "bitsandbytes/kernels/optimizer.h"
 #include "bitsandbytes/kernels/quantize.h"
+#include "bitsandbytes/kernels/quantize_4bit.h"
 
 namespace bnb::cpu {
 
@@ -29,6 +30,8 @@ struct Kernels {
                              int64_t last_block);
   void (*dequantize_blockwise)(const DequantizeBlockwise&, const Code&, int64_t first,
                                int64_t last);
+  void (*quantize_4bit)(const Quantize4bit&, int64_t first_block, int64_t last_block);
+  void (*dequantize_4bit)(const Dequantize4bit&, int64_t first_block, int64_t last_block);
   void (*int8_row_stats)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_quantize_rows)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_linear_matmul)(const Int8Matmul&, int64_t first_col, int64_t last_col);

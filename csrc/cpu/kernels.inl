@@ -10,6 +10,7 @@
 #include "cpu/isa/isa.h"
 #include "cpu/optimizer.inl"
 #include "cpu/quantize.inl"
+#include "cpu/quantize_4bit.inl"
 
 namespace bnb::cpu::BNB_ISA {
 namespace {
@@ -30,6 +31,19 @@ void by_dtype(DType dtype, const Body& body) {
       return body(Type<BFloat16>{});
     default:
       return body(Type<float>{});
+  }
+}
+
+template <class Body>
+void by_code4(Code4 code, const Body& body) {
+  switch (code) {
+#define BNB_CASE(code) \
+  case Code4::k##code: \
+    return body(Type<code>{});
+    BNB_CODES4(BNB_CASE)
+#undef BNB_CASE
+    case Code4::kCount:
+      return;
   }
 }
 
@@ -80,6 +94,24 @@ void dequantize_blockwise(const DequantizeBlockwise& args, const Code& code, int
   });
 }
 
+void quantize_4bit(const Quantize4bit& args, int64_t first_block, int64_t last_block) {
+  by_code4(args.code, [&](auto code) {
+    by_dtype(args.dtype, [&](auto type) {
+      quantize_blocks_4bit<typename decltype(code)::type, typename decltype(type)::type>(
+          args, first_block, last_block);
+    });
+  });
+}
+
+void dequantize_4bit(const Dequantize4bit& args, int64_t first_block, int64_t last_block) {
+  by_code4(args.code, [&](auto code) {
+    by_dtype(args.dtype, [&](auto type) {
+      dequantize_blocks_4bit<typename decltype(code)::type, typename decltype(type)::type>(
+          args, first_block, last_block);
+    });
+  });
+}
+
 void int8_row_stats(const Int8VectorwiseQuant& args, int64_t first_row, int64_t last_row) {
   by_dtype(args.dtype,
            [&](auto type) { row_stats<typename decltype(type)::type>(args, first_row, last_row); });
@@ -127,9 +159,9 @@ void gradient_squares(DType dtype, const GradientTensor& tensor, int64_t first_t
 #define BNB_QUOTE(x) BNB_QUOTE_(x)
 
 constexpr Kernels kTable = {
-    BNB_QUOTE(BNB_ISA), quantize_blockwise, dequantize_blockwise, int8_row_stats,
-    int8_quantize_rows, int8_linear_matmul, int8_mm_dequant,      optimizer_step,
-    optimizer_preview,  gradient_squares,
+    BNB_QUOTE(BNB_ISA), quantize_blockwise, dequantize_blockwise, quantize_4bit,
+    dequantize_4bit,    int8_row_stats,     int8_quantize_rows,   int8_linear_matmul,
+    int8_mm_dequant,    optimizer_step,     optimizer_preview,    gradient_squares,
 };
 
 #undef BNB_QUOTE

@@ -65,6 +65,12 @@ void quantize_blocks(const QuantizeBlockwise& args, const Code& code, int64_t fi
   }
 }
 
+BNB_HD float scale_of(const Scales& scales, int64_t block) {
+  if (!scales.nested()) return scales.absmax[block];
+  const float level = scales.code[scales.codes[block]];
+  return level * scales.absmax[block / scales.block_size] + *scales.offset;
+}
+
 template <class T>
 void dequantize_range(const DequantizeBlockwise& args, const Code& code, int64_t first,
                       int64_t last) {
@@ -76,7 +82,7 @@ void dequantize_range(const DequantizeBlockwise& args, const Code& code, int64_t
     const int64_t block = i / args.block_size;
     const int64_t block_end = (block + 1) * args.block_size;
     const int64_t end = block_end < last ? block_end : last;
-    const Float scale(args.absmax[block]);
+    const Float scale(scale_of(args.scales, block));
     for (; i < end; i += kRun) {
       const int64_t n = end - i < kRun ? end - i : kRun;
       decode(code, args.a + i, levels, n);

@@ -1,22 +1,15 @@
 // 8-bit blockwise quantization and its inverse, for any table of 256 levels.
 // SPDX-License-Identifier: MIT
-#include <algorithm>
-#include <bit>
-
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/quantize.h"
 #include "gpu/device/code8.cuh"
+#include "gpu/device/scales.cuh"
+#include "gpu/device/tile.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/check.h"
 
 namespace bnb::gpu {
 namespace {
-
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kTile = 4096;  // elements per turn of a block of threads: the largest block size
-// Blocks of threads per multiprocessor in flight; enough to cover memory latency.
-constexpr int kResident = 8;
 
 // Puts the levels of a table that is not ascending in order, and gives the codes of the ordered
 // table those that the caller knows.
@@ -26,7 +19,7 @@ struct LevelOrder {
   // Returns whether it had to, the same for the whole block. Called by all of its threads, which
   // must be synchronised before and after.
   __device__ bool sort(float* levels) {  // [256], in shared memory
-    static_assert(kThreads == kCodeLevels);
+    static_assert(kTileThreads == kCodeLevels);
     const int mine = static_cast<int>(threadIdx.x);
     const float level = levels[mine];
     if (block_all(mine == 0 || !level_before(level, levels[mine - 1]))) return false;
@@ -95,7 +88,7 @@ constexpr int kSlots = 2;
 constexpr int kWholeResident = 4;  // blocks of threads per multiprocessor
 
 template <class T>
-inline constexpr int kWholeTile = kThreads * kRows * kPackSize<T>;
+inline constexpr int kWholeTile = kTileThreads * kRows * kPackSize<T>;
 
 // Codes of a pack whose block is not regular, or of one that is; seldom called.
 template <class T>
@@ -156,7 +149,7 @@ __device__ __forceinline__ void quantize_whole_tiles(const T* __restrict__ a,
                                                      float* __restrict__ absmax, int64_t tiles,
                                                      int log2_block, const Code& code,
                                                      const OneEncodeTable& tables, char* slots,
-                                                     uint32_t (*warp_most)[kWarps]) {
+                                                     uint32_t (*warp_most)[kTileWarps]) {
   constexpr int kPack = kPackSize<T>;
   constexpr int kRow = kWarp * kPack;
   using Values = Words<T, kPack>;
@@ -164,7 +157,7 @@ __device__ __forceinline__ void quantize_whole_tiles(const T* __restrict__ a,
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t own = int64_t{warp} * kRows * kRow + lane * kPack;  // in a tile
   const auto place = [&](int slot, int v) {
-    return slots + (slot * kWarps + warp) * kRunBytes + (v * kWarp + lane) * 16;
+    return slots + (slot * kTileWarps + warp) * kRunBytes + (v * kWarp + lane) * 16;
   };
   const auto fetch = [&](int64_t tile, int slot) {
     if (tile < tiles) {
@@ -213,29 +206,20 @@ __device__ __forceinline__ void quantize_whole_tiles(const T* __restrict__ a,
 
 // ---- Any tile, any levels
 // -------------------------------------------------------------------------
-//
-// A tile is kSlices slices; in a slice each thread holds one 16-byte pack, threads in order:
-//
-//     slice 0: [thread 0 pack][thread 1 pack] ... [thread 255 pack]
-//     slice 1: ...
-//
-// A quantization block is then a run of lanes, of warps, or of whole slices, and its maximum is
-// reduced by shuffles, through shared memory, or over both.
 template <class T, bool kStochastic>
-__global__ void BNB_LAUNCH_BOUNDS(kThreads, kWholeResident)
+__global__ void BNB_LAUNCH_BOUNDS(kTileThreads, kWholeResident)
     quantize_blockwise_kernel(const T* __restrict__ a,         // [n]
                               const float* __restrict__ code,  // [256]
                               uint8_t* __restrict__ out,       // [n]
                               float* __restrict__ absmax,      // [ceil(n / block_size)] or null
                               int64_t n, int log2_block, bool aligned, RandomNumbers random) {
-  constexpr int kPack = kPackSize<T>;
-  constexpr int kSlice = kThreads * kPack;
-  constexpr int kSlices = kTile / kSlice;
+  using Elements = Tile<T>;
+  constexpr int kPack = Elements::kPack;
 
   BNB_DYNAMIC_SHARED(slots);
   __shared__ Code levels;
   __shared__ OneEncodeTable tables;
-  __shared__ uint32_t warp_most[2][kSlices][kWarps];
+  __shared__ typename Elements::Exchange exchange;
   __shared__ LevelOrder order;
   levels.fill(code, tables);
   // The dynamic maps' own encode knows numbers up to 1 only.
@@ -246,8 +230,8 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kWholeResident)
 
   int64_t done = 0;  // elements
   if (!kStochastic && aligned && levels.kind != CodeKind::kTable) {
-    static_assert(kSlots <= 2 && kWholeTile<T> % kTile == 0);
-    __shared__ uint32_t run_most[kSlots][kWarps];
+    static_assert(kSlots <= 2 && kWholeTile<T> % kTileElements == 0);
+    __shared__ uint32_t run_most[kSlots][kTileWarps];
     const int64_t tiles = n / kWholeTile<T>;
     if (levels.kind == CodeKind::kSignedDynamic8) {
       quantize_whole_tiles<true>(a, out, absmax, tiles, log2_block, levels, tables, slots,
@@ -260,81 +244,22 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kWholeResident)
   }
 
   const int block_size = 1 << log2_block;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   int buffer = 0;
-  for (int64_t tile = done / kTile + blockIdx.x; tile * kTile < n; tile += gridDim.x) {
-    const int64_t base = tile * kTile + static_cast<int64_t>(threadIdx.x) * kPack;
-    Words<T, kPack> words[kSlices];
-    if (aligned && (tile + 1) * kTile <= n) {
+  for (int64_t tile = done / kTileElements + blockIdx.x; tile * kTileElements < n;
+       tile += gridDim.x) {
+    Elements elements;
+    elements.load(a, n, tile, aligned);
+    elements.reduce(block_size, exchange, buffer);
 #pragma unroll
-      for (int v = 0; v < kSlices; ++v) {
-        words[v] = load_aligned<Words<T, kPack>>(a + base + v * kSlice);
-      }
-    } else {
-#pragma unroll
-      for (int v = 0; v < kSlices; ++v) {
-        const int64_t i = base + v * kSlice;
-        words[v] = load_words<T, kPack>(a + i, n - i);
-      }
-    }
-    float x[kSlices][kPack];
-    uint32_t most[kSlices];
-#pragma unroll
-    for (int v = 0; v < kSlices; ++v) {
-      float largest = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        x[v][j] = words[v].get(j);
-        largest = absmax_step(largest, x[v][j]);
-      }
-      most[v] = magnitude_bits(largest);
-    }
-
-    if (block_size < kWarp * kPack) {
-#pragma unroll
-      for (int v = 0; v < kSlices; ++v) {
-        for (int lanes = block_size / kPack / 2; lanes > 0; lanes /= 2) {
-          most[v] = max(most[v], shuffle_xor(most[v], lanes));
-        }
-      }
-    } else {
-#pragma unroll
-      for (int v = 0; v < kSlices; ++v) most[v] = warp_max(most[v]);
-      if (block_size > kWarp * kPack) {
-        // Two buffers: the next tile may be written while slower warps still read this one.
-        const int slices = max(block_size / kSlice, 1);
-        if (slices > 1) {
-#pragma unroll
-          for (int v = 1; v < kSlices; ++v) {
-            if (v % slices != 0) most[v] = max(most[v], most[v - 1]);
-          }
-        }
-        const int lane = static_cast<int>(threadIdx.x) % kWarp;
-        if (lane == 0) {
-#pragma unroll
-          for (int v = 0; v < kSlices; ++v) warp_most[buffer][v][warp] = most[v];
-        }
-        __syncthreads();
-        // Each lane reads one of the block's warps; the last of the block's slices holds the most.
-        const int warps = min(block_size / (kWarp * kPack), kWarps);
-        const int source = (warp & ~(warps - 1)) + (lane & (warps - 1));
-#pragma unroll
-        for (int v = 0; v < kSlices; ++v) {
-          most[v] = warp_max(warp_most[buffer][v | (slices - 1)][source]);
-        }
-        buffer ^= 1;
-      }
-    }
-
-#pragma unroll
-    for (int v = 0; v < kSlices; ++v) {
-      const int64_t i = base + v * kSlice;
+    for (int v = 0; v < Elements::kSlices; ++v) {
+      const int64_t i = Elements::base_of(tile) + v * Elements::kSlice;
       if (i >= n) break;
-      const float scale = absmax != nullptr ? absmax_from_bits(most[v]) : 1.0f;
+      const float (&x)[kPack] = elements.x[v];
+      const float scale = absmax != nullptr ? absmax_from_bits(elements.most[v]) : 1.0f;
       if (absmax != nullptr && (i & (block_size - 1)) == 0) absmax[i >> log2_block] = scale;
       Words<uint8_t, kPack> codes;
-      levels.encode(tables, x[v], scale, codes.words);
-      if constexpr (kStochastic) random.round(levels.levels, x[v], __frcp_rn(scale), i, codes);
+      levels.encode(tables, x, scale, codes.words);
+      if constexpr (kStochastic) random.round(levels.levels, x, __frcp_rn(scale), i, codes);
       if (reordered) order.restore(codes);
       if (aligned && n - i >= kPack) {
         store_aligned(out + i, codes);
@@ -345,20 +270,22 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kWholeResident)
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    dequantize_blockwise_kernel(const uint8_t* __restrict__ a,     // [n]
-                                const float* __restrict__ absmax,  // [ceil(n / block_size)]
-                                const float* __restrict__ code,    // [256]
-                                T* __restrict__ out,               // [n]
+template <class T, bool kNested>
+__global__ void __launch_bounds__(kTileThreads)
+    dequantize_blockwise_kernel(const uint8_t* __restrict__ a,  // [n]
+                                BNB_GRID_CONSTANT const Scales scales,
+                                const float* __restrict__ code,  // [256]
+                                T* __restrict__ out,             // [n]
                                 int64_t n, int64_t block_size,
                                 int log2_block,  // or -1 when block_size is no power of two
                                 bool aligned) {  // packs are, and lie within one block
   constexpr int kPack = kPackSize<T>;
   constexpr int kUnroll = 4;
-  constexpr int64_t kSlice = kThreads * kPack;
+  constexpr int64_t kSlice = kTileThreads * kPack;
   __shared__ float levels[kCodeLevels];
-  for (int i = threadIdx.x; i < kCodeLevels; i += kThreads) levels[i] = code[i];
+  __shared__ float scale_levels[kNested ? kCodeLevels : 1];
+  for (int i = threadIdx.x; i < kCodeLevels; i += kTileThreads) levels[i] = code[i];
+  const ScaleReader<kNested> scale_of(scales, scale_levels);
   __syncthreads();
 
   const int64_t turn = kSlice * kUnroll;
@@ -372,7 +299,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int v = 0; v < kUnroll; ++v) {
         const int64_t i = base + v * kSlice;
         codes[v] = load_aligned<Words<uint8_t, kPack>>(a + i);
-        scale[v] = absmax[i >> log2_block];
+        scale[v] = scale_of(i >> log2_block);
       }
 #pragma unroll
       for (int v = 0; v < kUnroll; ++v) {
@@ -388,22 +315,12 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < kPack; ++j) {
           const int64_t i = base + v * kSlice + j;
           if (i >= n) break;
-          const float scale = absmax[log2_block >= 0 ? i >> log2_block : i / block_size];
+          const float scale = scale_of(log2_block >= 0 ? i >> log2_block : i / block_size);
           out[i] = narrow<T>(__fmul_rn(levels[a[i]], scale));
         }
       }
     }
   }
-}
-
-int grid(int64_t tiles, int resident) {
-  return static_cast<int>(std::min<int64_t>(tiles, int64_t{multiprocessors()} * resident));
-}
-
-int log2_of(int64_t block_size) {
-  return std::has_single_bit(static_cast<uint64_t>(block_size))
-             ? std::countr_zero(static_cast<uint64_t>(block_size))
-             : -1;
 }
 
 template <class T>
@@ -413,23 +330,30 @@ void quantize(const QuantizeBlockwise& args, Stream stream) {
                                            : quantize_blockwise_kernel<T, false>;
   // Without whole tiles nothing is copied ahead.
   const int slots =
-      args.n >= kWholeTile<T> && args.rand == nullptr ? kSlots * kWarps * kRunBytes : 0;
+      args.n >= kWholeTile<T> && args.rand == nullptr ? kSlots * kTileWarps * kRunBytes : 0;
   allow_shared(reinterpret_cast<const void*>(kernel), slots);
-  launch("quantize_blockwise_kernel", kernel, grid(ceil_div(args.n, kTile), kWholeResident),
-         kThreads, slots, stream, static_cast<const T*>(args.a), args.code, args.out, args.absmax,
-         args.n, log2_of(args.block_size), aligned,
+  launch("quantize_blockwise_kernel", kernel,
+         resident_grid(ceil_div(args.n, kTileElements), kWholeResident), kTileThreads, slots,
+         stream, static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,
+         log2_of(args.block_size), aligned,
          RandomNumbers{args.rand, args.rand_size, args.rand_offset});
+}
+
+template <class T, bool kNested>
+void launch_dequantize(const DequantizeBlockwise& args, Stream stream) {
+  const int log2_block = log2_of(args.block_size);
+  const bool aligned = is_aligned(args.a, kPackSize<T>) && is_aligned(args.out, 16) &&
+                       log2_block >= 0 && args.block_size >= kPackSize<T>;
+  constexpr int64_t kTurn = kTileThreads * kPackSize<T> * 4;
+  launch("dequantize_blockwise_kernel", dequantize_blockwise_kernel<T, kNested>,
+         resident_grid(ceil_div(args.n, kTurn)), kTileThreads, 0, stream, args.a, args.scales,
+         args.code, static_cast<T*>(args.out), args.n, args.block_size, log2_block, aligned);
 }
 
 template <class T>
 void dequantize(const DequantizeBlockwise& args, Stream stream) {
-  const bool aligned = is_aligned(args.a, kPackSize<T>) && is_aligned(args.out, 16) &&
-                       log2_of(args.block_size) >= 0 && args.block_size >= kPackSize<T>;
-  constexpr int64_t kTurn = kThreads * kPackSize<T> * 4;
-  launch("dequantize_blockwise_kernel", dequantize_blockwise_kernel<T>,
-         grid(ceil_div(args.n, kTurn), kResident), kThreads, 0, stream, args.a, args.absmax,
-         args.code, static_cast<T*>(args.out), args.n, args.block_size, log2_of(args.block_size),
-         aligned);
+  args.scales.nested() ? launch_dequantize<T, true>(args, stream)
+                       : launch_dequantize<T, false>(args, stream);
 }
 
 }  // namespace

@@ -43,6 +43,18 @@ struct Cpu {
     });
   }
 
+  static void quantize_4bit(const Quantize4bit& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(ceil_div(args.n, args.block_size), args.block_size,
+             [&](int64_t first, int64_t last) { kernels.quantize_4bit(args, first, last); });
+  }
+
+  static void dequantize_4bit(const Dequantize4bit& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(ceil_div(args.n, args.block_size), args.block_size,
+             [&](int64_t first, int64_t last) { kernels.dequantize_4bit(args, first, last); });
+  }
+
   static int64_t quantile_workspace_bytes(DType) { return 0; }
 
   static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {

@@ -16,7 +16,7 @@ struct GpuBackend {
 
   static void check_quantize_block_size(const char* op, int64_t block_size) {
     const bool power_of_two = (block_size & (block_size - 1)) == 0;
-    require(power_of_two && block_size >= 32 && block_size <= 4096, op,
+    require(power_of_two && block_size >= kLeastBlock && block_size <= kLargestBlock, op,
             ": blocksize must be one of {32, 64, 128, 256, 512, 1024, 2048, 4096} on this device, "
             "got ",
             block_size);
@@ -27,6 +27,12 @@ struct GpuBackend {
   }
   static void dequantize_blockwise(const DequantizeBlockwise& args, const Scope& scope) {
     gpu::dequantize_blockwise(args, scope.stream());
+  }
+  static void quantize_4bit(const Quantize4bit& args, const Scope& scope) {
+    gpu::quantize_4bit(args, scope.stream());
+  }
+  static void dequantize_4bit(const Dequantize4bit& args, const Scope& scope) {
+    gpu::dequantize_4bit(args, scope.stream());
   }
   static int64_t quantile_workspace_bytes(DType dtype) {
     return gpu::quantile_workspace_bytes(dtype);

@@ -122,38 +122,93 @@ Tensor quantize_no_absmax(const Tensor& a, const Tensor& code) {
   return out;
 }
 
-inline DType check_dequantize(const Tensor& a, const Tensor& absmax, const Tensor& code,
+// The scales of a dequantization: numbers, or 8-bit codes with what decodes them.
+class ScaleTensors {
+ public:
+  ScaleTensors(const char* op, const Tensor& a, int64_t blocks, const Tensor& absmax)
+      : absmax_(absmax) {
+    check(op, "absmax", absmax, ScalarType::Float, blocks, a);
+  }
+  ScaleTensors(const char* op, const Tensor& a, int64_t blocks, const Tensor& absmax_8bit,
+               const Tensor& absmax_code, const Tensor& absmax, const Tensor& absmax_offset,
+               int64_t nested_block_size)
+      : absmax_(absmax),
+        nested_({absmax_8bit, absmax_code, absmax_offset}),
+        block_size_(nested_block_size) {
+    require(nested_block_size > 0, op, ": nested_blocksize must be positive, got ",
+            nested_block_size);
+    check(op, "absmax_8bit", absmax_8bit, ScalarType::Byte, blocks, a);
+    check(op, "absmax_code", absmax_code, ScalarType::Float, kCodeLevels, a);
+    check(op, "absmax", absmax, ScalarType::Float, ceil_div(blocks, nested_block_size), a);
+    check(op, "absmax_offset", absmax_offset, ScalarType::Float, 1, a);
+  }
+
+  // The same with every tensor's elements in order; it keeps the copies.
+  ScaleTensors in_order() const {
+    ScaleTensors ordered = *this;
+    ordered.absmax_ = ops::in_order(absmax_);
+    for (Tensor& t : ordered.nested_) t = ops::in_order(t);
+    return ordered;
+  }
+
+  Scales pointers() const {
+    const float* absmax = absmax_.const_data_ptr<float>();
+    if (nested_.empty()) return absmax;
+    return {absmax, nested_[0].const_data_ptr<uint8_t>(), nested_[1].const_data_ptr<float>(),
+            nested_[2].const_data_ptr<float>(), block_size_};
+  }
+
+ private:
+  static void check(const char* op, const char* argument, const Tensor& t, ScalarType dtype,
+                    int64_t count, const Tensor& a) {
+    check_dtype(op, argument, t, dtype);
+    check_numel(op, argument, t, count);
+    check_same_device(op, argument, t, "A", a);
+  }
+
+  Tensor absmax_;
+  std::vector<Tensor> nested_;  // absmax_8bit, absmax_code, absmax_offset
+  int64_t block_size_ = 1;
+};
+
+inline DType check_dequantize(const char* op, const Tensor& a, const Tensor& code,
                               int64_t block_size, ScalarType dtype) {
-  constexpr const char* op = "dequantize_blockwise";
   check_dtype(op, "A", a, ScalarType::Byte);
   check_block_size(op, block_size);
-  check_dtype(op, "absmax", absmax, ScalarType::Float);
-  check_numel(op, "absmax", absmax, ceil_div(a.numel(), block_size));
-  check_same_device(op, "absmax", absmax, "A", a);
   check_code(op, code, a);
   return check_float(op, "dtype", dtype);
 }
 
+inline void check_dequantize_out(const char* op, const Tensor& a, ScalarType dtype,
+                                 const Tensor& out) {
+  check_dtype(op, "out", out, dtype);
+  check_numel(op, "out", out, a.numel());
+  check_contiguous(op, "out", out);
+  check_same_device(op, "out", out, "A", a);
+}
+
 template <class Backend>
-void dequantize_into(const Tensor& a, const Tensor& absmax, const Tensor& code, int64_t block_size,
-                     const Tensor& out, DType dtype) {
+void dequantize_into(const Tensor& a, const ScaleTensors& scales, const Tensor& code,
+                     int64_t block_size, const Tensor& out, DType dtype) {
   if (a.numel() == 0) return;
   const typename Backend::Scope scope(a);
   const Tensor codes = in_order(a);
-  const Tensor scales = in_order(absmax);
+  const ScaleTensors ordered = scales.in_order();
   const Tensor levels = levels_of(code);
   Backend::dequantize_blockwise(
-      {dtype, codes.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(),
-       levels.const_data_ptr<float>(), out.mutable_data_ptr(), a.numel(), block_size},
+      {dtype, codes.const_data_ptr<uint8_t>(), ordered.pointers(), levels.const_data_ptr<float>(),
+       out.mutable_data_ptr(), a.numel(), block_size},
       scope);
 }
 
 template <class Backend>
 Tensor dequantize_blockwise(const Tensor& a, const Tensor& absmax, const Tensor& code,
                             int64_t block_size, ScalarType dtype) {
-  const DType element = check_dequantize(a, absmax, code, block_size, dtype);
+  constexpr const char* op = "dequantize_blockwise";
+  const DType element = check_dequantize(op, a, code, block_size, dtype);
+  const ScaleTensors scales(op, a, ceil_div(a.numel(), block_size), absmax);
   Tensor out = new_empty(a, shape_of(a), dtype);
-  dequantize_into<Backend>(a, absmax, code, block_size, out, element);
+  dequantize_into<Backend>(a, scales, code, block_size, out, element);
   return out;
 }
 
@@ -161,12 +216,39 @@ template <class Backend>
 void dequantize_blockwise_out(const Tensor& a, const Tensor& absmax, const Tensor& code,
                               int64_t block_size, ScalarType dtype, Tensor out) {
   constexpr const char* op = "dequantize_blockwise";
-  const DType element = check_dequantize(a, absmax, code, block_size, dtype);
-  check_dtype(op, "out", out, dtype);
-  check_numel(op, "out", out, a.numel());
-  check_contiguous(op, "out", out);
-  check_same_device(op, "out", out, "A", a);
-  dequantize_into<Backend>(a, absmax, code, block_size, out, element);
+  const DType element = check_dequantize(op, a, code, block_size, dtype);
+  const ScaleTensors scales(op, a, ceil_div(a.numel(), block_size), absmax);
+  check_dequantize_out(op, a, dtype, out);
+  dequantize_into<Backend>(a, scales, code, block_size, out, element);
+}
+
+template <class Backend>
+Tensor dequantize_blockwise_nested(const Tensor& a, const Tensor& absmax_8bit,
+                                   const Tensor& absmax_code, const Tensor& absmax,
+                                   const Tensor& absmax_offset, const Tensor& code,
+                                   int64_t block_size, int64_t nested_block_size,
+                                   ScalarType dtype) {
+  constexpr const char* op = "dequantize_blockwise_nested";
+  const DType element = check_dequantize(op, a, code, block_size, dtype);
+  const ScaleTensors scales(op, a, ceil_div(a.numel(), block_size), absmax_8bit, absmax_code,
+                            absmax, absmax_offset, nested_block_size);
+  Tensor out = new_empty(a, shape_of(a), dtype);
+  dequantize_into<Backend>(a, scales, code, block_size, out, element);
+  return out;
+}
+
+template <class Backend>
+void dequantize_blockwise_nested_out(const Tensor& a, const Tensor& absmax_8bit,
+                                     const Tensor& absmax_code, const Tensor& absmax,
+                                     const Tensor& absmax_offset, const Tensor& code,
+                                     int64_t block_size, int64_t nested_block_size,
+                                     ScalarType dtype, Tensor out) {
+  constexpr const char* op = "dequantize_blockwise_nested";
+  const DType element = check_dequantize(op, a, code, block_size, dtype);
+  const ScaleTensors scales(op, a, ceil_div(a.numel(), block_size), absmax_8bit, absmax_code,
+                            absmax, absmax_offset, nested_block_size);
+  check_dequantize_out(op, a, dtype, out);
+  dequantize_into<Backend>(a, scales, code, block_size, out, element);
 }
 
 }  // namespace bnb::ops

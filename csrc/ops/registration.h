@@ -6,6 +6,7 @@
 #include "ops/optimizer.h"
 #include "ops/quantiles.h"
 #include "ops/quantize.h"
+#include "ops/quantize_4bit.h"
 #include "ops/step_plan.h"
 
 namespace bnb::ops {
@@ -16,6 +17,14 @@ void register_ops(Library& m) {
   m.impl("quantize_blockwise.out", TORCH_BOX(&quantize_blockwise_out<Backend>));
   m.impl("dequantize_blockwise", TORCH_BOX(&dequantize_blockwise<Backend>));
   m.impl("dequantize_blockwise.out", TORCH_BOX(&dequantize_blockwise_out<Backend>));
+  m.impl("dequantize_blockwise_nested", TORCH_BOX(&dequantize_blockwise_nested<Backend>));
+  m.impl("dequantize_blockwise_nested.out", TORCH_BOX(&dequantize_blockwise_nested_out<Backend>));
+  m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit<Backend>));
+  m.impl("quantize_4bit.out", TORCH_BOX(&quantize_4bit_out<Backend>));
+  m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit<Backend>));
+  m.impl("dequantize_4bit.out", TORCH_BOX(&dequantize_4bit_out<Backend>));
+  m.impl("dequantize_4bit_nested", TORCH_BOX(&dequantize_4bit_nested<Backend>));
+  m.impl("dequantize_4bit_nested.out", TORCH_BOX(&dequantize_4bit_nested_out<Backend>));
   m.impl("quantize_blockwise_stochastic", TORCH_BOX(&quantize_blockwise_stochastic<Backend>));
   m.impl("quantize_no_absmax", TORCH_BOX(&quantize_no_absmax<Backend>));
   m.impl("estimate_quantiles", TORCH_BOX(&estimate_quantiles<Backend>));

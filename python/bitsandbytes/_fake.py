@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS
+from ._codes4 import BLOCKSIZES, QUANT_TYPES
 from ._ops import register_fake
 
 __all__: list[str] = []
@@ -80,6 +81,134 @@ def _(A: Tensor, offset: float) -> Tensor:
     op = "estimate_quantiles"
     _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
     return A.new_empty((256,), dtype=torch.float32)
+
+
+@register_fake("dequantize_blockwise_nested")
+def _(
+    A: Tensor,
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax: Tensor,
+    absmax_offset: Tensor,
+    code: Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    op = "dequantize_blockwise_nested"
+    _check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check(A.dtype == torch.uint8, op, "A", "uint8", A.dtype)
+    _check(dtype in FLOATS, op, "dtype", "float32, float16 or bfloat16", dtype)
+    return A.new_empty(A.shape, dtype=dtype)
+
+
+@register_fake("dequantize_blockwise_nested.out")
+def _(
+    A: Tensor,
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax: Tensor,
+    absmax_offset: Tensor,
+    code: Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    op = "dequantize_blockwise_nested"
+    _check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check(A.dtype == torch.uint8, op, "A", "uint8", A.dtype)
+    _check(out.dtype == dtype, op, "out", str(dtype), out.dtype)
+    _check(out.numel() == A.numel(), op, "out", "as large as A", out.shape)
+
+
+def _check_4bit(op: str, blocksize: int, quant_type: str, name: str, dtype: torch.dtype) -> None:
+    _check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {BLOCKSIZES}", blocksize)
+    _check(quant_type in QUANT_TYPES, op, "quant_type", "nf4 or fp4", quant_type)
+    _check(dtype in FLOATS, op, name, "float32, float16 or bfloat16", dtype)
+
+
+@register_fake("quantize_4bit")
+def _(
+    A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    _check_4bit("quantize_4bit", blocksize, quant_type, "A", A.dtype)
+    packed = _blocks(_blocks(A.numel(), 2), quant_storage.itemsize)
+    absmax = A.new_empty((_blocks(A.numel(), blocksize),), dtype=torch.float32)
+    return A.new_empty((packed, 1), dtype=quant_storage), absmax
+
+
+@register_fake("quantize_4bit.out")
+def _(
+    A: Tensor,
+    blocksize: int,
+    quant_type: str,
+    quant_storage: torch.dtype,
+    *,
+    out: Tensor,
+    absmax: Tensor,
+) -> None:
+    op = "quantize_4bit"
+    _check_4bit(op, blocksize, quant_type, "A", A.dtype)
+    packed = _blocks(_blocks(A.numel(), 2), quant_storage.itemsize)
+    _check(out.dtype == quant_storage, op, "out", str(quant_storage), out.dtype)
+    _check(out.numel() == packed, op, "out", f"of {packed} elements", out.shape)
+
+
+@register_fake("dequantize_4bit")
+def _(A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape, dtype) -> Tensor:
+    op = "dequantize_4bit"
+    _check_4bit(op, blocksize, quant_type, "dtype", dtype)
+    _check(absmax.dtype == torch.float32, op, "absmax", "float32", absmax.dtype)
+    return A.new_empty(shape, dtype=dtype)
+
+
+@register_fake("dequantize_4bit.out")
+def _(
+    A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape, dtype, out: Tensor
+) -> None:
+    op = "dequantize_4bit"
+    _check_4bit(op, blocksize, quant_type, "dtype", dtype)
+    _check(absmax.dtype == torch.float32, op, "absmax", "float32", absmax.dtype)
+    _check(out.dtype == dtype, op, "out", str(dtype), out.dtype)
+    _check(out.numel() == math.prod(shape), op, "out", f"as large as {shape}", out.shape)
+
+
+@register_fake("dequantize_4bit_nested")
+def _(
+    A: Tensor,
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax: Tensor,
+    absmax_offset: Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+    quant_type: str,
+    shape,
+    dtype,
+) -> Tensor:
+    _check_4bit("dequantize_4bit_nested", blocksize, quant_type, "dtype", dtype)
+    return A.new_empty(shape, dtype=dtype)
+
+
+@register_fake("dequantize_4bit_nested.out")
+def _(
+    A: Tensor,
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax: Tensor,
+    absmax_offset: Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+    quant_type: str,
+    shape,
+    dtype,
+    out: Tensor,
+) -> None:
+    op = "dequantize_4bit_nested"
+    _check_4bit(op, blocksize, quant_type, "dtype", dtype)
+    _check(out.dtype == dtype, op, "out", str(dtype), out.dtype)
+    _check(out.numel() == math.prod(shape), op, "out", f"as large as {shape}", out.shape)
 
 
 @register_fake("int8_vectorwise_quant")

@@ -43,6 +43,28 @@ SCHEMAS = (
     # 8-bit quantization without blocks
     "quantize_no_absmax(Tensor A, Tensor code) -> Tensor",
     "estimate_quantiles(Tensor A, float offset) -> Tensor",
+    # The same with quantized scales: absmax_code[absmax_8bit] * absmax + absmax_offset
+    "dequantize_blockwise_nested(Tensor A, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax, "
+    "Tensor absmax_offset, Tensor code, int blocksize, int nested_blocksize, ScalarType dtype) "
+    "-> Tensor",
+    "dequantize_blockwise_nested.out(Tensor A, Tensor absmax_8bit, Tensor absmax_code, "
+    "Tensor absmax, Tensor absmax_offset, Tensor code, int blocksize, int nested_blocksize, "
+    "ScalarType dtype, Tensor(a!) out) -> ()",
+    # 4-bit blockwise quantization
+    "quantize_4bit(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) "
+    "-> (Tensor, Tensor)",
+    "quantize_4bit.out(Tensor A, int blocksize, str quant_type, ScalarType quant_storage, *, "
+    "Tensor(a!) out, Tensor(b!) absmax) -> ()",
+    "dequantize_4bit(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, "
+    "ScalarType dtype) -> Tensor",
+    "dequantize_4bit.out(Tensor A, Tensor absmax, int blocksize, str quant_type, int[] shape, "
+    "ScalarType dtype, Tensor(a!) out) -> ()",
+    "dequantize_4bit_nested(Tensor A, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax, "
+    "Tensor absmax_offset, int blocksize, int nested_blocksize, str quant_type, int[] shape, "
+    "ScalarType dtype) -> Tensor",
+    "dequantize_4bit_nested.out(Tensor A, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax, "
+    "Tensor absmax_offset, int blocksize, int nested_blocksize, str quant_type, int[] shape, "
+    "ScalarType dtype, Tensor(a!) out) -> ()",
     # LLM.int8()
     "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
     "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",

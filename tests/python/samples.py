@@ -99,6 +99,89 @@ def _(device):
     return [(*_quantized(device), 64, torch.float16, out)]
 
 
+def _nested_scales(device, blocks):
+    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
+    return codes, create_dynamic_map().to(device), torch.rand(1, device=device)
+
+
+@samples("dequantize_blockwise_nested")
+def _(device):
+    codes, _, code = _quantized(device)
+    nested = (*_nested_scales(device, 3), torch.tensor(0.5, device=device))
+    return [
+        (codes, *nested, code, 64, 256, torch.float32),
+        (codes.t(), *nested, code, 64, 3, torch.bfloat16),
+    ]
+
+
+@samples("dequantize_blockwise_nested.out")
+def _(device):
+    codes, _, code = _quantized(device)
+    nested = (*_nested_scales(device, 3), torch.tensor(0.5, device=device))
+    out = torch.zeros(3, 50, dtype=torch.float16, device=device)
+    return [(codes, *nested, code, 64, 256, torch.float16, out)]
+
+
+# --- 4-bit blockwise quantization ---------------------------------------------------------------
+
+
+@samples("quantize_4bit")
+def _(device):
+    x = torch.randn(3, 51, device=device)
+    return [
+        (x, 64, "nf4", torch.uint8),
+        (x.half().t(), 32, "fp4", torch.bfloat16),
+        (x.bfloat16()[:, ::2], 4096, "nf4", torch.float64),
+        (x[:0], 64, "fp4", torch.uint8),
+    ]
+
+
+@samples("quantize_4bit.out")
+def _(device):
+    x = torch.randn(3, 51, device=device)
+    out = torch.zeros(20, 1, dtype=torch.int32, device=device)
+    absmax = torch.zeros(3, device=device)
+    return [((x, 64, "nf4", torch.int32), {"out": out, "absmax": absmax})]
+
+
+def _packed(device):
+    return torch.randint(0, 256, (77, 1), dtype=torch.uint8, device=device)
+
+
+@samples("dequantize_4bit")
+def _(device):
+    packed, absmax = _packed(device), torch.rand(3, device=device)
+    return [
+        (packed, absmax, 64, "nf4", [3, 51], torch.float32),
+        (packed.t(), absmax, 64, "fp4", [153], torch.bfloat16),
+        (packed[:76].view(-1).view(torch.int16), absmax, 64, "nf4", [151], torch.float16),
+        (packed[:0], absmax[:0], 64, "nf4", [0, 64], torch.float32),
+    ]
+
+
+@samples("dequantize_4bit.out")
+def _(device):
+    out = torch.zeros(3, 51, dtype=torch.float16, device=device)
+    absmax = torch.rand(3, device=device)
+    return [(_packed(device), absmax, 64, "fp4", [3, 51], torch.float16, out)]
+
+
+@samples("dequantize_4bit_nested")
+def _(device):
+    nested = (*_nested_scales(device, 3), torch.tensor(0.5, device=device))
+    return [
+        (_packed(device), *nested, 64, 256, "nf4", [3, 51], torch.float32),
+        (_packed(device), *nested, 64, 3, "fp4", [3, 51], torch.bfloat16),
+    ]
+
+
+@samples("dequantize_4bit_nested.out")
+def _(device):
+    nested = (*_nested_scales(device, 3), torch.tensor(0.5, device=device))
+    out = torch.zeros(3, 51, device=device)
+    return [(_packed(device), *nested, 64, 256, "nf4", [3, 51], torch.float32, out)]
+
+
 # --- LLM.int8() ---------------------------------------------------------------------------------
 
 

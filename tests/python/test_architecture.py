@@ -128,8 +128,8 @@ def test_reference_imports_numpy_only(path):
 
 # Package part -> parts that it may import, besides the modules that stand beside it.
 LAYERS = {
-    "plain": {"_checks", "_ops"},
-    "quant": {"_checks", "_ops", "utils"},
+    "plain": {"_checks", "_codes4", "_ops"},
+    "quant": {"_checks", "_codes4", "_ops", "utils"},
     "optim": {"_checks", "_library", "_ops", "paged", "plain", "quant"},
     "autograd": {"_checks", "_ops", "functional", "quant", "utils"},
     "nn": {"_checks", "_ops", "autograd", "functional", "optim", "quant", "utils"},

@@ -169,4 +169,59 @@ BNB_HD int32_t reduce_add(Dot acc) {
   return _mm_cvtsi128_si32(s);
 }
 
+// ---- 4-bit codes -------------------------------------------------------------------------------
+
+BNB_HD Float lookup8(const float* table, Int index) {
+  return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index.v)};
+}
+BNB_HD Int lookup8(const int32_t* table, Int index) {
+  const __m256i entries = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+  return {_mm256_permutevar8x32_epi32(entries, index.v)};
+}
+
+inline constexpr int kNibbleRun = 32;
+BNB_HD void pack_nibbles(const uint8_t* codes, uint8_t* out) {
+  const __m256i pairs = _mm256_maddubs_epi16(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi16(0x0110));
+  const __m256i packed = _mm256_packus_epi16(pairs, pairs);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+template <class T>
+BNB_HD void lookup_nibbles(const T* table, const uint8_t* bytes, T* out) {
+  const __m128i mask = _mm_set1_epi8(15);
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  const __m128i upper = _mm_and_si128(_mm_srli_epi16(packed, 4), mask);
+  const __m128i lower = _mm_and_si128(packed, mask);
+  const __m128i indices[2] = {_mm_unpacklo_epi8(upper, lower), _mm_unpackhi_epi8(upper, lower)};
+  if constexpr (sizeof(T) == 4) {
+    const __m256 first = _mm256_loadu_ps(table);
+    const __m256 second = _mm256_loadu_ps(table + 8);
+    for (int i = 0; i < 4; ++i) {
+      const __m128i eight = i % 2 == 0 ? indices[i / 2] : _mm_srli_si128(indices[i / 2], 8);
+      const __m256i index = _mm256_cvtepu8_epi32(eight);
+      const __m256 in_second = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+      _mm256_storeu_ps(out + 8 * i,
+                       _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index),
+                                        _mm256_permutevar8x32_ps(second, index), in_second));
+    }
+  } else {
+    // The two bytes of an entry are looked up on their own and woven together.
+    const __m128i* entries = reinterpret_cast<const __m128i*>(table);
+    const __m128i first = _mm_loadu_si128(entries);
+    const __m128i second = _mm_loadu_si128(entries + 1);
+    const __m128i low_bytes = _mm_set1_epi16(0xff);
+    const __m128i low =
+        _mm_packus_epi16(_mm_and_si128(first, low_bytes), _mm_and_si128(second, low_bytes));
+    const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+    for (int i = 0; i < 2; ++i) {
+      const __m128i low_found = _mm_shuffle_epi8(low, indices[i]);
+      const __m128i high_found = _mm_shuffle_epi8(high, indices[i]);
+      __m128i* to = reinterpret_cast<__m128i*>(out + 16 * i);
+      _mm_storeu_si128(to, _mm_unpacklo_epi8(low_found, high_found));
+      _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(low_found, high_found));
+    }
+  }
+}
+
 }  // namespace bnb::cpu::avx2

@@ -240,4 +240,56 @@ BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) {
 }
 BNB_HD int32_t reduce_add(Dot acc) { return _mm512_reduce_add_epi32(acc.v); }
 
+// ---- 4-bit codes -------------------------------------------------------------------------------
+
+// A permutation of sixteen heeds four bits of the index: the table stands there twice.
+BNB_HD Float lookup8(const float* table, Int index) {
+  return {_mm512_permutexvar_ps(index.v, _mm512_broadcast_f32x8(_mm256_loadu_ps(table)))};
+}
+BNB_HD Int lookup8(const int32_t* table, Int index) {
+  const __m256i entries = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table));
+  return {_mm512_permutexvar_epi32(index.v, _mm512_broadcast_i32x8(entries))};
+}
+
+inline constexpr int kNibbleRun = 32;
+BNB_HD void pack_nibbles(const uint8_t* codes, uint8_t* out) {
+  const __m256i pairs = _mm256_maddubs_epi16(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi16(0x0110));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtepi16_epi8(pairs));
+}
+// The bits of eight bytes are moved to where the permutation wants its index: byte j's upper half
+// to lane 2 j, its lower half to lane 2 j + 1. What else comes along are bits that do not count.
+template <class T>
+BNB_HD void lookup_nibbles(const T* table, const uint8_t* bytes, T* out) {
+  if constexpr (sizeof(T) == 4) {
+    constexpr long long kFirst = 0x0000000000000004;  // shifts for the two lanes of one byte
+    constexpr long long kNext = 0x0000000800000008;
+    const __m512i places = _mm512_setr_epi64(
+        kFirst, kFirst + kNext, kFirst + 2 * kNext, kFirst + 3 * kNext, kFirst + 4 * kNext,
+        kFirst + 5 * kNext, kFirst + 6 * kNext, kFirst + 7 * kNext);
+    const __m512 entries = _mm512_loadu_ps(table);
+    for (int i = 0; i < 2; ++i) {
+      long long eight;
+      __builtin_memcpy(&eight, bytes + 8 * i, 8);
+      const __m512i index = _mm512_multishift_epi64_epi8(places, _mm512_set1_epi64(eight));
+      _mm512_storeu_ps(out + 16 * i, _mm512_permutexvar_ps(index, entries));
+    }
+  } else {
+    // The table stands there twice, so that the fifth bit of an index does not count.
+    constexpr long long kFirst = 0x0008000c00000004;  // shifts for the four lanes of two bytes
+    constexpr long long kNext = 0x0010001000100010;
+    const __m512i places =
+        _mm512_setr_epi64(kFirst, kFirst + kNext, kFirst + 2 * kNext, kFirst + 3 * kNext, kFirst,
+                          kFirst + kNext, kFirst + 2 * kNext, kFirst + 3 * kNext);
+    const __m512i packed =
+        _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m512i eights =
+        _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1), packed);
+    const __m512i entries =
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(table)));
+    const __m512i index = _mm512_multishift_epi64_epi8(places, eights);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, entries));
+  }
+}
+
 }  // namespace bnb::cpu::avx512

@@ -114,4 +114,22 @@ BNB_HD Bytes load_bytes(const int8_t* p) { return {*p}; }
 BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) { return {acc.v + a.v * b.v}; }
 BNB_HD int32_t reduce_add(Dot acc) { return acc.v; }
 
+// ---- 4-bit codes -------------------------------------------------------------------------------
+
+// Only the lowest three bits of the index count.
+BNB_HD Float lookup8(const float* table, Int index) { return {table[index.v & 7]}; }
+BNB_HD Int lookup8(const int32_t* table, Int index) { return {table[index.v & 7]}; }
+
+// Two codes to a byte, the first in its upper half: kNibbleRun codes, half as many bytes.
+inline constexpr int kNibbleRun = 2;
+BNB_HD void pack_nibbles(const uint8_t* codes, uint8_t* out) {
+  *out = static_cast<uint8_t>(codes[0] << 4 | codes[1]);
+}
+// Entries of a table of 16 for the codes in kNibbleRun / 2 bytes.
+template <class T>
+BNB_HD void lookup_nibbles(const T* table, const uint8_t* bytes, T* out) {
+  out[0] = table[*bytes >> 4];
+  out[1] = table[*bytes & 15];
+}
+
 }  // namespace bnb::cpu::baseline

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -42,6 +43,12 @@ inline int multiprocessors() {
   BNB_GPU_CHECK(cudaGetDevice(&device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
+}
+
+// Blocks of threads for kernels that walk over `tiles` tiles: no more than are in flight together.
+// Eight on a multiprocessor are enough to cover the latency of memory.
+inline int resident_grid(int64_t tiles, int64_t on_multiprocessor = 8) {
+  return static_cast<int>(std::min(tiles, multiprocessors() * on_multiprocessor));
 }
 
 // Shared memory that a block of threads may have on the current device, if its kernel asks for it.

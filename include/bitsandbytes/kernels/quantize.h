@@ -8,6 +8,29 @@
 
 namespace bnb {
 
+// The scales of quantization blocks: numbers, or 8-bit codes of numbers (double quantization,
+// Dettmers et al. 2023, arXiv:2305.14314, section 3).
+struct Scales {
+  const float* absmax;  // [blocks]; of codes: [ceil(blocks / block_size)]
+
+  // Null where absmax holds the scales themselves. Otherwise scale b is
+  // code[codes[b]] * absmax[b / block_size] + offset, with both operations rounded.
+  const uint8_t* codes = nullptr;  // [blocks]
+  const float* code = nullptr;     // [256]
+  const float* offset = nullptr;   // [1]
+  int64_t block_size = 1;
+
+  Scales(const float* numbers) : absmax(numbers) {}  // implicit: numbers are the usual case
+  Scales(const float* absmax_of_codes, const uint8_t* scale_codes, const float* levels,
+         const float* mean, int64_t codes_per_absmax)
+      : absmax(absmax_of_codes),
+        codes(scale_codes),
+        code(levels),
+        offset(mean),
+        block_size(codes_per_absmax) {}
+  bool nested() const { return codes != nullptr; }
+};
+
 struct QuantizeBlockwise {
   DType dtype;
   const void* a;      // [n] of dtype
@@ -24,10 +47,10 @@ struct QuantizeBlockwise {
 
 struct DequantizeBlockwise {
   DType dtype;
-  const uint8_t* a;     // [n]
-  const float* absmax;  // [ceil(n / block_size)]
-  const float* code;    // [256]
-  void* out;            // [n] of dtype
+  const uint8_t* a;   // [n]
+  Scales scales;      // of ceil(n / block_size) blocks
+  const float* code;  // [256]
+  void* out;          // [n] of dtype
   int64_t n;
   int64_t block_size;  // any
 };
@@ -38,7 +61,7 @@ namespace gpu {
 // two beside it.
 void quantize_blockwise(const QuantizeBlockwise& args, Stream stream);
 
-// out[i] = code[a[i]] * absmax[i / block_size], rounded once to dtype.
+// out[i] = code[a[i]] * scale(i / block_size), rounded once to dtype.
 void dequantize_blockwise(const DequantizeBlockwise& args, Stream stream);
 
 }  // namespace gpu

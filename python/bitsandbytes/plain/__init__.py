@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Plain-PyTorch implementation of every op: what runs on a device that has no native kernel."""
 
-from . import clipping, int8, optimizer, quantiles, quantize, update
+from . import clipping, int8, optimizer, quantiles, quantize, quantize_4bit, update
 
-__all__ = ["clipping", "int8", "optimizer", "quantiles", "quantize", "update"]
+__all__ = ["clipping", "int8", "optimizer", "quantiles", "quantize", "quantize_4bit", "update"]

@@ -8,7 +8,18 @@ from torch import Tensor
 from .._checks import FLOATS, check, check_device, check_dtype, check_numel
 from .._ops import register_kernel
 
-__all__ = ["code_thresholds", "dequantize_blocks", "encode", "full_code", "quantize_blocks"]
+__all__ = [
+    "check_nested_scales",
+    "check_scales",
+    "code_thresholds",
+    "count_thresholds",
+    "decode_scales",
+    "dequantize_blocks",
+    "encode",
+    "full_code",
+    "quantize_blocks",
+    "scale_blocks",
+]
 
 LEVELS = 256
 
@@ -24,10 +35,18 @@ def code_thresholds(code: Tensor) -> Tensor:
     return torch.where(odd, midpoints, torch.nextafter(midpoints, midpoints.new_tensor(torch.inf)))
 
 
-def _search(thresholds: Tensor, x: Tensor) -> Tensor:
-    """Counts thresholds <= x by halving steps, as the native kernels do; NaN gives 0."""
+def count_thresholds(thresholds: Tensor, x: Tensor) -> Tensor:
+    """Counts thresholds <= x by halving steps, as the native kernels do; NaN gives 0.
+
+    Args:
+        thresholds: Ascending, one less than a power of two of them.
+        x: Of the same dtype.
+
+    Returns:
+        int64 counts of x's shape.
+    """
     codes = torch.zeros(x.shape, dtype=torch.long, device=x.device)
-    step = LEVELS // 2
+    step = (thresholds.numel() + 1) // 2
     while step:
         codes += step * (x >= thresholds[codes + (step - 1)])
         step //= 2
@@ -54,7 +73,7 @@ def encode(values: Tensor, code: Tensor, rand: Tensor | None = None, offset: int
         uint8 codes ``[n]`` of the nearest levels, or of one of the two that a value lies between.
     """
     levels, codes = torch.sort(code, stable=True)  # NaN last
-    found = _search(code_thresholds(levels), values)
+    found = count_thresholds(code_thresholds(levels), values)
     if rand is not None:
         where = (torch.arange(values.numel(), device=values.device) + offset) % rand.numel()
         found = _round_stochastic(levels, found, values, rand[where])
@@ -70,8 +89,12 @@ def _round_stochastic(levels: Tensor, found: Tensor, x: Tensor, r: Tensor) -> Te
     return found + up.long() - down.long()
 
 
-def _scale(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Returns ``values * (1 / absmax)`` float32 ``[n]`` and absmax ``[ceil(n / blocksize)]``."""
+def scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Divides a flat float32 tensor by the absmax of its blocks, as products with reciprocals.
+
+    Returns:
+        float32 scaled values ``[n]`` and absmax ``[ceil(n / blocksize)]``.
+    """
     n = values.numel()
     blocks = -(-n // blocksize)
     padded = torch.nn.functional.pad(values, (0, blocks * blocksize - n)).view(blocks, blocksize)
@@ -93,8 +116,8 @@ def quantize_blocks(
     Returns:
         uint8 codes ``[n]`` and float32 absmax ``[ceil(n / blocksize)]``.
     """
-    scaled, absmax = _scale(values, blocksize)
-    codes = _search(code_thresholds(code), scaled)
+    scaled, absmax = scale_blocks(values, blocksize)
+    codes = count_thresholds(code_thresholds(code), scaled)
     if keep_sign:
         lost = scaled.signbit() & ~code[codes].signbit() & (codes > 0)
         codes = codes - lost.long()
@@ -122,7 +145,7 @@ def _check_quantize(op: str, A: Tensor, code: Tensor, blocksize: int) -> None:
 @register_kernel("quantize_blockwise", "default")
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     _check_quantize("quantize_blockwise", A, code, blocksize)
-    scaled, absmax = _scale(A.reshape(-1).float(), blocksize)
+    scaled, absmax = scale_blocks(A.reshape(-1).float(), blocksize)
     return encode(scaled, full_code(code)).view(A.shape), absmax
 
 
@@ -137,7 +160,7 @@ def quantize_blockwise_stochastic(
     check_device(op, "rand", rand, "A", A)
     expected = f"0 to {rand.numel() - 1} for a rand of {rand.numel()} elements"
     check(0 <= offset < rand.numel(), op, "offset", expected, offset)
-    scaled, absmax = _scale(A.reshape(-1).float(), blocksize)
+    scaled, absmax = scale_blocks(A.reshape(-1).float(), blocksize)
     return encode(scaled, full_code(code), rand.reshape(-1), offset).view(A.shape), absmax
 
 
@@ -165,26 +188,83 @@ def quantize_blockwise_out(
     absmax.copy_(scales.view(absmax.shape))
 
 
-def _check_dequantize(
-    A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+def decode_scales(
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax: Tensor,
+    absmax_offset: Tensor,
+    nested_blocksize: int,
+) -> Tensor:
+    """Returns the float32 scales behind their 8-bit codes, flat."""
+    codes, code = absmax_8bit.reshape(-1), absmax_code.reshape(-1)
+    shifted = dequantize_blocks(codes, absmax.reshape(-1), code, nested_blocksize)
+    return shifted + absmax_offset.reshape(())
+
+
+def check_scales(op: str, A: Tensor, blocks: int, absmax: Tensor) -> None:
+    """Raises ValueError unless `absmax` holds one float32 per block, beside A."""
+    check_dtype(op, "absmax", absmax, torch.float32)
+    check_numel(op, "absmax", absmax, blocks, "one per block")
+    check_device(op, "absmax", absmax, "A", A)
+
+
+def check_nested_scales(
+    op: str,
+    A: Tensor,
+    blocks: int,
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax: Tensor,
+    absmax_offset: Tensor,
+    nested_blocksize: int,
 ) -> None:
-    op = "dequantize_blockwise"
+    """Raises ValueError unless these are quantized scales of `blocks` blocks, beside A."""
+    check(nested_blocksize > 0, op, "nested_blocksize", "positive", nested_blocksize)
+    check_dtype(op, "absmax_8bit", absmax_8bit, torch.uint8)
+    check_numel(op, "absmax_8bit", absmax_8bit, blocks, "one per block")
+    check_dtype(op, "absmax_code", absmax_code, torch.float32)
+    check_numel(op, "absmax_code", absmax_code, LEVELS, "levels")
+    check_dtype(op, "absmax", absmax, torch.float32)
+    check_numel(op, "absmax", absmax, -(-blocks // nested_blocksize), "one per block of scales")
+    check_dtype(op, "absmax_offset", absmax_offset, torch.float32)
+    check_numel(op, "absmax_offset", absmax_offset, 1, "a number")
+    for name, tensor in (
+        ("absmax_8bit", absmax_8bit),
+        ("absmax_code", absmax_code),
+        ("absmax", absmax),
+        ("absmax_offset", absmax_offset),
+    ):
+        check_device(op, name, tensor, "A", A)
+
+
+def _check_dequantize(
+    op: str, A: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor | None = None
+) -> None:
     check_dtype(op, "A", A, torch.uint8)
     check(blocksize > 0, op, "blocksize", "positive", blocksize)
     _check_code(op, A, code)
-    check_dtype(op, "absmax", absmax, torch.float32)
-    check_numel(op, "absmax", absmax, -(-A.numel() // blocksize), "one per block")
-    check_device(op, "absmax", absmax, "A", A)
     check(dtype in FLOATS, op, "dtype", "float16, bfloat16 or float32", dtype)
+    if out is not None:
+        check_dtype(op, "out", out, dtype)
+        check_numel(op, "out", out, A.numel(), "as A")
+        check_device(op, "out", out, "A", A)
+
+
+def _dequantize(
+    A: Tensor, scales: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    values = dequantize_blocks(A.reshape(-1), scales, full_code(code), blocksize)
+    return values.view(A.shape).to(dtype)
 
 
 @register_kernel("dequantize_blockwise", "default")
 def dequantize_blockwise(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
 ) -> Tensor:
-    _check_dequantize(A, absmax, code, blocksize, dtype)
-    values = dequantize_blocks(A.reshape(-1), absmax.reshape(-1), full_code(code), blocksize)
-    return values.view(A.shape).to(dtype)
+    op = "dequantize_blockwise"
+    _check_dequantize(op, A, code, blocksize, dtype)
+    check_scales(op, A, -(-A.numel() // blocksize), absmax)
+    return _dequantize(A, absmax.reshape(-1), code, blocksize, dtype)
 
 
 @register_kernel("dequantize_blockwise.out", "default")
@@ -192,9 +272,47 @@ def dequantize_blockwise_out(
     A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor
 ) -> None:
     op = "dequantize_blockwise"
-    _check_dequantize(A, absmax, code, blocksize, dtype)
-    check_dtype(op, "out", out, dtype)
-    check_numel(op, "out", out, A.numel(), "as A")
-    check_device(op, "out", out, "A", A)
-    values = dequantize_blocks(A.reshape(-1), absmax.reshape(-1), full_code(code), blocksize)
+    _check_dequantize(op, A, code, blocksize, dtype, out)
+    check_scales(op, A, -(-A.numel() // blocksize), absmax)
+    values = _dequantize(A, absmax.reshape(-1), code, blocksize, dtype)
+    out.copy_(values.view(out.shape))
+
+
+@register_kernel("dequantize_blockwise_nested", "default")
+def dequantize_blockwise_nested(
+    A: Tensor,
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax: Tensor,
+    absmax_offset: Tensor,
+    code: Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    op = "dequantize_blockwise_nested"
+    nested = (absmax_8bit, absmax_code, absmax, absmax_offset, nested_blocksize)
+    _check_dequantize(op, A, code, blocksize, dtype)
+    check_nested_scales(op, A, -(-A.numel() // blocksize), *nested)
+    return _dequantize(A, decode_scales(*nested), code, blocksize, dtype)
+
+
+@register_kernel("dequantize_blockwise_nested.out", "default")
+def dequantize_blockwise_nested_out(
+    A: Tensor,
+    absmax_8bit: Tensor,
+    absmax_code: Tensor,
+    absmax: Tensor,
+    absmax_offset: Tensor,
+    code: Tensor,
+    blocksize: int,
+    nested_blocksize: int,
+    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    op = "dequantize_blockwise_nested"
+    nested = (absmax_8bit, absmax_code, absmax, absmax_offset, nested_blocksize)
+    _check_dequantize(op, A, code, blocksize, dtype, out)
+    check_nested_scales(op, A, -(-A.numel() // blocksize), *nested)
+    values = _dequantize(A, decode_scales(*nested), code, blocksize, dtype)
     out.copy_(values.view(out.shape))

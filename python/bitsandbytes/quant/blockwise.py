@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import FLOATS
 from .codes import default_code
+from .scales import nested_arguments, quantize_scales
 from .state import QuantState
 
 __all__ = ["dequantize_blockwise", "quantize_blockwise"]
@@ -116,39 +117,13 @@ def quantize_blockwise(
 
     offset = state2 = None
     if nested:
-        offset = scales.mean()
-        scales, state2 = quantize_blockwise(scales - offset, blocksize=blocksize)
+        scales, offset, state2 = quantize_scales(scales, blocksize)
     if absmax is not None:
         scales = absmax.copy_(scales.view(absmax.shape))
     if out is not None:
         codes = out.copy_(codes)
     return codes, QuantState(
         absmax=scales, code=code, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2
-    )
-
-
-def _state_of(old: Sequence, blocksize: int) -> QuantState:
-    """Reads a state of bitsandbytes 0.41 and older.
-
-    Args:
-        old: ``(absmax, code)``, or from 0.39 on ``[absmax, code, blocksize, nested, dtype, offset,
-            state2]``, where `state2` is such a state again.
-        blocksize: Elements per block, for the pair, which does not tell.
-    """
-    if len(old) == 2:
-        return QuantState(old[0], code=old[1], blocksize=blocksize)
-    if len(old) != 7:
-        raise ValueError(
-            "dequantize_blockwise: quant_state must be a QuantState or a list of 2 or 7 entries, "
-            f"got {len(old)} entries"
-        )
-    absmax, code, blocksize, nested, dtype, offset, state2 = old
-    if not nested:
-        offset = state2 = None
-    elif isinstance(state2, (tuple, list)):
-        state2 = _state_of(state2, blocksize)
-    return QuantState(
-        absmax, code=code, blocksize=blocksize, dtype=dtype, offset=offset, state2=state2
     )
 
 
@@ -196,39 +171,40 @@ def dequantize_blockwise(
         raise ValueError(f"{name}: quant_state or absmax must be given, got neither")
     if A.dtype != torch.uint8:
         raise ValueError(f"{name}: A must be uint8, got {A.dtype}")
-    if isinstance(quant_state, (tuple, list)):
-        quant_state = _state_of(quant_state, blocksize)
     if quant_state is None:
-        code = default_code("dynamic", A.device) if code is None else code
         quant_state = QuantState(absmax, code=code, blocksize=blocksize)
+    elif isinstance(quant_state, (tuple, list)):
+        if len(quant_state) not in (2, 7):
+            raise ValueError(
+                f"{name}: quant_state must be a QuantState or a list of 2 or 7 entries, "
+                f"got {len(quant_state)} entries"
+            )
+        quant_state = QuantState.from_list(quant_state, blocksize)
     if quant_state.blocksize <= 0:
         raise ValueError(f"{name}: blocksize must be positive, got {quant_state.blocksize}")
 
-    scales = quant_state.absmax
-    if quant_state.nested:
-        scales = dequantize_blockwise(scales, quant_state.state2) + quant_state.offset
-    scales = scales.to(torch.float32)
-    code = quant_state.code.to(A.device)
+    code = quant_state.code
+    code = default_code("dynamic", A.device) if code is None else code.to(A.device)
     dtype = quant_state.dtype
     if dtype is None:
         dtype = torch.float32 if out is None or out.dtype not in FLOATS else out.dtype
+    if quant_state.nested:
+        op = torch.ops.bitsandbytes.dequantize_blockwise_nested
+        *scales, nested_blocksize = nested_arguments(quant_state, A.device)
+        rest = (code, quant_state.blocksize, nested_blocksize, dtype)
+    else:
+        op = torch.ops.bitsandbytes.dequantize_blockwise
+        scales = [quant_state.absmax.to(torch.float32)]
+        rest = (code, quant_state.blocksize, dtype)
     if out is None:
-        return torch.ops.bitsandbytes.dequantize_blockwise(
-            A, scales, code, quant_state.blocksize, dtype
-        )
+        return op(A, *scales, *rest)
     if out.shape != A.shape or out.dtype != dtype:
         raise ValueError(
             f"{name}: out must be {dtype} of shape {tuple(A.shape)}, "
             f"got {out.dtype} of shape {tuple(out.shape)}"
         )
     if out.is_contiguous():
-        torch.ops.bitsandbytes.dequantize_blockwise.out(
-            A, scales, code, quant_state.blocksize, dtype, out=out
-        )
+        op.out(A, *scales, *rest, out)
     else:
-        out.copy_(
-            torch.ops.bitsandbytes.dequantize_blockwise(
-                A, scales, code, quant_state.blocksize, dtype
-            )
-        )
+        out.copy_(op(A, *scales, *rest))
     return out

@@ -85,6 +85,52 @@ class QuantState:
         return fields[index]
 
     @classmethod
+    def from_list(cls, fields: "list | tuple", blocksize: int = 4096) -> "QuantState":
+        """Builds a state from the lists and pairs that stood for it until bitsandbytes 0.41.
+
+        Args:
+            fields: One of ``[absmax, code]`` (8 bits, until 0.38, of no dtype);
+                ``[absmax, code, blocksize, nested, dtype, offset, state2]`` (8 bits);
+                ``[absmax, shape, dtype, blocksize, nested, quant_type]``, also with the table
+                behind it (4 bits; ``list(state)`` today), where `nested` is None or ``[offset,
+                state2]``. `state2` may be a list itself.
+            blocksize: Block size of a pair, which does not tell it.
+
+        Returns:
+            The state.
+
+        Raises:
+            ValueError: The list has none of these forms.
+
+        Example:
+            >>> state = QuantState.from_list([torch.ones(2), torch.linspace(-1, 1, 256)], 64)
+            >>> state.blocksize, state.dtype
+            (64, None)
+        """
+        code = shape = quant_type = offset = second = None
+        if len(fields) == 2:
+            absmax, code = fields
+            dtype = None
+        elif len(fields) == 7 and isinstance(fields[1], Tensor):
+            absmax, code, blocksize, nested, dtype, offset, second = fields
+            if not nested:
+                offset = second = None
+        elif len(fields) in (6, 7):
+            absmax, shape, dtype, blocksize, nested, quant_type = fields[:6]
+            if nested is not None:
+                offset, second = nested
+            code = fields[6] if len(fields) == 7 else None
+            shape = torch.Size(shape) if shape is not None else None
+        else:
+            raise ValueError(
+                "QuantState.from_list: fields must be a list of 2, 6 or 7 entries, got "
+                f"{len(fields)}"
+            )
+        if isinstance(second, (list, tuple)):
+            second = cls.from_list(second, 256 if quant_type else blocksize)
+        return cls(absmax, shape, code, blocksize, quant_type, dtype, offset, second)
+
+    @classmethod
     def from_dict(cls, qs_dict: dict[str, Any], device: torch.device | str) -> "QuantState":
         """Builds a state from :meth:`as_dict`, packed or not.
 

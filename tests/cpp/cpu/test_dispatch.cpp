@@ -44,6 +44,8 @@ TEST_F(Dispatch, EveryTableIsComplete) {
     const Kernels& k = kernels();
     EXPECT_NE(k.quantize_blockwise, nullptr) << isa;
     EXPECT_NE(k.dequantize_blockwise, nullptr) << isa;
+    EXPECT_NE(k.quantize_4bit, nullptr) << isa;
+    EXPECT_NE(k.dequantize_4bit, nullptr) << isa;
     EXPECT_NE(k.int8_row_stats, nullptr) << isa;
     EXPECT_NE(k.int8_quantize_rows, nullptr) << isa;
     EXPECT_NE(k.int8_linear_matmul, nullptr) << isa;

@@ -10,15 +10,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from quant_inputs import (
+    DTYPES,
+    INF,
+    LAYOUTS,
+    NAN,
+    SPECIAL,
+    name_of,
+    numpy,
+    public_vector,
+    shapes,
+    tensor_of,
+)
 
 import bitsandbytes.functional as F
 from bitsandbytes.plain import quantize as plain
 from reference import codes as reference
 
 ops = torch.ops.bitsandbytes
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKSIZES = (64, 256, 4096)
-INF, NAN = float("inf"), float("nan")
 MAPS = {
     "dynamic": reference.dynamic_map(True),
     "udynamic": reference.dynamic_map(False),
@@ -31,16 +41,6 @@ MAPS = {
 def blockwise(request):
     """What the dispatcher runs on a device, and what runs where nothing is compiled."""
     return plain if request.param == "plain" else ops
-
-
-def name_of(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def numpy(tensor):
-    """Array of a tensor; float16 and bfloat16 as the float32 numbers they are."""
-    tensor = tensor.detach().cpu()
-    return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
 
 
 def assert_quantized(result, a, levels, blocksize):
@@ -155,21 +155,6 @@ def test_all_16_bit_values_of_a_block_of_scale_one(device, dtype, name):
     assert_quantized(ops.quantize_blockwise(a, code_of(levels, device), 256), a, levels, 256)
 
 
-LAYOUTS = {
-    "contiguous": lambda a: a,
-    "transposed": lambda a: a.transpose(0, -1).contiguous().transpose(0, -1) if a.dim() else a,
-    "strided": lambda a: torch.stack([a, a * 3 + 1], -1)[..., 0],
-    "offset": lambda a: torch.cat([a.flatten().new_ones(1), a.flatten()])[1:].view(a.shape),
-    "expanded": lambda a: a[:1].expand(a.shape) if a.dim() and a.shape[0] else a,
-}
-SPECIAL = [0.0, -0.0, NAN, INF, -INF, 1e-45, -1e-45, 1e-38, 3e38, -3e38, 65504.0, 1.0, -1.0]
-
-shapes = st.one_of(
-    st.tuples(st.integers(0, 5000)),
-    st.lists(st.integers(0, 17), max_size=3).map(tuple),
-)
-
-
 @settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -187,13 +172,7 @@ def test_any_shape_dtype_layout_and_value(
 ):
     if gpu_kernels and blockwise is ops:
         blocksize = min(4096, max(32, 1 << blocksize.bit_length()))
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(shape, generator=generator) * 10.0 ** (seed % 7 - 3)
-    flat = a.view(-1)
-    for value in special:
-        if flat.numel():
-            flat[int(torch.randint(flat.numel(), (1,), generator=generator))] = value
-    a = LAYOUTS[layout](a.to(dtype)).to(device)
+    a = tensor_of(shape, dtype, layout, special, seed).to(device)
     levels = MAPS[name]
     code = code_of(levels, device)
     codes, absmax = blockwise.quantize_blockwise(a, code, blocksize)
@@ -367,8 +346,7 @@ def test_nested(device, blocksize):
     want_codes, absmax = reference.quantize(MAPS["dynamic"], numpy(a), blocksize)
     np.testing.assert_array_equal(numpy(codes), want_codes)
     assert state.nested and state.offset.shape == () and state.offset.dtype == torch.float32
-    # The mean of up to 522 float32 numbers of like size: pairwise sums round ten times at most.
-    np.testing.assert_allclose(state.offset.item(), absmax.mean(dtype=np.float64), rtol=2**-20)
+    assert state.offset.item() == np.float32(absmax.mean(dtype=np.float64))
     shifted = torch.from_numpy(absmax) - state.offset.cpu()
     assert_quantized(
         (state.absmax.cpu(), state.state2.absmax.cpu()), shifted, MAPS["dynamic"], blocksize
@@ -696,8 +674,7 @@ def test_matches_published_hash(device, blocksize, absmax, codes, values):
     def digest(tensor):
         return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
 
-    i = torch.arange(5000)
-    x = ((i * 7919 % 2003) - 1001).float() / 1024
+    x = public_vector()
     assert digest(x).startswith("81faa18557cfd0b2")
     result, state = F.quantize_blockwise(x.to(device), blocksize=blocksize)
     assert digest(state.absmax).startswith(absmax)
@@ -706,9 +683,7 @@ def test_matches_published_hash(device, blocksize, absmax, codes, values):
 
 
 def test_nested_matches_published_numbers(device):
-    i = torch.arange(5000)
-    x = (((i * 7919 % 2003) - 1001).float() / 1024).to(device)
+    x = public_vector().to(device)
     _, state = F.quantize_blockwise(x, blocksize=64, nested=True)
-    # A mean of 79 numbers: the order of the sum moves it by an ulp or two.
-    np.testing.assert_allclose(state.offset.item(), 0.9679712057113647, rtol=2**-22)
-    np.testing.assert_allclose(state.state2.absmax.max().item(), 0.013869643211364746, rtol=2**-16)
+    assert state.offset.item() == 0.9679712057113647
+    assert state.state2.absmax.max().item() == 0.013869643211364746
