@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on the CPU, each beside PyTorch's own part in the same run.
 
-python benchmarks/cpu.py [--out FILE] [--only optimizer,quantize,quantiles]
+python benchmarks/cpu.py [--out FILE] [--only optimizer,host,quantize,quantiles]
 """
 
 import argparse
@@ -42,6 +42,29 @@ def optimizer(record: Record) -> None:
             ms, reference = time_cpu(ours.step, fused.step)
             name = f"optimizer/{str(dtype)[6:]}/{cls.__name__}"
             record.add(name, ms, torch_fused_ms=reference, times_torch_fused=reference / ms)
+
+
+def host(record: Record) -> None:
+    """What a step costs before it computes: 2000 parameters without elements."""
+
+    def params() -> list[nn.Parameter]:
+        made = [nn.Parameter(torch.empty(0, dtype=torch.bfloat16)) for _ in range(2000)]
+        for p in made:
+            p.grad = torch.empty_like(p)
+        return made
+
+    fused = torch.optim.AdamW(params(), lr=1e-5, fused=True)
+    for cls, kwargs in (
+        (bnb.optim.Adam8bit, {"min_8bit_size": 0}),
+        (bnb.optim.AdEMAMix8bit, {"min_8bit_size": 0}),
+        (bnb.optim.Lion8bit, {"min_8bit_size": 0}),
+        (bnb.optim.Adam32bit, {}),
+    ):
+        ours = cls(params(), lr=1e-5, **kwargs)
+        ours.step()  # the second step makes a plan
+        ms, reference = time_cpu(ours.step, fused.step, repeats=101)
+        name = f"host/2000x0/{cls.__name__}"
+        record.add(name, ms, torch_fused_ms=reference, times_torch_fused=reference / ms)
 
 
 def quantize(record: Record) -> None:
@@ -87,12 +110,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "cpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--only", default="optimizer,quantize,quantiles")
+    parser.add_argument("--only", default="optimizer,host,quantize,quantiles")
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record("cpu")
     for name in args.only.split(","):
-        parts = {"optimizer": optimizer, "quantize": quantize, "quantiles": quantiles}
+        parts = {
+            "optimizer": optimizer,
+            "host": host,
+            "quantize": quantize,
+            "quantiles": quantiles,
+        }
         parts[name](record)
     record.write(args.out)
 

@@ -13,7 +13,7 @@ import gc
 from pathlib import Path
 
 import torch
-from harness import Record, time_cuda
+from harness import Record, time_cuda, time_host
 from torch import nn
 
 import bitsandbytes as bnb
@@ -70,9 +70,10 @@ def time_step(
     instance = make(params, lr=1e-5)
     instance.step()
     ms = time_cuda(instance.step, repeats=11)
+    host = time_host(instance.step)
     numbers = sum(p.numel() for p in params)
     floor = numbers * (3 * params[0].element_size() + state_bytes) / bandwidth
-    record.add(name, ms, of_copy=floor / ms, floor_ms=floor)
+    record.add(name, ms, of_copy=floor / ms, floor_ms=floor, host_ms=host)
     return ms
 
 

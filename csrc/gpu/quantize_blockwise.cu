@@ -77,6 +77,143 @@ struct RandomNumbers {
   }
 };
 
+using Code = Code8<false, OneEncodeTable>;
+
+// ---- Whole tiles, dynamic maps
+// --------------------------------------------------------------------
+//
+// The common case. While a warp works on one tile, the next one is on its way to shared memory;
+// every lane reads what it copied itself. A warp has a run of rows of 32 packs of 16 bytes:
+//
+//     row 0: [lane 0][lane 1] ... [lane 31]
+//     row 1: ...
+//
+// A quantization block is a run of lanes, of rows, or of the whole runs of neighbouring warps.
+constexpr int kRows = 4;
+constexpr int kRunBytes = kRows * kWarp * 16;
+constexpr int kSlots = 2;
+constexpr int kWholeResident = 4;  // blocks of threads per multiprocessor
+
+template <class T>
+inline constexpr int kWholeTile = kThreads * kRows * kPackSize<T>;
+
+// Codes of a pack whose block is not regular, or of one that is; seldom called.
+template <class T>
+__device__ BNB_NOINLINE Words<uint8_t, kPackSize<T>> encode_any(const Code& code,
+                                                                const OneEncodeTable& tables,
+                                                                Words<T, kPackSize<T>> words,
+                                                                uint32_t most) {
+  float x[kPackSize<T>];
+#pragma unroll
+  for (int j = 0; j < kPackSize<T>; ++j) x[j] = words.get(j);
+  Words<uint8_t, kPackSize<T>> codes;
+  code.encode(tables, x, absmax_from_bits(most), codes.words);
+  return codes;
+}
+
+// The absmax of every row's quantization block, from those of a lane's packs. Called by all threads
+// of the block. `warp_most` [warps]: scratch.
+template <class T>
+__device__ __forceinline__ void reduce_rows(uint32_t (&most)[kRows], int log2_block,
+                                            uint32_t* warp_most) {
+  constexpr int kRow = kWarp * kPackSize<T>;
+  const int block_size = 1 << log2_block;
+  if (block_size < kRow) {
+#pragma unroll
+    for (int v = 0; v < kRows; ++v) {
+      for (int lanes = block_size / kPackSize<T> / 2; lanes > 0; lanes /= 2) {
+        most[v] = max(most[v], shuffle_xor(most[v], lanes));
+      }
+    }
+    return;
+  }
+  if (block_size == kRow) {
+#pragma unroll
+    for (int v = 0; v < kRows; ++v) most[v] = warp_max(most[v]);
+    return;
+  }
+  static_assert(kRows == 4);
+  uint32_t low = max(most[0], most[1]);
+  uint32_t high = max(most[2], most[3]);
+  if (block_size > 2 * kRow) low = high = max(low, high);
+  low = warp_max(low);
+  high = block_size > 2 * kRow ? low : warp_max(high);
+  if (block_size > kRows * kRow) {
+    const int warps = block_size / (kRows * kRow);
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    if (lane == 0) warp_most[warp] = low;
+    __syncthreads();
+    low = high = warp_max(warp_most[(warp & ~(warps - 1)) + (lane & (warps - 1))]);
+  }
+  most[0] = most[1] = low;
+  most[2] = most[3] = high;
+}
+
+template <bool kSigned, class T>
+__device__ __forceinline__ void quantize_whole_tiles(const T* __restrict__ a,
+                                                     uint8_t* __restrict__ out,
+                                                     float* __restrict__ absmax, int64_t tiles,
+                                                     int log2_block, const Code& code,
+                                                     const OneEncodeTable& tables, char* slots,
+                                                     uint32_t (*warp_most)[kWarps]) {
+  constexpr int kPack = kPackSize<T>;
+  constexpr int kRow = kWarp * kPack;
+  using Values = Words<T, kPack>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int64_t own = int64_t{warp} * kRows * kRow + lane * kPack;  // in a tile
+  const auto place = [&](int slot, int v) {
+    return slots + (slot * kWarps + warp) * kRunBytes + (v * kWarp + lane) * 16;
+  };
+  const auto fetch = [&](int64_t tile, int slot) {
+    if (tile < tiles) {
+      const T* from = a + tile * kWholeTile<T> + own;
+#pragma unroll
+      for (int v = 0; v < kRows; ++v) start_copy<16>(place(slot, v), from + v * kRow);
+    }
+    close_copy_group();
+  };
+  int slot = 0;
+  fetch(blockIdx.x, slot);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    fetch(tile + gridDim.x, slot ^ 1);
+    wait_copies<1>();
+    Values words[kRows];
+    uint32_t most[kRows];
+#pragma unroll
+    for (int v = 0; v < kRows; ++v) {
+      words[v] = load_aligned<Values>(place(slot, v));
+      float largest = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) largest = absmax_step(largest, words[v].get(j));
+      most[v] = magnitude_bits(largest);
+    }
+    reduce_rows<T>(most, log2_block, warp_most[slot]);
+    const int64_t first = tile * kWholeTile<T> + own;
+#pragma unroll
+    for (int v = 0; v < kRows; ++v) {
+      const int64_t i = first + v * kRow;
+      const float scale = absmax_from_bits(most[v]);
+      if ((static_cast<int>(i) & ((1 << log2_block) - 1)) == 0) absmax[i >> log2_block] = scale;
+      Words<uint8_t, kPack> codes;
+      if (most[v] != 0 && has_quick_reciprocal(most[v])) {
+        float x[kPack];
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) x[j] = words[v].get(j);
+        Code::encode_dynamic(kSigned, tables, x, quick_reciprocal(scale), codes.words);
+      } else {
+        codes = encode_any<T>(code, tables, words[v], most[v]);
+      }
+      store_aligned(out + i, codes);
+    }
+    slot ^= 1;
+  }
+}
+
+// ---- Any tile, any levels
+// -------------------------------------------------------------------------
+//
 // A tile is kSlices slices; in a slice each thread holds one 16-byte pack, threads in order:
 //
 //     slice 0: [thread 0 pack][thread 1 pack] ... [thread 255 pack]
@@ -85,7 +222,7 @@ struct RandomNumbers {
 // A quantization block is then a run of lanes, of warps, or of whole slices, and its maximum is
 // reduced by shuffles, through shared memory, or over both.
 template <class T, bool kStochastic>
-__global__ void __launch_bounds__(kThreads)
+__global__ void BNB_LAUNCH_BOUNDS(kThreads, kWholeResident)
     quantize_blockwise_kernel(const T* __restrict__ a,         // [n]
                               const float* __restrict__ code,  // [256]
                               uint8_t* __restrict__ out,       // [n]
@@ -95,8 +232,9 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSlice = kThreads * kPack;
   constexpr int kSlices = kTile / kSlice;
 
-  __shared__ Code8<false> levels;
-  __shared__ EncodeTables<false> tables;
+  BNB_DYNAMIC_SHARED(slots);
+  __shared__ Code levels;
+  __shared__ OneEncodeTable tables;
   __shared__ uint32_t warp_most[2][kSlices][kWarps];
   __shared__ LevelOrder order;
   levels.fill(code, tables);
@@ -106,10 +244,25 @@ __global__ void __launch_bounds__(kThreads)
   const bool reordered = levels.kind == CodeKind::kTable && order.sort(levels.levels);
   __syncthreads();
 
+  int64_t done = 0;  // elements
+  if (!kStochastic && aligned && levels.kind != CodeKind::kTable) {
+    static_assert(kSlots <= 2 && kWholeTile<T> % kTile == 0);
+    __shared__ uint32_t run_most[kSlots][kWarps];
+    const int64_t tiles = n / kWholeTile<T>;
+    if (levels.kind == CodeKind::kSignedDynamic8) {
+      quantize_whole_tiles<true>(a, out, absmax, tiles, log2_block, levels, tables, slots,
+                                 run_most);
+    } else {
+      quantize_whole_tiles<false>(a, out, absmax, tiles, log2_block, levels, tables, slots,
+                                  run_most);
+    }
+    done = tiles * kWholeTile<T>;
+  }
+
   const int block_size = 1 << log2_block;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   int buffer = 0;
-  for (int64_t tile = blockIdx.x; tile * kTile < n; tile += gridDim.x) {
+  for (int64_t tile = done / kTile + blockIdx.x; tile * kTile < n; tile += gridDim.x) {
     const int64_t base = tile * kTile + static_cast<int64_t>(threadIdx.x) * kPack;
     Words<T, kPack> words[kSlices];
     if (aligned && (tile + 1) * kTile <= n) {
@@ -243,8 +396,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int grid(int64_t tiles) {
-  return static_cast<int>(std::min<int64_t>(tiles, int64_t{multiprocessors()} * kResident));
+int grid(int64_t tiles, int resident) {
+  return static_cast<int>(std::min<int64_t>(tiles, int64_t{multiprocessors()} * resident));
 }
 
 int log2_of(int64_t block_size) {
@@ -258,9 +411,13 @@ void quantize(const QuantizeBlockwise& args, Stream stream) {
   const bool aligned = is_aligned(args.a, 16) && is_aligned(args.out, kPackSize<T>);
   const auto kernel = args.rand != nullptr ? quantize_blockwise_kernel<T, true>
                                            : quantize_blockwise_kernel<T, false>;
-  launch("quantize_blockwise_kernel", kernel, grid(ceil_div(args.n, kTile)), kThreads, 0, stream,
-         static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,
-         log2_of(args.block_size), aligned,
+  // Without whole tiles nothing is copied ahead.
+  const int slots =
+      args.n >= kWholeTile<T> && args.rand == nullptr ? kSlots * kWarps * kRunBytes : 0;
+  allow_shared(reinterpret_cast<const void*>(kernel), slots);
+  launch("quantize_blockwise_kernel", kernel, grid(ceil_div(args.n, kTile), kWholeResident),
+         kThreads, slots, stream, static_cast<const T*>(args.a), args.code, args.out, args.absmax,
+         args.n, log2_of(args.block_size), aligned,
          RandomNumbers{args.rand, args.rand_size, args.rand_offset});
 }
 
@@ -270,8 +427,9 @@ void dequantize(const DequantizeBlockwise& args, Stream stream) {
                        log2_of(args.block_size) >= 0 && args.block_size >= kPackSize<T>;
   constexpr int64_t kTurn = kThreads * kPackSize<T> * 4;
   launch("dequantize_blockwise_kernel", dequantize_blockwise_kernel<T>,
-         grid(ceil_div(args.n, kTurn)), kThreads, 0, stream, args.a, args.absmax, args.code,
-         static_cast<T*>(args.out), args.n, args.block_size, log2_of(args.block_size), aligned);
+         grid(ceil_div(args.n, kTurn), kResident), kThreads, 0, stream, args.a, args.absmax,
+         args.code, static_cast<T*>(args.out), args.n, args.block_size, log2_of(args.block_size),
+         aligned);
 }
 
 }  // namespace

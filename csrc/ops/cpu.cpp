@@ -161,3 +161,5 @@ struct Cpu {
 }  // namespace bnb::ops
 
 STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Cpu>(m); }
+
+BNB_EXPORT_STEP_PLANS(bnb::ops::Cpu)

@@ -20,3 +20,5 @@ struct Emulated : GpuBackend<EmulatedScope> {
 }  // namespace bnb::ops
 
 STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Emulated>(m); }
+
+BNB_EXPORT_STEP_PLANS(bnb::ops::Emulated)

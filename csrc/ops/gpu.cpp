@@ -24,3 +24,5 @@ class GpuScope {
 STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CUDA, m) {
   bnb::ops::register_ops<bnb::ops::GpuBackend<bnb::ops::GpuScope>>(m);
 }
+
+BNB_EXPORT_STEP_PLANS(bnb::ops::GpuBackend<bnb::ops::GpuScope>)

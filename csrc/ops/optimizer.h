@@ -122,10 +122,18 @@ class StepTensors {
     check_same_device(op, "step", in.step, "params", first);
     args.step = in.step.const_data_ptr<int64_t>();
     if (in.lr_tensor != nullptr) {
-      check_dtype(op, "lr_tensor", *in.lr_tensor, ScalarType::Float);
-      check_numel(op, "lr_tensor", *in.lr_tensor, 1);
-      check_same_device(op, "lr_tensor", *in.lr_tensor, "params", first);
-      args.lr = in.lr_tensor->const_data_ptr<float>();
+      const Tensor& lr = *in.lr_tensor;
+      const ScalarType lr_type = lr.scalar_type();
+      require(lr_type == ScalarType::Float || lr_type == ScalarType::Double, op,
+              ": lr_tensor must have dtype ", ScalarType::Float, " or ", ScalarType::Double,
+              ", got ", lr_type);
+      check_numel(op, "lr_tensor", lr, 1);
+      check_same_device(op, "lr_tensor", lr, "params", first);
+      if (lr_type == ScalarType::Double) {
+        args.lr = lr.const_data_ptr<double>();
+      } else {
+        args.lr = lr.const_data_ptr<float>();
+      }
     }
     for (size_t i = 0; i < count; ++i) {
       const Tensor& param = in.params[i];
@@ -172,8 +180,7 @@ class StepTensors {
   std::vector<OptimizerTensor>& collect() {
     tensors_.resize(in_.params.size());
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      // The parameter's order is that of a one-row state; two rows are always in row-major order.
-      const Tensor& layout = (*in_.states[states_ == 3 ? 1 : 0])[i];
+      const Tensor& layout = layout_of(i);
       OptimizerTensor& t = tensors_[i];
       t = {};
       t.n = in_.params[i].numel();
@@ -192,7 +199,18 @@ class StepTensors {
 
   int states() const { return states_; }
 
+  // Whether no parameter must be copied.
+  bool in_order() const {
+    for (size_t i = 0; i < in_.params.size(); ++i) {
+      if (!same_layout(in_.params[i], layout_of(i))) return false;
+    }
+    return true;
+  }
+
  private:
+  // The parameter's order is that of a one-row state; two rows are always in row-major order.
+  const Tensor& layout_of(size_t i) const { return (*in_.states[states_ == 3 ? 1 : 0])[i]; }
+
   Tensor ordered(const Tensor& t, const Tensor& layout, bool written) {
     if (same_layout(t, layout)) return t;
     Tensor copy = copy_in_layout(t, layout);

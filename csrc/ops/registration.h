@@ -6,6 +6,7 @@
 #include "ops/optimizer.h"
 #include "ops/quantiles.h"
 #include "ops/quantize.h"
+#include "ops/step_plan.h"
 
 namespace bnb::ops {
 
@@ -29,6 +30,7 @@ void register_ops(Library& m) {
   m.impl("optimizer_step_32bit", TORCH_BOX(&optimizer_step_32bit<Backend>));
   m.impl("optimizer_step_8bit_blockwise", TORCH_BOX(&optimizer_step_8bit_blockwise<Backend>));
   m.impl("optimizer_step_8bit", TORCH_BOX(&optimizer_step_8bit<Backend>));
+  m.impl("_optimizer_plan", TORCH_BOX(&optimizer_plan<Backend>));
   m.impl("percentile_clipping_step", TORCH_BOX(&percentile_clipping_step<Backend>));
 }
 

@@ -87,8 +87,15 @@ SCHEMAS = (
     "Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) -> ()",
 )
 
+# Gives a native library the tensors of a plan to hold (optim/plan.py). It computes nothing, exists
+# where there are native kernels only, and is never called where a tracer looks on.
+_PLAN_SCHEMA = (
+    "_optimizer_plan(str rule, Tensor[] params, Tensor[] state1, Tensor[] state2, "
+    "Tensor[] absmax1, Tensor[] absmax2, Tensor? qmap1, Tensor? qmap2, Tensor step) -> int"
+)
+
 _definitions = torch.library.Library(NAMESPACE, "DEF")
-for _schema in SCHEMAS:
+for _schema in (*SCHEMAS, _PLAN_SCHEMA):
     _definitions.define(_schema)
 
 

@@ -4,6 +4,7 @@
 import os
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that kernels are replaced is what is wanted
             torch.ops.load_library(config.getoption("--emulated"))
+        _library.libraries["_ops"].path = Path(config.getoption("--emulated"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

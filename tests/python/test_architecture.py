@@ -51,7 +51,10 @@ ALLOWED = {
     "csrc/ops/torch_api.h": (["bitsandbytes/"], ["torch/"]),
     "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", *CPU_INTERFACE], []),
     "csrc/ops/gpu.cpp": (["bitsandbytes/", "ops/", "gpu/runtime/"], []),
-    "csrc/bindings": (["bitsandbytes/", "cpu/dispatch.h"], ["pybind11/"]),
+    "csrc/bindings": (
+        ["bitsandbytes/", "bindings/", "cpu/dispatch.h"],
+        ["pybind11/", "dlfcn.h"],
+    ),
 }
 STANDARD = re.compile(r"^[a-z_0-9]+$")
 
@@ -127,7 +130,7 @@ def test_reference_imports_numpy_only(path):
 LAYERS = {
     "plain": {"_checks", "_ops"},
     "quant": {"_checks", "_ops", "utils"},
-    "optim": {"_checks", "_ops", "paged", "plain", "quant"},
+    "optim": {"_checks", "_library", "_ops", "paged", "plain", "quant"},
     "autograd": {"_checks", "_ops", "functional", "quant", "utils"},
     "nn": {"_checks", "_ops", "autograd", "functional", "optim", "quant", "utils"},
 }

@@ -53,6 +53,11 @@ inline int most_shared_bytes() {
   return bytes;
 }
 
+// Lets a kernel have so much shared memory beside its static part.
+inline void allow_shared(const void* kernel, int bytes) {
+  BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 // What a kernel takes of shared memory beside its static part.
 struct SharedNeeds {
   int group;        // threads ...
@@ -93,7 +98,7 @@ inline LaunchShape shape_for(const void* kernel, int most_threads, int resident,
   // Fewer entries rather than fewer blocks, but for devices on which even a few are too many.
   const int room = (share > bytes() ? std::min(share, limit) : limit) - shape.group_bytes;
   shape.entries = std::clamp(room / needs.entry_bytes, few, needs.entries);
-  BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes()));
+  allow_shared(kernel, bytes());
   return shape;
 }
 

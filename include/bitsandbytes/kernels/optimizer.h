@@ -35,7 +35,7 @@ struct OptimizerStep {
   DType dtype;           // of parameters and gradients
   const float* qmap[2];  // [256] each: levels of the 8-bit states; null for 32-bit states
   const int64_t* step;   // steps taken before this one
-  const float* lr;       // learning rate, or null: hyper.lr
+  LearningRate lr;       // or none: hyper.lr
   Hyper hyper;
   const float* gnorm_scales;   // [tensors]: further factors on the gradients, or null
   const float* update_scales;  // [tensors]: factors on the updates, or null

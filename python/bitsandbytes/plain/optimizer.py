@@ -112,7 +112,7 @@ def _check_step(
     check_dtype(op, "step", options.step, torch.int64)
     check_numel(op, "step", options.step, 1, "the number of steps")
     if options.lr_tensor is not None:
-        check_dtype(op, "lr_tensor", options.lr_tensor, torch.float32)
+        check_dtype(op, "lr_tensor", options.lr_tensor, torch.float32, torch.float64)
         check_numel(op, "lr_tensor", options.lr_tensor, 1, "the learning rate")
     check(options.max_unorm >= 0, op, "max_unorm", "zero or positive", options.max_unorm)
     if options.update_scales is not None:

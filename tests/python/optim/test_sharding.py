@@ -38,6 +38,24 @@ def test_training_equals_one_process(pool, backend, name):
     pool(2, backend, run_training, name)
 
 
+def run_compiled():
+    models = [sharded_model(), sharded_model()]
+    optimizers = [make("LAMB8bit", model) for model in models]
+    steps = [torch.compile(optimizers[0].step, backend="eager", fullgraph=True)]
+    steps.append(optimizers[1].step)
+    for number in range(3):
+        for model, step in zip(models, steps, strict=True):
+            model.zero_grad()
+            model(number).backward()
+            step()
+    assert_same(*models, tuple(SHAPES))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_steps_equal_eager_ones(pool, backend):
+    pool(2, backend, run_compiled)
+
+
 def run_fresh(name):
     model, untouched = sharded_model(), Model()
     optimizer = make(name, model, weight_decay=0.1)
