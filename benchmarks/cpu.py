@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on the CPU, each beside PyTorch's own part in the same run.
 
-python benchmarks/cpu.py [--out FILE] [--only optimizer,host,quantize,quantize_4bit]
+python benchmarks/cpu.py [--out FILE] [--only optimizer,host,quantize,quantize_4bit,quantiles]
 """
 
 import argparse
@@ -86,6 +86,24 @@ def quantize(record: Record) -> None:
             for verb, work in works.items():
                 ms, copy = time_cpu(work, functools.partial(target.copy_, x))
                 record.add(f"{verb}_blockwise/{name}", ms, copy_ms=copy, times_copy=copy / ms)
+        rand, linear = torch.rand(2**16), F.create_linear_map()
+        for option, arguments in {"rand": {"rand": rand}, "code": {"code": linear}}.items():
+            work = functools.partial(F.quantize_blockwise, x, **arguments)
+            ms, copy = time_cpu(work, functools.partial(target.copy_, x))
+            row = f"quantize_blockwise({option}=)/{str(dtype)[6:]}/block4096"
+            record.add(row, ms, copy_ms=copy, times_copy=copy / ms)
+
+
+def quantiles(record: Record) -> None:
+    """Exact quantiles of 16 million numbers, beside torch.quantile."""
+    x = torch.randn(2**24)
+    q = torch.linspace(1 / 512, 511 / 512, 256)
+    (reference,) = time_cpu(functools.partial(torch.quantile, x, q), repeats=3)
+    record.add("torch.quantile/float32", reference)
+    for dtype in (torch.float32, torch.bfloat16):
+        (ms,) = time_cpu(functools.partial(F.estimate_quantiles, x.to(dtype)))
+        row = f"estimate_quantiles/{str(dtype)[6:]}"
+        record.add(row, ms, times_torch_quantile=reference / ms)
 
 
 def quantize_4bit(record: Record) -> None:
@@ -118,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "cpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--only", default="optimizer,host,quantize,quantize_4bit")
+    parser.add_argument("--only", default="optimizer,host,quantize,quantize_4bit,quantiles")
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record("cpu")
@@ -128,6 +146,7 @@ def main() -> None:
             "host": host,
             "quantize": quantize,
             "quantize_4bit": quantize_4bit,
+            "quantiles": quantiles,
         }
         parts[name](record)
     record.write(args.out)

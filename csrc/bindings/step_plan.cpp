@@ -155,8 +155,15 @@ class Options {
     step.step = static_cast<const int64_t*>(number_on_device(dlpack::kInteger, 64));
     if (step.step == nullptr) return false;
     if (!next_is_none()) {
-      step.lr = static_cast<const float*>(number_on_device(dlpack::kFloat, 32));
-      if (step.lr == nullptr) return false;
+      const Py_ssize_t at = at_;
+      if (const void* single = number_on_device(dlpack::kFloat, 32)) {
+        step.lr = static_cast<const float*>(single);
+      } else {
+        at_ = at;
+        const void* wide = number_on_device(dlpack::kFloat, 64);
+        if (wide == nullptr) return false;
+        step.lr = static_cast<const double*>(wide);
+      }
     }
     Hyper& hyper = step.hyper;
     for (double* value : {&hyper.lr, &hyper.beta1, &hyper.beta2, &hyper.beta3, &hyper.alpha,

@@ -17,11 +17,11 @@ QuantileSearch::QuantileSearch(const EstimateQuantiles& args, int64_t pieces)
     : args_(args),
       // Counts of a piece have 32 bits.
       pieces_(std::max(pieces, (args.n >> 31) + 1)),
-      counts_(static_cast<size_t>(pieces_) << kFirstBits) {
+      counts_(static_cast<size_t>(pieces_ * kCounts)) {
   const QuantileRanks ranks = quantile_ranks(args.n, args.offset);
   for (int k = 0; k < kQuantiles; ++k) quantiles_[k] = {ranks.values[k], 0, 0};
   groups_[0].assign(size_t{1} << kFirstBits, kNone);
-  groups_[1].assign(size_t{kQuantiles} * kBins, kNone);
+  groups_[1].assign(static_cast<size_t>(kCounts), kNone);
 }
 
 template <class T>
@@ -29,7 +29,7 @@ void QuantileSearch::count_keys(int pass, int64_t piece) {
   const T* a = static_cast<const T*>(args_.a);
   const int64_t size = (args_.n + pieces_ - 1) / pieces_;
   const int64_t end = std::min(args_.n, (piece + 1) * size);
-  uint32_t* const counts = counts_.data() + (static_cast<size_t>(piece) << kFirstBits);
+  uint32_t* const counts = counts_.data() + piece * kCounts;
   const auto for_each_key = [&](const auto& body) {
     for (int64_t i = piece * size; i < end; ++i) body(OrderKey<T>::of_bits(bits_of(a[i])));
   };
@@ -41,15 +41,16 @@ void QuantileSearch::count_keys(int pass, int64_t piece) {
   if constexpr (OrderKey<T>::kBits == 32) {
     const uint16_t* const first = groups_[0].data();
     const uint16_t* const second = groups_[1].data();
-    for_each_key([&](uint32_t key) {
-      uint32_t group = first[key >> 16];
-      if (group == kNone) return;
-      if (pass == 2) {
-        group = second[group * kBins + ((key >> 8) & 0xff)];
-        if (group == kNone) return;
-      }
-      ++counts[group * kBins + ((key >> (pass == 1 ? 8 : 0)) & 0xff)];
-    });
+    if (pass == 1) {
+      for_each_key([&](uint32_t key) {
+        ++counts[first[key >> 16] * kBins + ((key >> kBits) & (kBins - 1))];
+      });
+    } else {
+      for_each_key([&](uint32_t key) {
+        const uint16_t group = second[first[key >> 16] * kBins + ((key >> kBits) & (kBins - 1))];
+        ++counts[group * kBins + (key & (kBins - 1))];
+      });
+    }
   }
 }
 
@@ -76,7 +77,7 @@ void QuantileSearch::locate(int pass) {
       const int64_t place = group * bins + bin;
       uint64_t count = 0;
       for (int64_t piece = 0; piece < pieces_; ++piece) {
-        count += counts_[static_cast<size_t>((piece << kFirstBits) + place)];
+        count += counts_[static_cast<size_t>(piece * kCounts + place)];
       }
       const auto leader = static_cast<uint16_t>(k);
       while (k < kQuantiles && quantiles_[k].group == group &&

@@ -30,7 +30,11 @@ class QuantileSearch {
   static constexpr int kFirstBits = 16;
   static constexpr int kBits = 8;           // of the other digits
   static constexpr int kBins = 1 << kBits;  // of a group
-  static constexpr uint16_t kNone = 0xffff;
+  // The group of elements that are near no quantile. They are counted, so that no branch depends on
+  // them, but nobody looks.
+  static constexpr uint16_t kNone = kQuantiles;
+  static constexpr int64_t kCounts = (kQuantiles + 1) * kBins;  // of a piece
+  static_assert(kCounts >= 1 << kFirstBits);
 
   // Quantiles that share their digits so far are a group, named by its first member.
   struct Quantile {
@@ -45,8 +49,8 @@ class QuantileSearch {
   EstimateQuantiles args_;
   int64_t pieces_;
   std::array<Quantile, kQuantiles> quantiles_;
-  std::vector<uint32_t> counts_;  // [pieces, groups, bins]
-  // Groups by their digits: [2^16] after the first pass, [256 groups, 256] after the second.
+  std::vector<uint32_t> counts_;  // [pieces, kCounts]: of bins, or of groups and their bins
+  // Groups by their digits: [2^16] after the first pass, [groups, kBins] after the second.
   std::vector<uint16_t> groups_[2];
 };
 

@@ -40,8 +40,10 @@ struct OrderKey {
 
   // From the bits of a number, in the lowest kBits.
   BNB_HD static constexpr uint32_t of_bits(uint32_t bits) {
-    if ((bits & ~kSign) > kBitsOfInfinity) return kAll;
-    return (bits & kSign) != 0 ? kAll ^ bits : bits | kSign;
+    // Without a branch: signs are hard to foretell.
+    const uint32_t negative = 0u - (bits >> (kBits - 1));
+    const uint32_t nan = 0u - static_cast<uint32_t>((bits & ~kSign) > kBitsOfInfinity);
+    return ((bits ^ (negative | kSign)) | nan) & kAll;
   }
   BNB_HD static constexpr float to_number(uint32_t key) {
     if (key == kAll) return bits_float(0x7fc00000u);

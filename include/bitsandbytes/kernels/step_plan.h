@@ -26,7 +26,7 @@ struct PlannedStep {
   const PlannedTensor* tensors;  // [count]
   int64_t count;
   const int64_t* step;  // steps taken before this one
-  const float* lr;      // learning rate, or null: hyper.lr
+  LearningRate lr;      // or none: hyper.lr
   Hyper hyper;
   bool stochastic_rounding;
   uint64_t seed;
