@@ -56,8 +56,8 @@ std::vector<Candidate> candidates() {
   list.push_back({avx512_bf16::kernel_table, avx512 && __builtin_cpu_supports("avx512bf16")});
   list.push_back({avx512::kernel_table, avx512});
   list.push_back({avx2::kernel_table, __builtin_cpu_supports("avx2") &&
-                                            __builtin_cpu_supports("fma") &&
-                                            __builtin_cpu_supports("f16c")});
+                                          __builtin_cpu_supports("fma") &&
+                                          __builtin_cpu_supports("f16c")});
 #endif
   list.push_back({baseline::kernel_table, true});
   return list;

@@ -9,7 +9,7 @@
 //     for a panel of kPanel rows of w                     (one thread)
 //       for a chunk of k                                  the panel's weights stay in L2
 //         for a tile of rows of a                         these stay in L1
-//           for kTileCols rows of w in the panel          sums stay in registers
+//           for kDotCols rows of w in the panel          sums stay in registers
 //
 // The first tile looks the weights up, multiplies them, and leaves them in the panel for the
 // others: lookups run on other units of the processor than multiplications. With few rows of a, a
@@ -27,9 +27,9 @@
 namespace bnb::cpu::BNB_ISA {
 namespace {
 
-constexpr int kTileCols = 4;         // rows of w that a tile multiplies
+constexpr int kDotCols = 4;           // rows of w that a tile multiplies
 constexpr int64_t kChunkBytes = 4096;  // of one row along k
-constexpr int64_t kRowBlock = 240;   // rows of a whose sums are kept at a time
+constexpr int64_t kRowBlock = 240;     // rows of a whose sums are kept at a time
 
 // Products of floats. T is what weights are rounded to.
 template <class T>
@@ -37,8 +37,8 @@ struct FloatOperand {
   using Element = float;
   using Vector = Float;
   static constexpr int kVector = kWidth;
-  static constexpr int kTileRows = kWidth == 16 ? 6 : 2;
-  static constexpr int kLookupRows = kWidth == 16 ? 4 : 2;
+  static constexpr int kTileHeight = kWidth == 16 ? 6 : 2;
+  static constexpr int kLookupHeight = kWidth == 16 ? 4 : 2;
 
   struct Table {
     Float parts[kCode4Levels / kWidth];
@@ -59,6 +59,18 @@ struct FloatOperand {
     return multiply_add(a, b, sum);
   }
   static BNB_HD Element element(T x) { return to_float(x); }
+
+  // For sums over rows of the weight: rows to a product, how their groups are woven, and the
+  // column of a group that a place in it then holds.
+  static constexpr int kDepth = 1;
+  static BNB_HD void weave(const Element* const (&rows)[kDepth], Element* out) {
+    store_vector(out, load_vector(rows[0]));
+    store_vector(out + kVector, load_vector(rows[0] + kVector));
+  }
+  static constexpr int column_of(int place) {
+    return place < kVector ? 2 * place : 2 * (place - kVector) + 1;
+  }
+  static BNB_HD Vector broadcast(const Element* p) { return Float(*p); }
 };
 
 // What multiplies numbers of type T: the products of the instruction set, or those of floats.
@@ -110,69 +122,69 @@ void stage_rows(const Gemm4bit& args, void* staged, int64_t first_row, int64_t l
 
 // ---- Tiles --------------------------------------------------------------------------------------
 
-// kTileCols rows of a weight whose groups begin where bytes do and whose blocks begin together.
+// kDotCols rows of a weight whose groups begin where bytes do and whose blocks begin together.
 struct CodeRows {
-  const uint8_t* codes[kTileCols];  // at the beginning of the chunk
-  const float* scales[kTileCols];   // of the block in which the chunk begins
+  const uint8_t* codes[kDotCols];  // at the beginning of the chunk
+  const float* scales[kDotCols];   // of the block in which the chunk begins
   const float* levels;
   int64_t block_size;
   int64_t phase;  // elements of that block before the chunk
 };
 
 template <int kRows>
-BNB_HD void add_sums(Float (&sums)[kRows][kTileCols], float* out, int64_t stride) {
+BNB_HD void add_sums(Float (&sums)[kRows][kDotCols], float* out, int64_t stride) {
   for (int i = 0; i < kRows; ++i) {
-    float four[kTileCols];
+    float four[kDotCols];
     reduce_add4(sums[i], four);
-    for (int j = 0; j < kTileCols; ++j) out[i * stride + j] += four[j];
+    for (int j = 0; j < kDotCols; ++j) out[i * stride + j] += four[j];
   }
 }
 
-// Adds to sums [kRows, kTileCols] the products over a chunk of codes; with kKeep the weights are
+// Adds to sums [kRows, kDotCols] the products over a chunk of codes; with kKeep the weights are
 // left in `panel` as well, in the order in which multiply_tile reads them.
 template <class Op, int kRows, bool kKeep>
 void lookup_tile(const CodeRows& w, int64_t count, const typename Op::Element* a, int64_t a_stride,
                  typename Op::Element* panel, float* out, int64_t out_stride) {
   using Vector = typename Op::Vector;
   constexpr int64_t vector = Op::kVector;
-  Float sums[kRows][kTileCols];
+  Float sums[kRows][kDotCols];
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kTileCols; ++j) sums[i][j] = Float(0.0f);
+    for (int j = 0; j < kDotCols; ++j) sums[i][j] = Float(0.0f);
   }
-  const auto multiply = [&](int64_t k, int j, Vector even, Vector odd, const Vector(&rows)[kRows][2]) {
+  const auto multiply = [&](int64_t k, int j, Vector even, Vector odd,
+                            const Vector(&rows)[kRows][2]) {
     for (int i = 0; i < kRows; ++i) {
       sums[i][j] = Op::add_products(sums[i][j], rows[i][0], even);
       sums[i][j] = Op::add_products(sums[i][j], rows[i][1], odd);
     }
     if constexpr (kKeep) {
-      Op::store_vector(panel + k * kTileCols + j * vector, even);
-      Op::store_vector(panel + k * kTileCols + (kTileCols + j) * vector, odd);
+      Op::store_vector(panel + k * kDotCols + j * vector, even);
+      Op::store_vector(panel + k * kDotCols + (kDotCols + j) * vector, odd);
     }
   };
   int64_t k = 0;
   int64_t block = 0;
   int64_t block_end = w.block_size - w.phase;
   if (kGroup<Op> > kLeastBlock && w.block_size < kGroup<Op>) {
-   if constexpr (kGroup<Op> > kLeastBlock) {
-    for (; k < count; k += kGroup<Op>, block += 2) {
-      Vector rows[kRows][2];
-      for (int i = 0; i < kRows; ++i) {
-        rows[i][0] = Op::load_vector(a + i * a_stride + k);
-        rows[i][1] = Op::load_vector(a + i * a_stride + k + vector);
-      }
-      for (int j = 0; j < kTileCols; ++j) {
-        const auto table =
-            Op::make_table(w.levels, w.scales[j][block], w.scales[j][block + 1]);
-        Vector even, odd;
-        Op::lookup_halves(table, w.codes[j] + k / 2, even, odd);
-        multiply(k, j, even, odd, rows);
+    if constexpr (kGroup<Op> > kLeastBlock) {
+      for (; k < count; k += kGroup<Op>, block += 2) {
+        Vector rows[kRows][2];
+        for (int i = 0; i < kRows; ++i) {
+          rows[i][0] = Op::load_vector(a + i * a_stride + k);
+          rows[i][1] = Op::load_vector(a + i * a_stride + k + vector);
+        }
+        for (int j = 0; j < kDotCols; ++j) {
+          const auto table = Op::make_table(w.levels, w.scales[j][block], w.scales[j][block + 1]);
+          Vector even, odd;
+          Op::lookup_halves(table, w.codes[j] + k / 2, even, odd);
+          multiply(k, j, even, odd, rows);
+        }
       }
     }
-   }
   } else {
     while (k < count) {
-      typename Op::Table tables[kTileCols];
-      for (int j = 0; j < kTileCols; ++j) {
+      typename Op::Table tables[kDotCols];
+      for (int j = 0; j < kDotCols; ++j) {
         tables[j] = Op::make_table(w.levels, w.scales[j][block]);
       }
       const int64_t end = block_end < count ? block_end : count;
@@ -182,7 +194,7 @@ void lookup_tile(const CodeRows& w, int64_t count, const typename Op::Element* a
           rows[i][0] = Op::load_vector(a + i * a_stride + k);
           rows[i][1] = Op::load_vector(a + i * a_stride + k + vector);
         }
-        for (int j = 0; j < kTileCols; ++j) {
+        for (int j = 0; j < kDotCols; ++j) {
           Vector even, odd;
           Op::lookup(tables[j], w.codes[j] + k / 2, even, odd);
           multiply(k, j, even, odd, rows);
@@ -197,20 +209,19 @@ void lookup_tile(const CodeRows& w, int64_t count, const typename Op::Element* a
 
 // The same from weights in the panel.
 template <class Op, int kRows>
-void multiply_tile(const typename Op::Element* panel, int64_t count,
-                   const typename Op::Element* a, int64_t a_stride, float* out,
-                   int64_t out_stride) {
+void multiply_tile(const typename Op::Element* panel, int64_t count, const typename Op::Element* a,
+                   int64_t a_stride, float* out, int64_t out_stride) {
   constexpr int64_t vector = Op::kVector;
-  Float sums[kRows][kTileCols];
+  Float sums[kRows][kDotCols];
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kTileCols; ++j) sums[i][j] = Float(0.0f);
+    for (int j = 0; j < kDotCols; ++j) sums[i][j] = Float(0.0f);
   }
   for (int64_t k = 0; k < count; k += vector) {
-    typename Op::Vector w[kTileCols];
-    for (int j = 0; j < kTileCols; ++j) w[j] = Op::load_vector(panel + k * kTileCols + j * vector);
+    typename Op::Vector w[kDotCols];
+    for (int j = 0; j < kDotCols; ++j) w[j] = Op::load_vector(panel + k * kDotCols + j * vector);
     for (int i = 0; i < kRows; ++i) {
       const typename Op::Vector row = Op::load_vector(a + i * a_stride + k);
-      for (int j = 0; j < kTileCols; ++j) sums[i][j] = Op::add_products(sums[i][j], row, w[j]);
+      for (int j = 0; j < kDotCols; ++j) sums[i][j] = Op::add_products(sums[i][j], row, w[j]);
     }
   }
   add_sums(sums, out, out_stride);
@@ -232,6 +243,17 @@ BNB_HD void by_rows(int64_t rows, const Body& body) {
   }
 }
 
+// Calls body(first row, constant number of rows) for tiles of nearly equal height.
+template <class Op, class Body>
+BNB_HD void for_each_tile(int64_t row, int64_t rows, const Body& body) {
+  while (row < rows) {
+    const int64_t tiles = ceil_div(rows - row, Op::kTileHeight);
+    const int64_t height = ceil_div(rows - row, tiles);
+    by_rows<Op::kTileHeight>(height, [&](auto constant) { body(row, constant); });
+    row += height;
+  }
+}
+
 // ---- Panels -------------------------------------------------------------------------------------
 
 template <class Op>
@@ -248,20 +270,31 @@ inline const float* scales_from(const Scales& scales, int64_t first, int64_t cou
   return space;
 }
 
-// Leaves the weights of one row in a panel, wherever its codes and blocks begin.
+// Elements [begin, begin + count) of the flattened weight, in groups from `begin` on; zeros fill up
+// the last group. At most kChunk of them.
 template <class Op, class T>
-void unpack_row(const Weight4bit& w, int64_t row, int64_t first, int64_t count,
-                typename Op::Element* panel) {
+void unpack(const Weight4bit& w, int64_t begin, int64_t count, typename Op::Element* out) {
   constexpr int64_t vector = Op::kVector;
-  T values[kChunk<Op> + 2];
-  typename Op::Element staged[kChunk<Op>];
-  const int64_t begin = row * w.k + first;
+  if (begin % kGroup<Op> == 0 && count % kGroup<Op> == 0 && w.block_size >= kGroup<Op>) {
+    int64_t i = 0;
+    while (i < count) {
+      const int64_t block = (begin + i) / w.block_size;
+      const auto table = Op::make_table(w.levels, scale_of(w.scales, block));
+      const int64_t block_end = (block + 1) * w.block_size - begin;
+      const int64_t stop = block_end < count ? block_end : count;
+      for (; i < stop; i += kGroup<Op>) {
+        typename Op::Vector even, odd;
+        Op::lookup(table, w.codes + (begin + i) / 2, even, odd);
+        Op::store_vector(out + i, even);
+        Op::store_vector(out + i + vector, odd);
+      }
+    }
+    return;
+  }
+  T values[kChunk<Op> + 1];
   const int64_t even = begin - begin % 2;
   dequantize_range_4bit(w.levels, w.codes, w.scales, w.block_size, even, begin + count, values);
-  stage<Op>(values + (begin - even), count, staged);
-  for (int64_t k = 0; k < staged_length<Op>(count); k += vector) {
-    Op::store_vector(panel + k * kTileCols, Op::load_vector(staged + k));
-  }
+  stage<Op>(values + (begin - even), count, out);
 }
 
 template <class Op, class T>
@@ -274,18 +307,17 @@ void multiply_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_
   const auto weights = [&](int64_t j) { return panel.weights + j * length; };
   int64_t row = 0;
   if (aligned) {
-    row = rows < Op::kLookupRows ? rows : Op::kLookupRows;
-    for (int64_t j = 0; j < cols; j += kTileCols) {
+    row = rows < Op::kLookupHeight ? rows : Op::kLookupHeight;
+    for (int64_t j = 0; j < cols; j += kDotCols) {
       CodeRows codes{{}, {}, w.levels, w.block_size, first % w.block_size};
-      for (int i = 0; i < kTileCols; ++i) {
+      for (int i = 0; i < kDotCols; ++i) {
         const int64_t col = first_col + (j + i < cols ? j + i : cols - 1);
         const int64_t begin = col * w.k + first;
         codes.codes[i] = w.codes + begin / 2;
         codes.scales[i] = scales_from(w.scales, begin / w.block_size,
-                                      ceil_div(codes.phase + count, w.block_size),
-                                      panel.scales[i]);
+                                      ceil_div(codes.phase + count, w.block_size), panel.scales[i]);
       }
-      by_rows<Op::kLookupRows>(row, [&](auto constant) {
+      by_rows<Op::kLookupHeight>(row, [&](auto constant) {
         constexpr int kRows = decltype(constant)::value;
         if (row < rows) {
           lookup_tile<Op, kRows, true>(codes, count, a, a_stride, weights(j), panel.sums + j,
@@ -298,23 +330,20 @@ void multiply_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_
     }
   } else {
     for (int64_t j = 0; j < cols; ++j) {
-      unpack_row<Op, T>(w, first_col + j, first, count,
-                        weights(j - j % kTileCols) + j % kTileCols * Op::kVector);
+      typename Op::Element unpacked[kChunk<Op>];
+      unpack<Op, T>(w, (first_col + j) * w.k + first, count, unpacked);
+      typename Op::Element* to = weights(j - j % kDotCols) + j % kDotCols * Op::kVector;
+      for (int64_t k = 0; k < length; k += Op::kVector) {
+        Op::store_vector(to + k * kDotCols, Op::load_vector(unpacked + k));
+      }
     }
   }
-  while (row < rows) {
-    // Tiles of nearly equal height.
-    const int64_t tiles = ceil_div(rows - row, Op::kTileRows);
-    const int64_t height = ceil_div(rows - row, tiles);
-    by_rows<Op::kTileRows>(height, [&](auto constant) {
-      for (int64_t j = 0; j < cols; j += kTileCols) {
-        multiply_tile<Op, decltype(constant)::value>(weights(j), length, a + row * a_stride,
-                                                     a_stride, panel.sums + row * kGemmPanel + j,
-                                                     kGemmPanel);
-      }
-    });
-    row += height;
-  }
+  for_each_tile<Op>(row, rows, [&](int64_t i, auto constant) {
+    for (int64_t j = 0; j < cols; j += kDotCols) {
+      multiply_tile<Op, decltype(constant)::value>(weights(j), length, a + i * a_stride, a_stride,
+                                                   panel.sums + i * kGemmPanel + j, kGemmPanel);
+    }
+  });
 }
 
 template <class T>

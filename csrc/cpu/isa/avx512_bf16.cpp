@@ -4,6 +4,7 @@
 
 #define BNB_ISA avx512_bf16
 #include "cpu/gemm_4bit.inl"
+#include "cpu/gemm_4bit_dgrad.inl"
 #include "cpu/isa/isa.h"
 
 namespace bnb::cpu::avx512_bf16 {
@@ -15,6 +16,9 @@ const Kernels* kernel_table() {
     kernels.gemm_4bit_staged_bytes = gemm_4bit_staged_bytes;
     kernels.gemm_4bit_stage = gemm_4bit_stage;
     kernels.gemm_4bit = gemm_4bit;
+    kernels.gemm_4bit_dgrad_staged_bytes = gemm_4bit_dgrad_staged_bytes;
+    kernels.gemm_4bit_dgrad_stage = gemm_4bit_dgrad_stage;
+    kernels.gemm_4bit_dgrad = gemm_4bit_dgrad;
     return kernels;
   }();
   return &table;

@@ -14,8 +14,8 @@ struct PairOperand {
   using Element = BFloat16;
   using Vector = __m512i;
   static constexpr int kVector = 32;
-  static constexpr int kTileRows = 6;
-  static constexpr int kLookupRows = 4;
+  static constexpr int kTileHeight = 6;
+  static constexpr int kLookupHeight = 4;
 
   struct Table {
     __m512i low;   // for the first half of a vector, the sixteen entries twice
@@ -56,6 +56,27 @@ struct PairOperand {
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
   }
   static BNB_HD Element element(BFloat16 x) { return x; }
+
+  // Two rows of the weight to a product: their neighbours are woven within sixteen bytes.
+  static constexpr int kDepth = 2;
+  static BNB_HD void weave(const Element* const (&rows)[kDepth], Element* out) {
+    for (int half = 0; half < 2; ++half) {
+      const Vector first = load_vector(rows[0] + half * kVector);
+      const Vector second = load_vector(rows[1] + half * kVector);
+      store_vector(out + 2 * half * kVector, _mm512_unpacklo_epi16(first, second));
+      store_vector(out + (2 * half + 1) * kVector, _mm512_unpackhi_epi16(first, second));
+    }
+  }
+  static constexpr int column_of(int place) {
+    const int vector = place / kWidth;
+    const int lane = place % kWidth;
+    return 2 * (lane / 4 * 8 + vector % 2 * 4 + lane % 4) + vector / 2;
+  }
+  static BNB_HD Vector broadcast(const Element* p) {
+    int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
 };
 
 template <class T>
