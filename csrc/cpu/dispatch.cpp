@@ -39,8 +39,9 @@ Code prepare_code(const float* levels) {
 
 namespace {
 
+// A table is only asked for where it is supported: its file is compiled for its instruction set.
 struct Candidate {
-  const Kernels* table;
+  const Kernels* (*table)();
   bool supported;
 };
 
@@ -49,21 +50,24 @@ std::vector<Candidate> candidates() {
   std::vector<Candidate> list;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  list.push_back({avx512::kernel_table(),
-                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vbmi")});
-  list.push_back({avx2::kernel_table(), __builtin_cpu_supports("avx2") &&
-                                            __builtin_cpu_supports("fma") &&
-                                            __builtin_cpu_supports("f16c")});
+                      __builtin_cpu_supports("avx512vbmi");
+  list.push_back({avx512_bf16::kernel_table, avx512 && __builtin_cpu_supports("avx512bf16")});
+  list.push_back({avx512::kernel_table, avx512});
+  list.push_back({avx2::kernel_table, __builtin_cpu_supports("avx2") &&
+                                          __builtin_cpu_supports("fma") &&
+                                          __builtin_cpu_supports("f16c")});
 #endif
-  list.push_back({baseline::kernel_table(), true});
+  list.push_back({baseline::kernel_table, true});
   return list;
 }
 
 const Kernels* find(const char* name) {
   for (const Candidate& c : candidates()) {
-    if (c.supported && (name == nullptr || std::strcmp(c.table->isa, name) == 0)) return c.table;
+    if (!c.supported) continue;
+    const Kernels* table = c.table();
+    if (name == nullptr || std::strcmp(table->isa, name) == 0) return table;
   }
   return nullptr;
 }
@@ -86,7 +90,7 @@ const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Candidate& c : candidates()) {
-    if (c.supported) names.emplace_back(c.table->isa);
+    if (c.supported) names.emplace_back(c.table()->isa);
   }
   return names;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bitsandbytes/code/code.h"
+#include "bitsandbytes/kernels/gemm_4bit.h"
 #include "bitsandbytes/kernels/int8.h"
 #include "bitsandbytes/kernels/optimizer.h"
 #include "bitsandbytes/kernels/quantize.h"
@@ -23,6 +24,10 @@ struct Code {
 
 Code prepare_code(const float* levels);
 
+// Rows of a 4-bit weight that are one piece of work, and columns of it for the backward pass.
+inline constexpr int64_t kGemmPanel = 32;
+inline constexpr int64_t kDgradPanel = 128;
+
 // Work is given as half-open ranges so that callers choose the threads.
 struct Kernels {
   const char* isa;
@@ -32,6 +37,15 @@ struct Kernels {
                                int64_t last);
   void (*quantize_4bit)(const Quantize4bit&, int64_t first_block, int64_t last_block);
   void (*dequantize_4bit)(const Dequantize4bit&, int64_t first_block, int64_t last_block);
+  // `staged` is aligned to 64 bytes; every row is staged before the product begins.
+  int64_t (*gemm_4bit_staged_bytes)(const Gemm4bit&);
+  void (*gemm_4bit_stage)(const Gemm4bit&, void* staged, int64_t first_row, int64_t last_row);
+  void (*gemm_4bit)(const Gemm4bit&, const void* staged, int64_t first_panel, int64_t last_panel);
+  int64_t (*gemm_4bit_dgrad_staged_bytes)(const Gemm4bitDgrad&);
+  void (*gemm_4bit_dgrad_stage)(const Gemm4bitDgrad&, void* staged, int64_t first_row,
+                                int64_t last_row);
+  void (*gemm_4bit_dgrad)(const Gemm4bitDgrad&, const void* staged, int64_t first_panel,
+                          int64_t last_panel);
   void (*int8_row_stats)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_quantize_rows)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_linear_matmul)(const Int8Matmul&, int64_t first_col, int64_t last_col);

@@ -6,33 +6,19 @@
 
 #include <cstdint>
 
+#include "cpu/gemm_4bit.inl"
+#include "cpu/gemm_4bit_dgrad.inl"
 #include "cpu/int8.inl"
 #include "cpu/isa/isa.h"
 #include "cpu/optimizer.inl"
 #include "cpu/quantize.inl"
 #include "cpu/quantize_4bit.inl"
+#include "cpu/types.inl"
 
 namespace bnb::cpu::BNB_ISA {
 namespace {
 
 // ---- Run-time types to templates ---------------------------------------------------------------
-
-template <class T>
-struct Type {
-  using type = T;
-};
-
-template <class Body>
-void by_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return body(Type<Half>{});
-    case DType::kBFloat16:
-      return body(Type<BFloat16>{});
-    default:
-      return body(Type<float>{});
-  }
-}
 
 template <class Body>
 void by_code4(Code4 code, const Body& body) {
@@ -159,9 +145,12 @@ void gradient_squares(DType dtype, const GradientTensor& tensor, int64_t first_t
 #define BNB_QUOTE(x) BNB_QUOTE_(x)
 
 constexpr Kernels kTable = {
-    BNB_QUOTE(BNB_ISA), quantize_blockwise, dequantize_blockwise, quantize_4bit,
-    dequantize_4bit,    int8_row_stats,     int8_quantize_rows,   int8_linear_matmul,
-    int8_mm_dequant,    optimizer_step,     optimizer_preview,    gradient_squares,
+    BNB_QUOTE(BNB_ISA),    quantize_blockwise, dequantize_blockwise,
+    quantize_4bit,         dequantize_4bit,    gemm_4bit_staged_bytes,
+    gemm_4bit_stage,       gemm_4bit,          gemm_4bit_dgrad_staged_bytes,
+    gemm_4bit_dgrad_stage, gemm_4bit_dgrad,    int8_row_stats,
+    int8_quantize_rows,    int8_linear_matmul, int8_mm_dequant,
+    optimizer_step,        optimizer_preview,  gradient_squares,
 };
 
 #undef BNB_QUOTE

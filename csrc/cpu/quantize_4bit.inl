@@ -67,28 +67,36 @@ void quantize_blocks_4bit(const Quantize4bit& args, int64_t first_block, int64_t
   }
 }
 
-// The sixteen results that a block can have are computed first, then looked up.
-template <class Code, class T>
-void dequantize_blocks_4bit(const Dequantize4bit& args, int64_t first_block, int64_t last_block) {
-  T* out = static_cast<T*>(args.out);
-  for (int64_t b = first_block; b < last_block; ++b) {
+// Elements [begin, end) of a packed tensor, `begin` even, to out[0 ...]. The sixteen results that a
+// block can have are computed first, then looked up.
+template <class T>
+void dequantize_range_4bit(const float* levels, const uint8_t* codes, const Scales& scales,
+                           int64_t block_size, int64_t begin, int64_t end, T* out) {
+  int64_t i = begin;
+  while (i < end) {
+    const int64_t b = i / block_size;
     alignas(64) T results[kCode4Levels];
-    const Float scale(scale_of(args.scales, b));
-    for (int i = 0; i < kCode4Levels; i += kWidth) {
-      store(results + i, load(kCode4<Code>.levels.values + i) * scale);
+    const Float scale(scale_of(scales, b));
+    for (int j = 0; j < kCode4Levels; j += kWidth) store(results + j, load(levels + j) * scale);
+    const int64_t block_end = (b + 1) * block_size;
+    const int64_t stop = block_end < end ? block_end : end;
+    for (; i + kNibbleRun <= stop; i += kNibbleRun) {
+      lookup_nibbles(results, codes + i / 2, out + (i - begin));
     }
-    const int64_t begin = b * args.block_size;
-    const int64_t block_end = begin + args.block_size;
-    const int64_t end = block_end < args.n ? block_end : args.n;
-    int64_t i = begin;
-    for (; i + kNibbleRun <= end; i += kNibbleRun) {
-      lookup_nibbles(results, args.a + i / 2, out + i);
-    }
-    for (; i < end; ++i) {
-      const uint8_t byte = args.a[i / 2];
-      out[i] = results[i % 2 == 0 ? byte >> 4 : byte & 15];
+    for (; i < stop; ++i) {
+      const uint8_t byte = codes[i / 2];
+      out[i - begin] = results[i % 2 == 0 ? byte >> 4 : byte & 15];
     }
   }
+}
+
+template <class Code, class T>
+void dequantize_blocks_4bit(const Dequantize4bit& args, int64_t first_block, int64_t last_block) {
+  const int64_t begin = first_block * args.block_size;
+  const int64_t blocks_end = last_block * args.block_size;
+  dequantize_range_4bit(kCode4<Code>.levels.values, args.a, args.scales, args.block_size, begin,
+                        blocks_end < args.n ? blocks_end : args.n,
+                        static_cast<T*>(args.out) + begin);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/quantiles.h"
 #include "cpu/quantize.h"
+#include "ops/gemm_4bit.h"
 #include "ops/registration.h"
 
 namespace bnb::ops {
@@ -66,6 +67,35 @@ struct Cpu {
       });
       search.locate(pass);
     }
+  }
+
+  static const float* levels(Code4 code) { return kCodes4[static_cast<int>(code)].levels.values; }
+
+  static int64_t workspace_bytes(const Gemm4bit& args) {
+    return cpu::kernels().gemm_4bit_staged_bytes(args);
+  }
+  static void gemm_4bit(const Gemm4bit& args, void* staged, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    const int64_t k = args.weight.k;
+    parallel(args.m, k, [&](int64_t first, int64_t last) {
+      kernels.gemm_4bit_stage(args, staged, first, last);
+    });
+    parallel(ceil_div(args.weight.n, cpu::kGemmPanel), cpu::kGemmPanel * k * args.m,
+             [&](int64_t first, int64_t last) { kernels.gemm_4bit(args, staged, first, last); });
+  }
+
+  static int64_t workspace_bytes(const Gemm4bitDgrad& args) {
+    return cpu::kernels().gemm_4bit_dgrad_staged_bytes(args);
+  }
+  static void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* staged, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    const int64_t n = args.weight.n;
+    parallel(args.m, n, [&](int64_t first, int64_t last) {
+      kernels.gemm_4bit_dgrad_stage(args, staged, first, last);
+    });
+    parallel(
+        ceil_div(args.weight.k, cpu::kDgradPanel), cpu::kDgradPanel * n * args.m,
+        [&](int64_t first, int64_t last) { kernels.gemm_4bit_dgrad(args, staged, first, last); });
   }
 
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
@@ -172,6 +202,9 @@ struct Cpu {
 }  // namespace
 }  // namespace bnb::ops
 
-STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) {
+  bnb::ops::register_ops<bnb::ops::Cpu>(m);
+  bnb::ops::register_gemm_4bit_ops<bnb::ops::Cpu>(m);
+}
 
 BNB_EXPORT_STEP_PLANS(bnb::ops::Cpu)

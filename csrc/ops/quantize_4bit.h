@@ -113,6 +113,18 @@ void quantize_4bit_out(const Tensor& a, int64_t block_size, const std::string& q
   quantize_4bit_into<Backend>(quantizer, a, block_size, out, absmax);
 }
 
+// Checks that a tensor holds n packed codes.
+inline void check_packed_numel(const char* op, const char* argument, const Tensor& packed,
+                               int64_t n, int64_t block_size) {
+  // Some devices of the public package fill up the last block.
+  const int64_t itemsize = storage_bytes(op, argument, packed.scalar_type());
+  const int64_t least = packed_elements(n, itemsize);
+  const int64_t most = packed_elements(ceil_div(n, block_size) * block_size, itemsize);
+  require(packed.numel() >= least && packed.numel() <= most, op, ": ", argument, " must have ",
+          least, " elements for ", n, " codes, got ", packed.numel(), " (shape ", ShapeOf{packed},
+          ")");
+}
+
 // What both forms of dequantization share: codes, format and result.
 struct Packed4bit {
   const char* op;
@@ -141,12 +153,7 @@ inline Dequantizer4bit check_packed(const Packed4bit& in) {
     result.n *= size;
   }
   result.blocks = ceil_div(result.n, in.block_size);
-  // Some devices of the public package fill up the last block.
-  const int64_t itemsize = storage_bytes(in.op, "A", in.a.scalar_type());
-  const int64_t least = packed_elements(result.n, itemsize);
-  const int64_t most = packed_elements(result.blocks * in.block_size, itemsize);
-  require(in.a.numel() >= least && in.a.numel() <= most, in.op, ": A must have ", least,
-          " elements for ", result.n, " codes, got ", in.a.numel(), " (shape ", ShapeOf{in.a}, ")");
+  check_packed_numel(in.op, "A", in.a, result.n, in.block_size);
   return result;
 }
 

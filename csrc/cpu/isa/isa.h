@@ -15,5 +15,8 @@ const Kernels* kernel_table();
 namespace avx512 {
 const Kernels* kernel_table();
 }
+namespace avx512_bf16 {
+const Kernels* kernel_table();
+}
 
 }  // namespace bnb::cpu

@@ -224,4 +224,46 @@ BNB_HD void lookup_nibbles(const T* table, const uint8_t* bytes, T* out) {
   }
 }
 
+// ---- Products with 4-bit weights ---------------------------------------------------------------
+
+// The operand of gemm_4bit.inl that multiplies numbers of type T, where it is not floats.
+template <class T>
+struct NativeOperand {
+  using type = void;
+};
+
+BNB_HD Float round_to(Float x, float) { return x; }
+BNB_HD Float round_to(Float x, Half) {
+  return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+BNB_HD Float round_to(Float x, BFloat16) {
+  const __m256i b = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+  const __m256i sum = _mm256_add_epi32(b, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd));
+  const __m256i kept = _mm256_and_si256(sum, _mm256_set1_epi32(-0x10000));
+  const __m256 nan = _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q);
+  return {_mm256_blendv_ps(_mm256_castsi256_ps(kept), x.v, nan)};
+}
+
+BNB_HD Float multiply_add(Float a, Float b, Float sum) { return fma(a, b, sum); }
+
+// Either half of the table is permuted by the lowest three bits of a code; the fourth chooses.
+BNB_HD Float lookup16_halves(const Float (&table)[2], __m256i code) {
+  const __m256 in_second = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(table[0].v, code),
+                           _mm256_permutevar8x32_ps(table[1].v, code), in_second)};
+}
+BNB_HD void lookup_pairs(const Float (&table)[2], const uint8_t* bytes, Float& even, Float& odd) {
+  const __m256i pairs =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  even = lookup16_halves(table, _mm256_srli_epi32(pairs, 4));
+  odd = lookup16_halves(table, pairs);
+}
+
+BNB_HD void reduce_add4(const Float (&x)[4], float* out) {
+  const __m256 sums =
+      _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+
 }  // namespace bnb::cpu::avx2

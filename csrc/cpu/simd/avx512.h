@@ -292,4 +292,46 @@ BNB_HD void lookup_nibbles(const T* table, const uint8_t* bytes, T* out) {
   }
 }
 
+// ---- Products with 4-bit weights ---------------------------------------------------------------
+
+// The operand of gemm_4bit.inl that multiplies numbers of type T, where it is not floats.
+template <class T>
+struct NativeOperand {
+  using type = void;
+};
+
+BNB_HD Float round_to(Float x, float) { return x; }
+BNB_HD Float round_to(Float x, Half) {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+}
+BNB_HD Float round_to(Float x, BFloat16) {
+  const __m512i b = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(b, _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd));
+  const __m512i kept = _mm512_and_si512(sum, _mm512_set1_epi32(-0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(_mm512_castsi512_ps(kept), nan, x.v)};
+}
+
+BNB_HD Float multiply_add(Float a, Float b, Float sum) { return fma(a, b, sum); }
+
+// The permutation heeds the lowest four bits of a lane alone.
+BNB_HD void lookup_pairs(const Float (&table)[1], const uint8_t* bytes, Float& even, Float& odd) {
+  const __m512i pairs =
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  even = {_mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table[0].v)};
+  odd = {_mm512_permutexvar_ps(pairs, table[0].v)};
+}
+
+BNB_HD void reduce_add4(const Float (&x)[4], float* out) {
+  const __m512 first =
+      _mm512_add_ps(_mm512_unpacklo_ps(x[0].v, x[1].v), _mm512_unpackhi_ps(x[0].v, x[1].v));
+  const __m512 second =
+      _mm512_add_ps(_mm512_unpacklo_ps(x[2].v, x[3].v), _mm512_unpackhi_ps(x[2].v, x[3].v));
+  const __m512 sums =
+      _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x44), _mm512_shuffle_ps(first, second, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps(sums, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+
 }  // namespace bnb::cpu::avx512

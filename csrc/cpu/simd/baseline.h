@@ -132,4 +132,33 @@ BNB_HD void lookup_nibbles(const T* table, const uint8_t* bytes, T* out) {
   out[1] = table[*bytes & 15];
 }
 
+// ---- Products with 4-bit weights ---------------------------------------------------------------
+
+// The operand of gemm_4bit.inl that multiplies numbers of type T, where it is not floats.
+template <class T>
+struct NativeOperand {
+  using type = void;
+};
+
+BNB_HD Float round_to(Float x, float) { return x; }
+template <class T>
+BNB_HD Float round_to(Float x, T) {
+  return {to_float(from_float<T>(x.v))};
+}
+
+// A product and a sum, rounded once or twice.
+BNB_HD Float multiply_add(Float a, Float b, Float sum) { return sum + a * b; }
+
+// Entries of a table of 16 for the codes in kWidth bytes: those at even places, the upper halves,
+// and those at odd places.
+BNB_HD void lookup_pairs(const Float (&table)[16], const uint8_t* bytes, Float& even, Float& odd) {
+  even = table[*bytes >> 4];
+  odd = table[*bytes & 15];
+}
+
+// The sums of the lanes of four vectors.
+BNB_HD void reduce_add4(const Float (&x)[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = x[i].v;
+}
+
 }  // namespace bnb::cpu::baseline

@@ -1,0 +1,163 @@
+// The backward pass of a product with a 4-bit weight on the CPU.
+// SPDX-License-Identifier: MIT
+//
+// out[i, k] = sum over j of grad[i, j] w[j, k]: sums of rows of w, so lanes are columns. A thread
+// has a panel of kDgradPanel columns. It looks up the panel's part of some rows, which stay in L1
+// or L2, and adds their products to the sums of all rows of grad, a tile at a time. Columns lie in
+// the order in which lookups give them until the sums are complete. The weight is never there as a
+// whole.
+#pragma once
+
+#include "cpu/gemm_4bit.inl"
+
+namespace bnb::cpu::BNB_ISA {
+namespace {
+
+constexpr int kTileVectors = 4;  // of columns
+template <class Op>
+constexpr int64_t kDgradRows = 32768 / (kDgradPanel * int64_t{sizeof(typename Op::Element)});
+
+template <class Op>
+struct DgradPanel {
+  alignas(64) typename Op::Element weights[kDgradRows<Op> * kDgradPanel];
+  alignas(64) float sums[kRowBlock * kDgradPanel];
+};
+
+template <class Op>
+constexpr int64_t staged_grads(int64_t n) {
+  return ceil_div(n, Op::kDepth) * Op::kDepth;
+}
+
+template <class Op, class T>
+void stage_grads(const Gemm4bitDgrad& args, void* staged, int64_t first_row, int64_t last_row) {
+  const int64_t n = args.weight.n;
+  const int64_t length = staged_grads<Op>(n);
+  for (int64_t row = first_row; row < last_row; ++row) {
+    const T* from = static_cast<const T*>(args.grad) + row * n;
+    auto* to = static_cast<typename Op::Element*>(staged) + row * length;
+    for (int64_t j = 0; j < n; ++j) to[j] = Op::element(from[j]);
+    for (int64_t j = n; j < length; ++j) to[j] = {};
+  }
+}
+
+// Leaves columns [first_col, first_col + cols) of rows [first_row, last_row) of the weight in the
+// panel, woven; zeros where a product takes more rows than there are.
+template <class Op, class T>
+void unpack_panel(const Weight4bit& w, int64_t first_row, int64_t last_row, int64_t first_col,
+                  int64_t cols, typename Op::Element* weights) {
+  alignas(64) typename Op::Element unpacked[Op::kDepth][kDgradPanel];
+  for (int64_t row = first_row; row < last_row; row += Op::kDepth) {
+    const typename Op::Element* rows[Op::kDepth];
+    for (int d = 0; d < Op::kDepth; ++d) {
+      if (row + d < last_row) {
+        unpack<Op, T>(w, (row + d) * w.k + first_col, cols, unpacked[d]);
+      } else {
+        __builtin_memset(unpacked[d], 0, sizeof(unpacked[d]));
+      }
+    }
+    typename Op::Element* out = weights + (row - first_row) * kDgradPanel;
+    for (int64_t i = 0; i < staged_length<Op>(cols); i += kGroup<Op>) {
+      for (int d = 0; d < Op::kDepth; ++d) rows[d] = unpacked[d] + i;
+      Op::weave(rows, out + i * Op::kDepth);
+    }
+  }
+}
+
+// Adds to sums [kRows, kTileVectors * kWidth] the products over `count` rows of the panel.
+template <class Op, int kRows>
+void outer_tile(const typename Op::Element* weights, int64_t count,
+                const typename Op::Element* grads, int64_t stride, float* out) {
+  Float sums[kRows][kTileVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kTileVectors; ++v) sums[i][v] = load(out + i * kDgradPanel + v * kWidth);
+  }
+  for (int64_t j = 0; j < count; j += Op::kDepth) {
+    typename Op::Vector w[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) {
+      w[v] = Op::load_vector(weights + j * kDgradPanel + v * Op::kVector);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const typename Op::Vector grad = Op::broadcast(grads + i * stride + j);
+      for (int v = 0; v < kTileVectors; ++v) sums[i][v] = Op::add_products(sums[i][v], grad, w[v]);
+    }
+  }
+  for (int i = 0; i < kRows; ++i) {
+    for (int v = 0; v < kTileVectors; ++v) store(out + i * kDgradPanel + v * kWidth, sums[i][v]);
+  }
+}
+
+template <class Op, class T>
+void finish_grads(const Gemm4bitDgrad& args, int64_t first_row, int64_t rows, int64_t first_col,
+                  int64_t cols, const float* sums) {
+  for (int64_t i = 0; i < rows; ++i) {
+    T* out = static_cast<T*>(args.out) + (first_row + i) * args.weight.k + first_col;
+    float ordered[kDgradPanel];
+    for (int64_t k = 0; k < kDgradPanel; k += kGroup<Op>) {
+      for (int place = 0; place < kGroup<Op>; ++place) {
+        ordered[k + Op::column_of(place)] = sums[i * kDgradPanel + k + place];
+      }
+    }
+    for_each_vector(0, cols, [&](int64_t k, int64_t count) {
+      store_some(out + k, load_some(ordered + k, count), count);
+    });
+  }
+}
+
+template <class Op, class T>
+void dgrad_panels(const Gemm4bitDgrad& args, const void* staged, int64_t first_panel,
+                  int64_t last_panel) {
+  const Weight4bit& w = args.weight;
+  const int64_t stride = staged_grads<Op>(w.n);
+  DgradPanel<Op> panel;
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const int64_t first_col = p * kDgradPanel;
+    const int64_t cols = w.k - first_col < kDgradPanel ? w.k - first_col : kDgradPanel;
+    // What lies beyond the last column is multiplied as well.
+    if (cols < kDgradPanel) __builtin_memset(panel.weights, 0, sizeof(panel.weights));
+    for (int64_t row = 0; row < args.m; row += kRowBlock) {
+      const int64_t rows = args.m - row < kRowBlock ? args.m - row : kRowBlock;
+      __builtin_memset(panel.sums, 0, static_cast<size_t>(rows * kDgradPanel) * sizeof(float));
+      for (int64_t j = 0; j < w.n; j += kDgradRows<Op>) {
+        const int64_t end = w.n - j < kDgradRows<Op> ? w.n : j + kDgradRows<Op>;
+        unpack_panel<Op, T>(w, j, end, first_col, cols, panel.weights);
+        const auto* grads = static_cast<const typename Op::Element*>(staged) + row * stride + j;
+        for_each_tile<Op>(0, rows, [&](int64_t i, auto constant) {
+          for (int64_t k = 0; k < kDgradPanel; k += kTileVectors * kWidth) {
+            outer_tile<Op, decltype(constant)::value>(panel.weights + k * Op::kDepth, end - j,
+                                                      grads + i * stride, stride,
+                                                      panel.sums + i * kDgradPanel + k);
+          }
+        });
+      }
+      finish_grads<Op, T>(args, row, rows, first_col, cols, panel.sums);
+    }
+  }
+}
+
+int64_t gemm_4bit_dgrad_staged_bytes(const Gemm4bitDgrad& args) {
+  int64_t bytes = 0;
+  by_operand(args.dtype, [&](auto, auto operand) {
+    using Op = typename decltype(operand)::type;
+    bytes = args.m * staged_grads<Op>(args.weight.n) * int64_t{sizeof(typename Op::Element)};
+  });
+  return bytes;
+}
+
+void gemm_4bit_dgrad_stage(const Gemm4bitDgrad& args, void* staged, int64_t first_row,
+                           int64_t last_row) {
+  by_operand(args.dtype, [&](auto type, auto operand) {
+    stage_grads<typename decltype(operand)::type, typename decltype(type)::type>(
+        args, staged, first_row, last_row);
+  });
+}
+
+void gemm_4bit_dgrad(const Gemm4bitDgrad& args, const void* staged, int64_t first_panel,
+                     int64_t last_panel) {
+  by_operand(args.dtype, [&](auto type, auto operand) {
+    dgrad_panels<typename decltype(operand)::type, typename decltype(type)::type>(
+        args, staged, first_panel, last_panel);
+  });
+}
+
+}  // namespace
+}  // namespace bnb::cpu::BNB_ISA

@@ -1,0 +1,43 @@
+// Products with a 4-bit weight: arguments.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+
+#include "bitsandbytes/kernels/common.h"
+#include "bitsandbytes/kernels/quantize.h"
+
+namespace bnb {
+
+// A matrix [n, k] of 4-bit codes, packed as quantize_4bit packs them. Its blocks run over the
+// flattened matrix, so a block may end in another row than it begins in.
+struct Weight4bit {
+  const uint8_t* codes;  // [ceil(n k / 2)]
+  Scales scales;         // of ceil(n k / block_size) blocks
+  const float* levels;   // [16] by code
+  int64_t n;
+  int64_t k;
+  int64_t block_size;  // a power of two from 32 to 4096
+};
+
+// out = a w^T + bias, where w is level * scale rounded to dtype. Sums are made in float and rounded
+// once.
+struct Gemm4bit {
+  DType dtype;
+  const void* a;  // [m, k] of dtype
+  Weight4bit weight;
+  const void* bias;  // [n] of dtype, or null
+  void* out;         // [m, n] of dtype
+  int64_t m;
+};
+
+// out = grad w, for the backward pass; rounding as above.
+struct Gemm4bitDgrad {
+  DType dtype;
+  const void* grad;  // [m, n] of dtype
+  Weight4bit weight;
+  void* out;  // [m, k] of dtype
+  int64_t m;
+};
+
+}  // namespace bnb
