@@ -12,7 +12,16 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullStateDictConfig,
+    MixedPrecisionPolicy,
+    StateDictType,
+    fully_shard,
+)
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel as FSDP,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, init_device_mesh
 
 from bitsandbytes.nn import LinearNF4
@@ -156,3 +165,33 @@ def run_loading(storage, how, folder):
     after = get_model_state_dict(layers, options=full)
     for key, value in source.state_dict().items():
         assert not after or equal_bytes(after[key], value), key
+
+
+def run_flattened(use_orig_params):
+    # FSDP1 flattens parameters of one dtype, and frozen ones apart from others unless told so.
+    wrapped = {Adapted} if use_orig_params else {LinearNF4, nn.Linear}
+    alone = model(torch.float32)
+    layers = FSDP(
+        model(torch.float32),
+        auto_wrap_policy=ModuleWrapPolicy(wrapped),
+        use_orig_params=use_orig_params,
+        device_id=torch.device(device_type(), torch.distributed.get_rank())
+        if device_type() == "cuda"
+        else torch.device("cpu"),
+    )
+    torch.testing.assert_close(torch.tensor(train(layers)), torch.tensor(train(alone)))
+    layers.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(layers(inputs()), alone(inputs()))
+    config = FullStateDictConfig(offload_to_cpu=False)
+    with FSDP.state_dict_type(layers, StateDictType.FULL_STATE_DICT, config):
+        state = layers.state_dict()
+    want = alone.state_dict()
+    assert set(state) == set(want)
+    for key, value in want.items():
+        if "base" in key:
+            assert equal_bytes(state[key], value), key
+    fresh = model(torch.float32)
+    fresh.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(inputs()), alone(inputs()))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""4-bit layers whose parameters PyTorch distributes (FSDP2), on two processes."""
+"""4-bit layers whose parameters PyTorch distributes (FSDP2, FSDP1), on two processes."""
 
 import pytest
 import torch
 from sharded4_models import (
     run_bytes_that_are_cast,
+    run_flattened,
     run_loading,
     run_mixed_precision,
     run_state_dict,
@@ -39,3 +40,8 @@ def test_whole_state_dict(pool, backend, storage, trained):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_loading(pool, backend, storage, how, tmp_path):
     pool(2, backend, run_loading, storage, how, str(tmp_path))
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_flattened_parameters(pool, backend, use_orig_params):
+    pool(2, backend, run_flattened, use_orig_params)
