@@ -24,12 +24,13 @@ NATIVE := $(shell find CMakeLists.txt cmake csrc include tests/cpp pyproject.tom
 HAVE_GTEST = $(shell scripts/ensure_gtest.sh --check)
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test cpp-test python-test emulated-test build lint format cuda-check hip-check gpu-test gpu-bench cpu-bench clean
+.PHONY: help quickstart test cpp-test python-test integration-test emulated-test build lint format cuda-check hip-check gpu-test gpu-bench cpu-bench clean
 
 help:
 	@echo "make quickstart  train and quantize a real model; table and picture in out/"
 	@echo "make test        C++ and Python tests"
 	@echo "make emulated-test   tests of the GPU's kernels without a GPU"
+	@echo "make integration-test  tests with the released transformers, PEFT and accelerate"
 	@echo "make build       environment and an editable build with C++ tests"
 	@echo "make lint        formatting and lint, as CI checks them; make format mends formatting"
 	@echo "make gpu-test    all tests, failing where no CUDA device is found"
@@ -65,6 +66,11 @@ cpp-test:
 python-test: build
 	@echo "== Python tests"
 	$(PY) -m pytest
+
+integration-test: build
+	@echo "== Python tests with the released transformers, PEFT and accelerate"
+	$(PIP) install --quiet -r requirements/integration.txt
+	BNB_REQUIRE=integration $(PY) -m pytest tests/python/integration
 
 # Modules whose tests the kernels of the GPU must pass on any machine.
 EMULATED = $(addprefix tests/python/,quant optim/test_bounds.py optim/test_one_state.py \

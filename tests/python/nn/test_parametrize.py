@@ -31,8 +31,8 @@ class Experts(nn.Module):
 
     def forward(self, x):
         for _ in "12":
-            hidden = torch.einsum("ti,eoi->eto", self.norm(x), self.up).relu()
-            x = x + torch.einsum("eto,eio->ti", hidden, self.down.float())
+            hidden = torch.einsum("ti,ehi->eth", self.norm(x), self.up).relu()
+            x = x + torch.einsum("eth,eih->ti", hidden, self.down.float())
         return x
 
 
