@@ -77,6 +77,11 @@ class Linear4bit(Module4bit, nn.Linear):
     def _shape(self) -> list[int]:
         return [self.out_features, self.in_features]
 
+    def __setstate__(self, state: dict) -> None:
+        """Reads pickled layers, of releases that decided on the compute dtype elsewhere too."""
+        super().__setstate__(state)
+        self.__dict__.setdefault("compute_type_is_set", self.compute_dtype is not None)
+
     def set_compute_type(self, x: Tensor) -> None:
         """Fixes the compute dtype by the first input, unless the constructor was given one."""
         self.compute_type_is_set = True

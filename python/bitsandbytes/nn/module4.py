@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quant.four_bit import get_4bit_type
 from ..quant.state import QuantState
 from .params import without_parameter
 from .params4 import Params4bit
@@ -96,6 +97,19 @@ class Module4bit(nn.Module):
             "a device, as in layer.to(device), or load a quantized checkpoint"
         )
 
+    def __setstate__(self, state: dict) -> None:
+        """Reads pickled layers of every release: their weights come as plain parameters."""
+        super().__setstate__(state)
+        weight = self._parameters.get("weight")
+        self.__dict__.setdefault("quant_state", None)
+        self.__dict__.setdefault("quant_storage", None if weight is None else weight.dtype)
+        found = getattr(weight, "quant_state", None)
+        if found is not None and not isinstance(weight, Params4bit):
+            if isinstance(found, (list, tuple)):
+                found = QuantState.from_list(found)
+                found.code = get_4bit_type(found.quant_type, weight.device)
+            self._restored(weight, found)
+
     # --- moving -----------------------------------------------------------------------------
 
     def _apply(self, fn, recurse=True):
@@ -150,6 +164,10 @@ class Module4bit(nn.Module):
         rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         assign = local_metadata.get("assign_to_params_buffers", False)
 
+        if entries and type(weight) is nn.Parameter:
+            # As FSDP or a user may have left it.
+            weight = Params4bit(weight.data, quant_storage=self.quant_storage, module=self)
+            self._parameters["weight"] = weight
         quantized = bool(entries) or getattr(weight, "bnb_quantized", False)
         if not isinstance(value, Tensor) or not isinstance(weight, Params4bit) or not quantized:
             super()._load_from_state_dict(known, prefix, *rest)

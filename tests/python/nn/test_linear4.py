@@ -373,6 +373,28 @@ def test_copies(device, stage):
         assert torch.equal(other(inputs(device)), want)
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+def test_layers_pickled_by_other_releases(device, as_list):
+    source = quantized(compress_statistics=True)
+    want, saved = source(inputs()), source.state_dict()
+    layer = copy.deepcopy(source)
+    # The public package pickles a plain parameter with attributes; older ones have fewer.
+    weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    state = list(source.quant_state) if as_list else source.quant_state
+    weight.__dict__.update(source.weight.__dict__, module=None, quant_state=state)
+    layer._parameters["weight"] = weight
+    for name in ("quant_state", "quant_storage", "compute_type_is_set") if as_list else ():
+        del layer.__dict__[name]
+    if not as_list:
+        layer.quant_state = state
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert type(loaded.weight) is Params4bit and loaded.weight.quant_type == "nf4"
+    assert torch.equal(loaded(inputs()), want)
+    assert set(loaded.state_dict()) == set(saved)
+    loaded.to(device)
+    assert_whole(loaded, device)
+
+
 def test_tied_weights(device):
     class Tied(nn.Module):
         def __init__(self):

@@ -127,7 +127,9 @@ def test_files(device, tmp_path):
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("target", ["float", "quantized", "other settings", "used", "meta"])
+@pytest.mark.parametrize(
+    "target", ["float", "quantized", "other settings", "used", "plain", "lost", "meta"]
+)
 def test_a_quantized_checkpoint_loads_into(device, target, nested, assign, strict):
     source = quantized(device, compress_statistics=nested)
     state = source.state_dict()
@@ -140,11 +142,14 @@ def test_a_quantized_checkpoint_loads_into(device, target, nested, assign, stric
         layer.to(device)
     if target == "used":
         layer(inputs(device))
+    if target in ("plain", "lost"):
+        data = layer.weight.data if target == "lost" else torch.randn(96, 64, device=device)
+        layer.weight = nn.Parameter(data, requires_grad=False)
     weight = layer.weight
     result = layer.load_state_dict(state, strict=strict, assign=assign)
     assert not result.missing_keys and not result.unexpected_keys
     assert type(layer.weight) is Params4bit and layer.weight.bnb_quantized
-    assert assign or layer.weight is weight
+    assert assign or target in ("plain", "lost") or layer.weight is weight
     assert layer.quant_state is layer.weight.quant_state
     assert layer.weight.module is layer
     assert layer.weight.quant_type == "nf4" and layer.weight.compress_statistics is nested
