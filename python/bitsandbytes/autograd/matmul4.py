@@ -142,6 +142,10 @@ def matmul_4bit(
     if turned or A.dtype not in FLOATS:
         result = _product_dequantized(A, B, bias, quant_state)
     else:
+        if type(B) is not Tensor:
+            # The parameter's class has Python code behind every operation, which takes its time.
+            with torch._C.DisableTorchFunctionSubclass():
+                B = B.detach()
         (_, scales, *rest), nested = weight_arguments(quant_state, A.device)
         weight = (B, scales, nested, (shape, *rest), False)
         wanted = A.requires_grad or (bias is not None and bias.requires_grad)

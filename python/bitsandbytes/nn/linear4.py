@@ -107,8 +107,9 @@ class Linear4bit(Module4bit, nn.Linear):
         if bias is not None and bias.dtype != dtype and not torch.compiler.is_compiling():
             # Compat: the bias follows the compute dtype for good.
             bias.data = bias.data.to(dtype)
-        out = matmul_4bit(x.to(dtype), weight, state, bias=bias)
-        return out if out.dtype == x.dtype else out.to(x.dtype)
+        if x.dtype == dtype:
+            return matmul_4bit(x, weight, state, bias=bias)
+        return matmul_4bit(x.to(dtype), weight, state, bias=bias).to(x.dtype)
 
 
 class LinearFP4(Linear4bit):

@@ -46,16 +46,23 @@ def nested_arguments(state: QuantState, device: torch.device) -> tuple:
     Returns:
         uint8 codes, their code, their float32 scales and offset; the blocksize of the codes.
     """
-    second = state.state2
-    code = default_code("dynamic", device) if second.code is None else second.code.to(device)
-    offset = torch.as_tensor(state.offset, dtype=torch.float32, device=device)
+    second, code, offset = state.state2, state.state2.code, state.offset
+    # Comparing is ten times as fast as a conversion that has nothing to do.
+    if code is None or code.device != device:
+        code = default_code("dynamic", device) if code is None else code.to(device)
+    if not isinstance(offset, Tensor) or offset.device != device or offset.dtype != torch.float32:
+        offset = torch.as_tensor(offset, dtype=torch.float32, device=device)
     return (
-        state.absmax.to(torch.uint8),
+        _of_dtype(state.absmax, torch.uint8),
         code,
-        second.absmax.to(torch.float32),
+        _of_dtype(second.absmax, torch.float32),
         offset,
         second.blocksize,
     )
+
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def weight_arguments(state: QuantState, device: torch.device) -> tuple[tuple, tuple]:
@@ -66,10 +73,14 @@ def weight_arguments(state: QuantState, device: torch.device) -> tuple[tuple, tu
         where the scales are numbers. `gemm_4bit` takes its bias between the two.
     """
     if not state.nested:
-        return _format(state, state.absmax.to(torch.float32)), (None, None, None)
+        return _format(state, _of_dtype(state.absmax, torch.float32)), (None, None, None)
     codes, code, absmax, offset, blocksize = nested_arguments(state, device)
     if blocksize == NESTED_BLOCKSIZE:
-        return _format(state, absmax), (codes.flatten(), code, offset)
+        return _format(state, absmax), (
+            codes if codes.dim() == 1 else codes.flatten(),
+            code,
+            offset,
+        )
     decode = torch.ops.bitsandbytes.dequantize_blockwise
     scales = decode(codes, absmax, code, blocksize, torch.float32) + offset
     return _format(state, scales), (None, None, None)
