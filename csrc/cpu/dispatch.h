@@ -25,8 +25,14 @@ struct Code {
 Code prepare_code(const float* levels);
 
 // Rows of a 4-bit weight that are one piece of work, and columns of it for the backward pass.
-inline constexpr int64_t kGemmPanel = 32;
+inline constexpr int64_t kGemmPanel = 64;
 inline constexpr int64_t kDgradPanel = 128;
+
+// Bytes that a product needs, at addresses that are multiples of 64.
+struct ProductSpace {
+  int64_t staged;  // its first operand as its kernel reads it
+  int64_t panel;   // of each thread
+};
 
 // Work is given as half-open ranges so that callers choose the threads.
 struct Kernels {
@@ -37,15 +43,16 @@ struct Kernels {
                                int64_t last);
   void (*quantize_4bit)(const Quantize4bit&, int64_t first_block, int64_t last_block);
   void (*dequantize_4bit)(const Dequantize4bit&, int64_t first_block, int64_t last_block);
-  // `staged` is aligned to 64 bytes; every row is staged before the product begins.
-  int64_t (*gemm_4bit_staged_bytes)(const Gemm4bit&);
+  // Every row is staged before the product begins; each thread has a panel of its own.
+  ProductSpace (*gemm_4bit_space)(const Gemm4bit&);
   void (*gemm_4bit_stage)(const Gemm4bit&, void* staged, int64_t first_row, int64_t last_row);
-  void (*gemm_4bit)(const Gemm4bit&, const void* staged, int64_t first_panel, int64_t last_panel);
-  int64_t (*gemm_4bit_dgrad_staged_bytes)(const Gemm4bitDgrad&);
+  void (*gemm_4bit)(const Gemm4bit&, const void* staged, void* panel, int64_t first_panel,
+                    int64_t last_panel);
+  ProductSpace (*gemm_4bit_dgrad_space)(const Gemm4bitDgrad&);
   void (*gemm_4bit_dgrad_stage)(const Gemm4bitDgrad&, void* staged, int64_t first_row,
                                 int64_t last_row);
-  void (*gemm_4bit_dgrad)(const Gemm4bitDgrad&, const void* staged, int64_t first_panel,
-                          int64_t last_panel);
+  void (*gemm_4bit_dgrad)(const Gemm4bitDgrad&, const void* staged, void* panel,
+                          int64_t first_panel, int64_t last_panel);
   void (*int8_row_stats)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_quantize_rows)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_linear_matmul)(const Int8Matmul&, int64_t first_col, int64_t last_col);

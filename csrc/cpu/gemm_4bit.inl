@@ -4,12 +4,13 @@
 // out[i, j] = sum over k of a[i, k] w[j, k]: dot products along k, in which a byte of codes gives
 // two neighbouring weights. The lookup of a group of codes returns the weights at its even places
 // in one vector and those at its odd places in another; so that nothing has to be woven together,
-// the other operand is *staged* once: converted, and with each group in the same order.
+// the other operand is *staged* once: converted, with each group in the same order, and the rows of
+// a tile side by side.
 //
-//     for a panel of kPanel rows of w                     (one thread)
+//     for a panel of kGemmPanel rows of w                 one thread
 //       for a chunk of k                                  the panel's weights stay in L2
 //         for a tile of rows of a                         these stay in L1
-//           for kDotCols rows of w in the panel          sums stay in registers
+//           for kDotCols rows of w in the panel           sums stay in registers
 //
 // The first tile looks the weights up, multiplies them, and leaves them in the panel for the
 // others: lookups run on other units of the processor than multiplications. With few rows of a, a
@@ -27,9 +28,11 @@
 namespace bnb::cpu::BNB_ISA {
 namespace {
 
-constexpr int kDotCols = 4;           // rows of w that a tile multiplies
-constexpr int64_t kChunkBytes = 4096;  // of one row along k
-constexpr int64_t kRowBlock = 240;     // rows of a whose sums are kept at a time
+constexpr int kDotCols = 4;  // rows of w that a tile multiplies
+// Bytes of a row along k in a chunk. Where a vector is one number, chunks are short, so that few
+// products follow each other in a sum.
+constexpr int64_t kChunkBytes = kWidth == 1 ? 512 : 4096;
+constexpr int64_t kRowBlock = 256;  // rows of a whose sums are kept at a time
 
 // Products of floats. T is what weights are rounded to.
 template <class T>
@@ -93,30 +96,60 @@ constexpr int64_t staged_length(int64_t k) {
   return ceil_div(k, kGroup<Op>) * kGroup<Op>;
 }
 
+// Rows are cut into blocks, and those into tiles: the first one, whose products are made while the
+// weights are looked up, and others of nearly equal height.
+struct Tile {
+  int64_t first;
+  int64_t height;
+};
+
+template <class Op>
+BNB_HD Tile tile_of(int64_t row, int64_t rows) {
+  const int64_t block = row / kRowBlock * kRowBlock;
+  const int64_t in_block = rows - block < kRowBlock ? rows - block : kRowBlock;
+  if (in_block <= Op::kLookupHeight) return {block, in_block};
+  const int64_t begin = block + Op::kLookupHeight;
+  if (row < begin) return {block, Op::kLookupHeight};
+  const int64_t others = in_block - Op::kLookupHeight;
+  const int64_t tiles = ceil_div(others, int64_t{Op::kTileHeight});
+  const int64_t least = others / tiles;
+  const int64_t taller = others % tiles * (least + 1);  // rows of tiles with a row more
+  const int64_t i = row - begin;
+  if (i < taller) return {begin + i / (least + 1) * (least + 1), least + 1};
+  return {begin + taller + (i - taller) / least * least, least};
+}
+
 // Puts `count` elements into groups: those at even places, then those at odd places. Zeros fill up
-// the last group.
+// the last group. Vectors lie `stride` vectors apart.
 template <class Op, class T>
-void stage(const T* from, int64_t count, typename Op::Element* to) {
-  constexpr int64_t half = Op::kVector;
-  int64_t i = 0;
-  for (; i + kGroup<Op> <= count; i += kGroup<Op>) {
-    for (int64_t j = 0; j < half; ++j) {
-      to[i + j] = Op::element(from[i + 2 * j]);
-      to[i + half + j] = Op::element(from[i + 2 * j + 1]);
+void stage(const T* from, int64_t count, typename Op::Element* to, int64_t stride) {
+  constexpr int64_t vector = Op::kVector;
+  for (int64_t i = 0; i < count; i += kGroup<Op>) {
+    typename Op::Element* even = to + i * stride;
+    typename Op::Element* odd = even + vector * stride;
+    if (i + kGroup<Op> <= count) {
+      for (int64_t j = 0; j < vector; ++j) {
+        even[j] = Op::element(from[i + 2 * j]);
+        odd[j] = Op::element(from[i + 2 * j + 1]);
+      }
+    } else {
+      for (int64_t j = 0; j < vector; ++j) {
+        const int64_t at = i + 2 * j;
+        even[j] = at < count ? Op::element(from[at]) : typename Op::Element{};
+        odd[j] = at + 1 < count ? Op::element(from[at + 1]) : typename Op::Element{};
+      }
     }
   }
-  if (i == count) return;
-  for (int64_t j = 0; j < kGroup<Op>; ++j) to[i + j] = {};
-  for (int64_t j = 0; i + j < count; ++j) to[i + j / 2 + j % 2 * half] = Op::element(from[i + j]);
 }
 
 template <class Op, class T>
 void stage_rows(const Gemm4bit& args, void* staged, int64_t first_row, int64_t last_row) {
   const int64_t k = args.weight.k;
-  const int64_t length = staged_length<Op>(k);
   for (int64_t row = first_row; row < last_row; ++row) {
-    stage<Op>(static_cast<const T*>(args.a) + row * k, k,
-              static_cast<typename Op::Element*>(staged) + row * length);
+    const Tile tile = tile_of<Op>(row, args.m);
+    auto* to = static_cast<typename Op::Element*>(staged) + tile.first * staged_length<Op>(k);
+    stage<Op>(static_cast<const T*>(args.a) + row * k, k, to + (row - tile.first) * Op::kVector,
+              tile.height);
   }
 }
 
@@ -129,88 +162,82 @@ struct CodeRows {
   const float* levels;
   int64_t block_size;
   int64_t phase;  // elements of that block before the chunk
+  int64_t ahead;  // bytes from a row's codes to those that the next tile needs
 };
 
 template <int kRows>
-BNB_HD void add_sums(Float (&sums)[kRows][kDotCols], float* out, int64_t stride) {
+BNB_HD void add_sums(const Float (&sums)[kRows][kDotCols], float* out) {
+#pragma GCC unroll 8  // a loop would index the sums, which would then have to lie in memory
   for (int i = 0; i < kRows; ++i) {
-    float four[kDotCols];
-    reduce_add4(sums[i], four);
-    for (int j = 0; j < kDotCols; ++j) out[i * stride + j] += four[j];
+    float added[kDotCols];
+    reduce_add4(sums[i], added);
+    for (int j = 0; j < kDotCols; ++j) out[i * kGemmPanel + j] += added[j];
   }
 }
 
-// Adds to sums [kRows, kDotCols] the products over a chunk of codes; with kKeep the weights are
-// left in `panel` as well, in the order in which multiply_tile reads them.
-template <class Op, int kRows, bool kKeep>
-void lookup_tile(const CodeRows& w, int64_t count, const typename Op::Element* a, int64_t a_stride,
-                 typename Op::Element* panel, float* out, int64_t out_stride) {
+// Adds to sums [kRows, kDotCols] the products over a chunk of codes. With kKeep the weights are
+// left in `panel` as well, in the order in which multiply_tile reads them. kSplit: a group lies in
+// two blocks.
+template <class Op, int kRows, bool kKeep, bool kSplit>
+[[gnu::noinline]] void lookup_tile(const CodeRows& w, int64_t count, const typename Op::Element* a,
+                                   typename Op::Element* panel, float* out) {
   using Vector = typename Op::Vector;
   constexpr int64_t vector = Op::kVector;
   Float sums[kRows][kDotCols];
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kDotCols; ++j) sums[i][j] = Float(0.0f);
   }
-  const auto multiply = [&](int64_t k, int j, Vector even, Vector odd,
-                            const Vector(&rows)[kRows][2]) {
-    for (int i = 0; i < kRows; ++i) {
-      sums[i][j] = Op::add_products(sums[i][j], rows[i][0], even);
-      sums[i][j] = Op::add_products(sums[i][j], rows[i][1], odd);
-    }
-    if constexpr (kKeep) {
-      Op::store_vector(panel + k * kDotCols + j * vector, even);
-      Op::store_vector(panel + k * kDotCols + (kDotCols + j) * vector, odd);
-    }
-  };
-  int64_t k = 0;
   int64_t block = 0;
-  int64_t block_end = w.block_size - w.phase;
-  if (kGroup<Op> > kLeastBlock && w.block_size < kGroup<Op>) {
-    if constexpr (kGroup<Op> > kLeastBlock) {
-      for (; k < count; k += kGroup<Op>, block += 2) {
-        Vector rows[kRows][2];
-        for (int i = 0; i < kRows; ++i) {
-          rows[i][0] = Op::load_vector(a + i * a_stride + k);
-          rows[i][1] = Op::load_vector(a + i * a_stride + k + vector);
-        }
-        for (int j = 0; j < kDotCols; ++j) {
-          const auto table = Op::make_table(w.levels, w.scales[j][block], w.scales[j][block + 1]);
-          Vector even, odd;
-          Op::lookup_halves(table, w.codes[j] + k / 2, even, odd);
-          multiply(k, j, even, odd, rows);
-        }
-      }
-    }
-  } else {
-    while (k < count) {
-      typename Op::Table tables[kDotCols];
-      for (int j = 0; j < kDotCols; ++j) {
+  int64_t block_end = kSplit ? kGroup<Op> : w.block_size - w.phase;
+  int64_t k = 0;
+  while (k < count) {
+    typename Op::Table tables[kDotCols];
+    for (int j = 0; j < kDotCols; ++j) {
+      if constexpr (kSplit) {
+        tables[j] = Op::make_table(w.levels, w.scales[j][block], w.scales[j][block + 1]);
+      } else {
         tables[j] = Op::make_table(w.levels, w.scales[j][block]);
       }
-      const int64_t end = block_end < count ? block_end : count;
-      for (; k < end; k += kGroup<Op>) {
-        Vector rows[kRows][2];
-        for (int i = 0; i < kRows; ++i) {
-          rows[i][0] = Op::load_vector(a + i * a_stride + k);
-          rows[i][1] = Op::load_vector(a + i * a_stride + k + vector);
+    }
+    const int64_t end = block_end < count ? block_end : count;
+    do {
+      // Two columns at a time share what is read of `a`.
+      for (int j = 0; j < kDotCols; j += 2) {
+        Vector even[2], odd[2];
+        for (int c = 0; c < 2; ++c) {
+          const uint8_t* codes = w.codes[j + c] + k / 2;
+          __builtin_prefetch(codes + w.ahead);
+          if constexpr (kSplit) {
+            Op::lookup_halves(tables[j + c], codes, even[c], odd[c]);
+          } else {
+            Op::lookup(tables[j + c], codes, even[c], odd[c]);
+          }
+          if constexpr (kKeep) {
+            Op::store_vector(panel + k * kDotCols + (j + c) * vector, even[c]);
+            Op::store_vector(panel + k * kDotCols + (kDotCols + j + c) * vector, odd[c]);
+          }
         }
-        for (int j = 0; j < kDotCols; ++j) {
-          Vector even, odd;
-          Op::lookup(tables[j], w.codes[j] + k / 2, even, odd);
-          multiply(k, j, even, odd, rows);
+        for (int i = 0; i < kRows; ++i) {
+          const Vector first = Op::load_vector(a + k * kRows + i * vector);
+          const Vector second = Op::load_vector(a + (k + vector) * kRows + i * vector);
+          for (int c = 0; c < 2; ++c) {
+            sums[i][j + c] = Op::add_products(sums[i][j + c], first, even[c]);
+            sums[i][j + c] = Op::add_products(sums[i][j + c], second, odd[c]);
+          }
         }
       }
-      block_end += w.block_size;
-      ++block;
-    }
+      k += kGroup<Op>;
+    } while (k < end);
+    block_end += kSplit ? kGroup<Op> : w.block_size;
+    block += kSplit ? 2 : 1;
   }
-  add_sums(sums, out, out_stride);
+  add_sums(sums, out);
 }
 
 // The same from weights in the panel.
 template <class Op, int kRows>
-void multiply_tile(const typename Op::Element* panel, int64_t count, const typename Op::Element* a,
-                   int64_t a_stride, float* out, int64_t out_stride) {
+[[gnu::noinline]] void multiply_tile(const typename Op::Element* panel, int64_t count,
+                                     const typename Op::Element* a, float* out) {
   constexpr int64_t vector = Op::kVector;
   Float sums[kRows][kDotCols];
   for (int i = 0; i < kRows; ++i) {
@@ -220,11 +247,11 @@ void multiply_tile(const typename Op::Element* panel, int64_t count, const typen
     typename Op::Vector w[kDotCols];
     for (int j = 0; j < kDotCols; ++j) w[j] = Op::load_vector(panel + k * kDotCols + j * vector);
     for (int i = 0; i < kRows; ++i) {
-      const typename Op::Vector row = Op::load_vector(a + i * a_stride + k);
+      const typename Op::Vector row = Op::load_vector(a + k * kRows + i * vector);
       for (int j = 0; j < kDotCols; ++j) sums[i][j] = Op::add_products(sums[i][j], row, w[j]);
     }
   }
-  add_sums(sums, out, out_stride);
+  add_sums(sums, out);
 }
 
 template <int kValue>
@@ -243,25 +270,20 @@ BNB_HD void by_rows(int64_t rows, const Body& body) {
   }
 }
 
-// Calls body(first row, constant number of rows) for tiles of nearly equal height.
-template <class Op, class Body>
-BNB_HD void for_each_tile(int64_t row, int64_t rows, const Body& body) {
-  while (row < rows) {
-    const int64_t tiles = ceil_div(rows - row, Op::kTileHeight);
-    const int64_t height = ceil_div(rows - row, tiles);
-    by_rows<Op::kTileHeight>(height, [&](auto constant) { body(row, constant); });
-    row += height;
-  }
-}
-
 // ---- Panels -------------------------------------------------------------------------------------
 
 template <class Op>
 struct Panel {
-  alignas(64) typename Op::Element weights[kGemmPanel * kChunk<Op>];
   alignas(64) float sums[kRowBlock * kGemmPanel];
-  float scales[kGemmPanel][kChunk<Op> / kLeastBlock + 1];
+  float scales[kDotCols][kChunk<Op> / kLeastBlock + 1];
+  alignas(64) typename Op::Element weights[kGemmPanel * kChunk<Op>];
 };
+
+// True where no group of codes and no row lies in parts of two blocks.
+template <class Op>
+bool is_aligned(const Weight4bit& w) {
+  return w.k % (w.block_size > kGroup<Op> ? w.block_size : kGroup<Op>) == 0;
+}
 
 // The scales of `count` blocks, as numbers.
 inline const float* scales_from(const Scales& scales, int64_t first, int64_t count, float* space) {
@@ -294,56 +316,87 @@ void unpack(const Weight4bit& w, int64_t begin, int64_t count, typename Op::Elem
   T values[kChunk<Op> + 1];
   const int64_t even = begin - begin % 2;
   dequantize_range_4bit(w.levels, w.codes, w.scales, w.block_size, even, begin + count, values);
-  stage<Op>(values + (begin - even), count, out);
+  stage<Op>(values + (begin - even), count, out, 1);
 }
 
+// Looks up the weights of a chunk for the first tile of rows, with its products.
+template <class Op, int kRows, bool kKeep>
+void lookup_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_t first,
+                  int64_t count, const typename Op::Element* a, Panel<Op>& panel) {
+  constexpr bool kMaySplit = kGroup<Op> > kLeastBlock;
+  for (int64_t j = 0; j < cols; j += kDotCols) {
+    CodeRows codes{{}, {}, w.levels, w.block_size, first % w.block_size, kDotCols * w.k / 2};
+    for (int i = 0; i < kDotCols; ++i) {
+      const int64_t col = first_col + (j + i < cols ? j + i : cols - 1);
+      const int64_t begin = col * w.k + first;
+      codes.codes[i] = w.codes + begin / 2;
+      codes.scales[i] = scales_from(w.scales, begin / w.block_size,
+                                    ceil_div(codes.phase + count, w.block_size), panel.scales[i]);
+    }
+    typename Op::Element* weights = panel.weights + j * count;
+    if (kMaySplit && w.block_size < kGroup<Op>) {
+      lookup_tile<Op, kRows, kKeep, kMaySplit>(codes, count, a, weights, panel.sums + j);
+    } else {
+      lookup_tile<Op, kRows, kKeep, false>(codes, count, a, weights, panel.sums + j);
+    }
+  }
+}
+
+// Leaves the weights of a chunk in the panel, wherever codes and blocks begin.
 template <class Op, class T>
-void multiply_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_t first,
-                    int64_t count, const typename Op::Element* a, int64_t a_stride, int64_t rows,
-                    Panel<Op>& panel) {
-  const int64_t unit = w.block_size > kGroup<Op> ? w.block_size : kGroup<Op>;
-  const bool aligned = w.k % unit == 0;
+void unpack_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_t first,
+                  int64_t count, Panel<Op>& panel) {
   const int64_t length = staged_length<Op>(count);
-  const auto weights = [&](int64_t j) { return panel.weights + j * length; };
-  int64_t row = 0;
-  if (aligned) {
-    row = rows < Op::kLookupHeight ? rows : Op::kLookupHeight;
-    for (int64_t j = 0; j < cols; j += kDotCols) {
-      CodeRows codes{{}, {}, w.levels, w.block_size, first % w.block_size};
-      for (int i = 0; i < kDotCols; ++i) {
-        const int64_t col = first_col + (j + i < cols ? j + i : cols - 1);
-        const int64_t begin = col * w.k + first;
-        codes.codes[i] = w.codes + begin / 2;
-        codes.scales[i] = scales_from(w.scales, begin / w.block_size,
-                                      ceil_div(codes.phase + count, w.block_size), panel.scales[i]);
-      }
+  for (int64_t j = 0; j < cols; ++j) {
+    alignas(64) typename Op::Element unpacked[kChunk<Op>];
+    unpack<Op, T>(w, (first_col + j) * w.k + first, count, unpacked);
+    const int64_t lane = j % kDotCols;
+    typename Op::Element* to = panel.weights + (j - lane) * length + lane * Op::kVector;
+    for (int64_t k = 0; k < length; k += Op::kVector) {
+      Op::store_vector(to + k * kDotCols, Op::load_vector(unpacked + k));
+    }
+  }
+}
+
+// `rows` rows of a, a block that `a` holds staged.
+template <class Op, class T>
+void multiply_block(const Gemm4bit& args, int64_t first_col, int64_t cols,
+                    const typename Op::Element* a, int64_t rows, Panel<Op>& panel) {
+  const Weight4bit& w = args.weight;
+  const int64_t stride = staged_length<Op>(w.k);
+  const bool aligned = is_aligned<Op>(w);
+  __builtin_memset(panel.sums, 0, static_cast<size_t>(rows * kGemmPanel) * sizeof(float));
+  for (int64_t first = 0; first < w.k; first += kChunk<Op>) {
+    const int64_t count = w.k - first < kChunk<Op> ? w.k - first : kChunk<Op>;
+    const int64_t length = staged_length<Op>(count);
+    int64_t row = 0;
+    if (aligned) {
+      row = tile_of<Op>(0, rows).height;
       by_rows<Op::kLookupHeight>(row, [&](auto constant) {
         constexpr int kRows = decltype(constant)::value;
         if (row < rows) {
-          lookup_tile<Op, kRows, true>(codes, count, a, a_stride, weights(j), panel.sums + j,
-                                       kGemmPanel);
+          lookup_chunk<Op, kRows, true>(w, first_col, cols, first, count, a + first * kRows, panel);
         } else {
-          lookup_tile<Op, kRows, false>(codes, count, a, a_stride, weights(j), panel.sums + j,
-                                        kGemmPanel);
+          lookup_chunk<Op, kRows, false>(w, first_col, cols, first, count, a + first * kRows,
+                                         panel);
         }
       });
+    } else {
+      unpack_chunk<Op, T>(w, first_col, cols, first, count, panel);
     }
-  } else {
-    for (int64_t j = 0; j < cols; ++j) {
-      typename Op::Element unpacked[kChunk<Op>];
-      unpack<Op, T>(w, (first_col + j) * w.k + first, count, unpacked);
-      typename Op::Element* to = weights(j - j % kDotCols) + j % kDotCols * Op::kVector;
-      for (int64_t k = 0; k < length; k += Op::kVector) {
-        Op::store_vector(to + k * kDotCols, Op::load_vector(unpacked + k));
-      }
+    while (row < rows) {
+      const Tile tile = tile_of<Op>(row, rows);
+      by_rows<Op::kTileHeight>(tile.height, [&](auto constant) {
+        constexpr int kRows = decltype(constant)::value;
+        for (int64_t j = 0; j < cols; j += kDotCols) {
+          multiply_tile<Op, kRows>(panel.weights + j * length, length,
+                                   a + row * stride + first * kRows,
+                                   panel.sums + row * kGemmPanel + j);
+        }
+      });
+      row += tile.height;
     }
   }
-  for_each_tile<Op>(row, rows, [&](int64_t i, auto constant) {
-    for (int64_t j = 0; j < cols; j += kDotCols) {
-      multiply_tile<Op, decltype(constant)::value>(weights(j), length, a + i * a_stride, a_stride,
-                                                   panel.sums + i * kGemmPanel + j, kGemmPanel);
-    }
-  });
 }
 
 template <class T>
@@ -361,22 +414,16 @@ void finish_rows(const Gemm4bit& args, int64_t first_row, int64_t rows, int64_t 
 }
 
 template <class Op, class T>
-void gemm_panels(const Gemm4bit& args, const void* staged, int64_t first_panel,
+void gemm_panels(const Gemm4bit& args, const void* staged, Panel<Op>& panel, int64_t first_panel,
                  int64_t last_panel) {
   const Weight4bit& w = args.weight;
-  const int64_t stride = staged_length<Op>(w.k);
-  Panel<Op> panel;
+  const auto* a = static_cast<const typename Op::Element*>(staged);
   for (int64_t p = first_panel; p < last_panel; ++p) {
     const int64_t first_col = p * kGemmPanel;
     const int64_t cols = w.n - first_col < kGemmPanel ? w.n - first_col : kGemmPanel;
     for (int64_t row = 0; row < args.m; row += kRowBlock) {
       const int64_t rows = args.m - row < kRowBlock ? args.m - row : kRowBlock;
-      const auto* a = static_cast<const typename Op::Element*>(staged) + row * stride;
-      __builtin_memset(panel.sums, 0, static_cast<size_t>(rows * kGemmPanel) * sizeof(float));
-      for (int64_t k = 0; k < w.k; k += kChunk<Op>) {
-        const int64_t count = w.k - k < kChunk<Op> ? w.k - k : kChunk<Op>;
-        multiply_chunk<Op, T>(w, first_col, cols, k, count, a + k, stride, rows, panel);
-      }
+      multiply_block<Op, T>(args, first_col, cols, a + row * staged_length<Op>(w.k), rows, panel);
       finish_rows<T>(args, row, rows, first_col, cols, panel.sums);
     }
   }
@@ -393,13 +440,16 @@ void by_operand(DType dtype, const Body& body) {
   });
 }
 
-int64_t gemm_4bit_staged_bytes(const Gemm4bit& args) {
-  int64_t bytes = 0;
+ProductSpace gemm_4bit_space(const Gemm4bit& args) {
+  ProductSpace space{};
   by_operand(args.dtype, [&](auto, auto operand) {
     using Op = typename decltype(operand)::type;
-    bytes = args.m * staged_length<Op>(args.weight.k) * int64_t{sizeof(typename Op::Element)};
+    space.staged =
+        args.m * staged_length<Op>(args.weight.k) * int64_t{sizeof(typename Op::Element)};
+    const bool keeps = args.m > Op::kLookupHeight || !is_aligned<Op>(args.weight);
+    space.panel = keeps ? sizeof(Panel<Op>) : __builtin_offsetof(Panel<Op>, weights);
   });
-  return bytes;
+  return space;
 }
 
 void gemm_4bit_stage(const Gemm4bit& args, void* staged, int64_t first_row, int64_t last_row) {
@@ -409,10 +459,12 @@ void gemm_4bit_stage(const Gemm4bit& args, void* staged, int64_t first_row, int6
   });
 }
 
-void gemm_4bit(const Gemm4bit& args, const void* staged, int64_t first_panel, int64_t last_panel) {
+void gemm_4bit(const Gemm4bit& args, const void* staged, void* panel, int64_t first_panel,
+               int64_t last_panel) {
   by_operand(args.dtype, [&](auto type, auto operand) {
-    gemm_panels<typename decltype(operand)::type, typename decltype(type)::type>(
-        args, staged, first_panel, last_panel);
+    using Op = typename decltype(operand)::type;
+    gemm_panels<Op, typename decltype(type)::type>(args, staged, *static_cast<Panel<Op>*>(panel),
+                                                   first_panel, last_panel);
   });
 }
 

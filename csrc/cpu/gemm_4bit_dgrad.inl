@@ -34,9 +34,13 @@ void stage_grads(const Gemm4bitDgrad& args, void* staged, int64_t first_row, int
   const int64_t length = staged_grads<Op>(n);
   for (int64_t row = first_row; row < last_row; ++row) {
     const T* from = static_cast<const T*>(args.grad) + row * n;
-    auto* to = static_cast<typename Op::Element*>(staged) + row * length;
-    for (int64_t j = 0; j < n; ++j) to[j] = Op::element(from[j]);
-    for (int64_t j = n; j < length; ++j) to[j] = {};
+    const Tile tile = tile_of<Op>(row, args.m);
+    auto* to = static_cast<typename Op::Element*>(staged) + tile.first * length +
+               (row - tile.first) * Op::kDepth;
+    for (int64_t j = 0; j < length; ++j) {
+      const int64_t place = j / Op::kDepth * Op::kDepth * tile.height + j % Op::kDepth;
+      to[place] = j < n ? Op::element(from[j]) : typename Op::Element{};
+    }
   }
 }
 
@@ -65,8 +69,8 @@ void unpack_panel(const Weight4bit& w, int64_t first_row, int64_t last_row, int6
 
 // Adds to sums [kRows, kTileVectors * kWidth] the products over `count` rows of the panel.
 template <class Op, int kRows>
-void outer_tile(const typename Op::Element* weights, int64_t count,
-                const typename Op::Element* grads, int64_t stride, float* out) {
+[[gnu::noinline]] void outer_tile(const typename Op::Element* weights, int64_t count,
+                                  const typename Op::Element* grads, float* out) {
   Float sums[kRows][kTileVectors];
   for (int i = 0; i < kRows; ++i) {
     for (int v = 0; v < kTileVectors; ++v) sums[i][v] = load(out + i * kDgradPanel + v * kWidth);
@@ -77,7 +81,7 @@ void outer_tile(const typename Op::Element* weights, int64_t count,
       w[v] = Op::load_vector(weights + j * kDgradPanel + v * Op::kVector);
     }
     for (int i = 0; i < kRows; ++i) {
-      const typename Op::Vector grad = Op::broadcast(grads + i * stride + j);
+      const typename Op::Vector grad = Op::broadcast(grads + j * kRows + i * Op::kDepth);
       for (int v = 0; v < kTileVectors; ++v) sums[i][v] = Op::add_products(sums[i][v], grad, w[v]);
     }
   }
@@ -104,11 +108,11 @@ void finish_grads(const Gemm4bitDgrad& args, int64_t first_row, int64_t rows, in
 }
 
 template <class Op, class T>
-void dgrad_panels(const Gemm4bitDgrad& args, const void* staged, int64_t first_panel,
-                  int64_t last_panel) {
+void dgrad_panels(const Gemm4bitDgrad& args, const void* staged, DgradPanel<Op>& panel,
+                  int64_t first_panel, int64_t last_panel) {
   const Weight4bit& w = args.weight;
   const int64_t stride = staged_grads<Op>(w.n);
-  DgradPanel<Op> panel;
+  const auto* grads = static_cast<const typename Op::Element*>(staged);
   for (int64_t p = first_panel; p < last_panel; ++p) {
     const int64_t first_col = p * kDgradPanel;
     const int64_t cols = w.k - first_col < kDgradPanel ? w.k - first_col : kDgradPanel;
@@ -120,27 +124,32 @@ void dgrad_panels(const Gemm4bitDgrad& args, const void* staged, int64_t first_p
       for (int64_t j = 0; j < w.n; j += kDgradRows<Op>) {
         const int64_t end = w.n - j < kDgradRows<Op> ? w.n : j + kDgradRows<Op>;
         unpack_panel<Op, T>(w, j, end, first_col, cols, panel.weights);
-        const auto* grads = static_cast<const typename Op::Element*>(staged) + row * stride + j;
-        for_each_tile<Op>(0, rows, [&](int64_t i, auto constant) {
-          for (int64_t k = 0; k < kDgradPanel; k += kTileVectors * kWidth) {
-            outer_tile<Op, decltype(constant)::value>(panel.weights + k * Op::kDepth, end - j,
-                                                      grads + i * stride, stride,
-                                                      panel.sums + i * kDgradPanel + k);
-          }
-        });
+        for (int64_t i = 0; i < rows;) {
+          const Tile tile = tile_of<Op>(i, rows);
+          by_rows<Op::kTileHeight>(tile.height, [&](auto constant) {
+            constexpr int kRows = decltype(constant)::value;
+            for (int64_t k = 0; k < kDgradPanel; k += kTileVectors * kWidth) {
+              outer_tile<Op, kRows>(panel.weights + k * Op::kDepth, end - j,
+                                    grads + (row + i) * stride + j * kRows,
+                                    panel.sums + i * kDgradPanel + k);
+            }
+          });
+          i += tile.height;
+        }
       }
       finish_grads<Op, T>(args, row, rows, first_col, cols, panel.sums);
     }
   }
 }
 
-int64_t gemm_4bit_dgrad_staged_bytes(const Gemm4bitDgrad& args) {
-  int64_t bytes = 0;
+ProductSpace gemm_4bit_dgrad_space(const Gemm4bitDgrad& args) {
+  ProductSpace space{};
   by_operand(args.dtype, [&](auto, auto operand) {
     using Op = typename decltype(operand)::type;
-    bytes = args.m * staged_grads<Op>(args.weight.n) * int64_t{sizeof(typename Op::Element)};
+    space.staged = args.m * staged_grads<Op>(args.weight.n) * int64_t{sizeof(typename Op::Element)};
+    space.panel = sizeof(DgradPanel<Op>);
   });
-  return bytes;
+  return space;
 }
 
 void gemm_4bit_dgrad_stage(const Gemm4bitDgrad& args, void* staged, int64_t first_row,
@@ -151,11 +160,12 @@ void gemm_4bit_dgrad_stage(const Gemm4bitDgrad& args, void* staged, int64_t firs
   });
 }
 
-void gemm_4bit_dgrad(const Gemm4bitDgrad& args, const void* staged, int64_t first_panel,
-                     int64_t last_panel) {
+void gemm_4bit_dgrad(const Gemm4bitDgrad& args, const void* staged, void* panel,
+                     int64_t first_panel, int64_t last_panel) {
   by_operand(args.dtype, [&](auto type, auto operand) {
-    dgrad_panels<typename decltype(operand)::type, typename decltype(type)::type>(
-        args, staged, first_panel, last_panel);
+    using Op = typename decltype(operand)::type;
+    dgrad_panels<Op, typename decltype(type)::type>(
+        args, staged, *static_cast<DgradPanel<Op>*>(panel), first_panel, last_panel);
   });
 }
 

@@ -145,12 +145,11 @@ void gradient_squares(DType dtype, const GradientTensor& tensor, int64_t first_t
 #define BNB_QUOTE(x) BNB_QUOTE_(x)
 
 constexpr Kernels kTable = {
-    BNB_QUOTE(BNB_ISA),    quantize_blockwise, dequantize_blockwise,
-    quantize_4bit,         dequantize_4bit,    gemm_4bit_staged_bytes,
-    gemm_4bit_stage,       gemm_4bit,          gemm_4bit_dgrad_staged_bytes,
-    gemm_4bit_dgrad_stage, gemm_4bit_dgrad,    int8_row_stats,
-    int8_quantize_rows,    int8_linear_matmul, int8_mm_dequant,
-    optimizer_step,        optimizer_preview,  gradient_squares,
+    BNB_QUOTE(BNB_ISA),    quantize_blockwise,    dequantize_blockwise, quantize_4bit,
+    dequantize_4bit,       gemm_4bit_space,       gemm_4bit_stage,      gemm_4bit,
+    gemm_4bit_dgrad_space, gemm_4bit_dgrad_stage, gemm_4bit_dgrad,      int8_row_stats,
+    int8_quantize_rows,    int8_linear_matmul,    int8_mm_dequant,      optimizer_step,
+    optimizer_preview,     gradient_squares,
 };
 
 #undef BNB_QUOTE

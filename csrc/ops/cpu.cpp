@@ -71,31 +71,65 @@ struct Cpu {
 
   static const float* levels(Code4 code) { return kCodes4[static_cast<int>(code)].levels.values; }
 
-  static int64_t workspace_bytes(const Gemm4bit& args) {
-    return cpu::kernels().gemm_4bit_staged_bytes(args);
+  // Where the parts of a product's memory begin.
+  struct Workspace {
+    int64_t panel;   // of the first thread
+    int64_t stride;  // from one thread's to the next
+    int64_t bytes;
+    explicit Workspace(const cpu::ProductSpace& space)
+        : panel(ceil_div(space.staged, kLine) * kLine),
+          stride(ceil_div(space.panel, kLine) * kLine),
+          bytes(panel + stride * torch::stable::get_num_threads()) {}
+    static constexpr int64_t kLine = 64;
+  };
+
+  // Runs stage(first row, last row) and then multiply(panel, first, last) over `panels` panels, of
+  // which every thread gets an equal part.
+  template <class Stage, class Multiply>
+  static void run_product(const Workspace& workspace, void* memory, int64_t rows, int64_t row_work,
+                          int64_t panels, int64_t panel_work, const Stage& stage,
+                          const Multiply& multiply) {
+    parallel(rows, row_work, stage);
+    const int64_t busy = ceil_div(panels * panel_work, kGrain);
+    const int64_t threads = std::min({panels, busy, int64_t{torch::stable::get_num_threads()}});
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t) {
+        multiply(static_cast<char*>(memory) + workspace.panel + t * workspace.stride,
+                 panels * t / threads, panels * (t + 1) / threads);
+      }
+    });
   }
-  static void gemm_4bit(const Gemm4bit& args, void* staged, const Scope&) {
+
+  static int64_t workspace_bytes(const Gemm4bit& args) {
+    return Workspace(cpu::kernels().gemm_4bit_space(args)).bytes;
+  }
+  static void gemm_4bit(const Gemm4bit& args, void* memory, const Scope&) {
     const cpu::Kernels& kernels = cpu::kernels();
     const int64_t k = args.weight.k;
-    parallel(args.m, k, [&](int64_t first, int64_t last) {
-      kernels.gemm_4bit_stage(args, staged, first, last);
-    });
-    parallel(ceil_div(args.weight.n, cpu::kGemmPanel), cpu::kGemmPanel * k * args.m,
-             [&](int64_t first, int64_t last) { kernels.gemm_4bit(args, staged, first, last); });
+    run_product(
+        Workspace(kernels.gemm_4bit_space(args)), memory, args.m, k,
+        ceil_div(args.weight.n, cpu::kGemmPanel), cpu::kGemmPanel * k * args.m,
+        [&](int64_t first, int64_t last) { kernels.gemm_4bit_stage(args, memory, first, last); },
+        [&](void* panel, int64_t first, int64_t last) {
+          kernels.gemm_4bit(args, memory, panel, first, last);
+        });
   }
 
   static int64_t workspace_bytes(const Gemm4bitDgrad& args) {
-    return cpu::kernels().gemm_4bit_dgrad_staged_bytes(args);
+    return Workspace(cpu::kernels().gemm_4bit_dgrad_space(args)).bytes;
   }
-  static void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* staged, const Scope&) {
+  static void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* memory, const Scope&) {
     const cpu::Kernels& kernels = cpu::kernels();
     const int64_t n = args.weight.n;
-    parallel(args.m, n, [&](int64_t first, int64_t last) {
-      kernels.gemm_4bit_dgrad_stage(args, staged, first, last);
-    });
-    parallel(
+    run_product(
+        Workspace(kernels.gemm_4bit_dgrad_space(args)), memory, args.m, n,
         ceil_div(args.weight.k, cpu::kDgradPanel), cpu::kDgradPanel * n * args.m,
-        [&](int64_t first, int64_t last) { kernels.gemm_4bit_dgrad(args, staged, first, last); });
+        [&](int64_t first, int64_t last) {
+          kernels.gemm_4bit_dgrad_stage(args, memory, first, last);
+        },
+        [&](void* panel, int64_t first, int64_t last) {
+          kernels.gemm_4bit_dgrad(args, memory, panel, first, last);
+        });
   }
 
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {

@@ -13,10 +13,10 @@ const Kernels* kernel_table() {
   static const Kernels table = [] {
     Kernels kernels = *avx512::kernel_table();
     kernels.isa = "avx512_bf16";
-    kernels.gemm_4bit_staged_bytes = gemm_4bit_staged_bytes;
+    kernels.gemm_4bit_space = gemm_4bit_space;
     kernels.gemm_4bit_stage = gemm_4bit_stage;
     kernels.gemm_4bit = gemm_4bit;
-    kernels.gemm_4bit_dgrad_staged_bytes = gemm_4bit_dgrad_staged_bytes;
+    kernels.gemm_4bit_dgrad_space = gemm_4bit_dgrad_space;
     kernels.gemm_4bit_dgrad_stage = gemm_4bit_dgrad_stage;
     kernels.gemm_4bit_dgrad = gemm_4bit_dgrad;
     return kernels;
