@@ -80,7 +80,7 @@ class Embedding4bit(Module4bit, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the rows `input` (integers of any shape), ``[..., embedding_dim]``."""
-        packed, state = self._packed_weight()
+        packed, state = self._packed_weight(input.device)
         rows = dequantize_rows(packed, state, input.reshape(-1), self.dtype)
         return rows.view(*input.shape, self.embedding_dim)
 

@@ -99,7 +99,7 @@ class Linear4bit(Module4bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the product of `x` ``[..., input_features]`` in the dtype of `x`."""
-        weight, state = self._packed_weight()
+        weight, state = self._packed_weight(x.device)
         if not self.compute_type_is_set:
             self.set_compute_type(x)
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype

@@ -47,8 +47,11 @@ class Module4bit(nn.Module):
         """Returns the shape of the weight before it was packed."""
         raise NotImplementedError
 
-    def _packed_weight(self) -> tuple[Tensor, QuantState]:
+    def _packed_weight(self, device: torch.device) -> tuple[Tensor, QuantState]:
         """Returns the packed codes and their state, wherever the latter is left.
+
+        Args:
+            device: Where the input is, which the state follows if the codes are there.
 
         Raises:
             RuntimeError: The weight is not packed, or its state is lost.
@@ -61,8 +64,8 @@ class Module4bit(nn.Module):
             if state and weight.dtype != storage and are_codes_of(state, weight, storage):
                 raise RuntimeError(
                     f"{type(self).__name__}: the packed weight must be {storage}, got "
-                    f"{weight.dtype}: mixed precision has cast its bytes; use an integer "
-                    "quant_storage, or the dtype that parameters are cast to"
+                    f"{weight.dtype}: mixed precision has cast its bytes; with quant_storage="
+                    f"{weight.dtype} it leaves them alone"
                 )
             if state is None or not are_codes_of(state, weight):
                 raise self._missing_state()
@@ -70,6 +73,8 @@ class Module4bit(nn.Module):
                 weight = self._restored(weight, state)
         elif state is not self.quant_state:
             self.quant_state = state
+        if state.absmax.device != device and weight.device == device:
+            state.to(device)  # FSDP may move the weight to the host and back
         return weight, state
 
     def _restored(self, weight: Tensor, state: QuantState) -> Tensor:

@@ -455,6 +455,14 @@ def test_a_lost_state_is_recovered(device):
         assert all(again[k].view(torch.uint8).equal(saved[k].view(torch.uint8)) for k in saved)
 
 
+def test_a_state_that_was_left_behind_follows(device):
+    layer = quantized(device, compress_statistics=True)
+    want = layer(inputs(device))
+    layer.quant_state.to("cpu")
+    assert torch.equal(layer(inputs(device)), want)
+    assert_whole(layer, device)
+
+
 def test_a_state_is_not_given_to_another_weight(device):
     layer = quantized(device)
     for weight in (torch.randn(96, 64), torch.zeros(10, 1, dtype=torch.uint8)):
@@ -509,3 +517,11 @@ def test_compiles_without_a_compute_dtype(device, compile_fresh):
         compiled = compile_fresh(layer, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(inputs(device, dtype)), want)
         assert layer.compute_dtype == (None if dtype == torch.float16 else dtype)
+
+
+def test_compiles_without_the_class_of_the_weight(device, compile_fresh):
+    layer = quantized(device, compute_dtype=torch.float32)
+    want = layer(inputs(device))
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+    compiled = compile_fresh(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs(device)), want)
