@@ -131,7 +131,7 @@ LAYERS = {
     "plain": {"_checks", "_codes4", "_ops"},
     "quant": {"_checks", "_codes4", "_ops", "utils"},
     "optim": {"_checks", "_library", "_ops", "paged", "plain", "quant"},
-    "autograd": {"_checks", "_ops", "functional", "quant", "utils"},
+    "autograd": {"_checks", "_ops", "functional", "plain", "quant", "utils"},
     "nn": {"_checks", "_ops", "autograd", "functional", "optim", "quant", "utils"},
 }
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._codes4 import QUANT_TYPES
 from ..quant.state import QuantState
 
 __all__ = [
@@ -37,9 +36,10 @@ def read_state(entries: dict[str, Any], device: torch.device | str | int) -> Qua
         AssertionError: An entry is unknown.
     """
     state = QuantState.from_dict(dict(entries), device)
-    if state.quant_type not in QUANT_TYPES:
+    if state.quant_type not in state.valid_quant_types:
         raise ValueError(
-            f"Params4bit: quant_type must be one of {QUANT_TYPES}, got {state.quant_type!r}"
+            f"Params4bit: quant_type must be one of {state.valid_quant_types}, "
+            f"got {state.quant_type!r}"
         )
     if state.absmax.dim() == 2 and not state.nested:
         # Compat: what bitsandbytes 0.49 and 0.50 save after inference on a CPU with bfloat16
