@@ -83,6 +83,7 @@ class Bucket:
         self._vectors: dict[str, Tensor] = {}
         self._histories: list[Tensor] = []
         self._pages: list[int] | None = None
+        self._residency = paged.Residency()
         lists = (self.state1, self.state2, self.absmax1, self.absmax2, self.qmap1, self.qmap2)
         # States with one scale per tensor take new scales in every step.
         whole = self.eight_bit and not self.absmax1
@@ -204,7 +205,8 @@ class Bucket:
         """Brings paged states to the device, in the order of its current stream."""
         if self._pages is None:
             self._pages = paged.pages_of([*self.state1, *self.state2])
-        paged.prefetch_pages(self._pages, self.device)
+        if self._pages and self._residency.may_be_lost(self.device):
+            paged.prefetch_pages(self._pages, self.device)
 
     def _step_tensor_wise(self, lists: tuple, options: tuple) -> None:
         old, new = self._whole_scales("max"), self._whole_scales("new_max")

@@ -21,9 +21,10 @@ def quantize_scales(scales: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Qua
         uint8 codes ``[blocks]``, the 0-dim float32 mean, and the state of the codes.
     """
     offset = _mean(scales)
-    code = default_code("dynamic", scales.device).clone()
+    code = default_code("dynamic", scales.device)
     codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(scales - offset, code, blocksize)
-    state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    state = QuantState(absmax, blocksize=blocksize, dtype=torch.float32)
+    state.share_code(code)
     return codes, offset, state
 
 
@@ -44,7 +45,8 @@ def nested_arguments(state: QuantState, device: torch.device) -> tuple:
         uint8 codes, their code, their float32 scales and offset; the blocksize of the codes.
     """
     second = state.state2
-    code = default_code("dynamic", device) if second.code is None else second.code.to(device)
+    levels = second.levels()
+    code = default_code("dynamic", device) if levels is None else levels.to(device)
     offset = torch.as_tensor(state.offset, dtype=torch.float32, device=device)
     return (
         state.absmax.to(torch.uint8),
