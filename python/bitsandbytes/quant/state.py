@@ -73,7 +73,7 @@ class QuantState:
 
     @property
     def code(self) -> Tensor | None:
-        """The levels. Whoever reads them may change them, so a table shared until then is copied."""
+        """The levels. They may be changed, so a table shared until then is copied here."""
         if self._shares_code:
             self._code = self._code.clone()
             self._shares_code = False
