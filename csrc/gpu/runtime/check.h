@@ -60,9 +60,13 @@ inline int most_shared_bytes() {
   return bytes;
 }
 
-// Lets a kernel have so much shared memory beside its static part.
+// Lets a kernel have so much shared memory beside its static part, in as many blocks as fit a
+// multiprocessor when none of it is left to the cache.
 inline void allow_shared(const void* kernel, int bytes) {
+  constexpr int kAllPercent = 100;
   BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  BNB_GPU_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kAllPercent));
 }
 
 // What a kernel takes of shared memory beside its static part.
