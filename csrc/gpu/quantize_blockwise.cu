@@ -329,6 +329,7 @@ void quantize(const QuantizeBlockwise& args, Stream stream) {
   const int slots =
       args.n >= kWholeTile<T> && args.rand == nullptr ? kSlots * kTileWarps * kRunBytes : 0;
   allow_shared(reinterpret_cast<const void*>(kernel), slots);
+  prefer_shared(reinterpret_cast<const void*>(kernel));
   launch("quantize_blockwise_kernel", kernel,
          resident_grid(ceil_div(args.n, kTileElements), kWholeResident), kTileThreads, slots,
          stream, static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,

@@ -60,11 +60,14 @@ inline int most_shared_bytes() {
   return bytes;
 }
 
-// Lets a kernel have so much shared memory beside its static part, in as many blocks as fit a
-// multiprocessor when none of it is left to the cache.
+// Lets a kernel have so much shared memory beside its static part.
 inline void allow_shared(const void* kernel, int bytes) {
-  constexpr int kAllPercent = 100;
   BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+// Takes what shared memory the first-level cache has as well, for one more block of threads.
+inline void prefer_shared(const void* kernel) {
+  constexpr int kAllPercent = 100;
   BNB_GPU_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kAllPercent));
 }
