@@ -175,21 +175,23 @@ class Options {
     for (double* value : {&hyper.t_alpha, &hyper.t_beta3, &max_unorm}) {
       if (!number(*value)) return false;
     }
-    if (max_unorm != 0.0) return false;
+    if (!(max_unorm >= 0.0)) return false;
+    step.max_unorm = static_cast<float>(max_unorm);
     if (!next_is_none()) {
       step.stochastic_rounding = true;
       const int64_t seed = PyLong_AsLongLong(item(at_++));
       if (PyErr_Occurred()) return refuse();
       step.seed = static_cast<uint64_t>(seed);
     }
-    // What follows is for single tensors: factors on gradients, norms of updates.
-    while (at_ < PyTuple_GET_SIZE(tuple_)) {
-      if (!next_is_none()) return false;
+    if (!per_parameter(step.gnorm_scales, step.count) || !per_parameter(step.unorm, step.count) ||
+        !per_parameter(step.update_scales, step.count)) {
+      return false;
     }
-    return true;
+    if (step.update_scales != nullptr && max_unorm != 0.0) return false;
+    return at_ == PyTuple_GET_SIZE(tuple_);
   }
 
-  static constexpr Py_ssize_t kLeast = 15;  // those read by name
+  static constexpr Py_ssize_t kLeast = 15;  // those without one number per parameter
 
  private:
   PyObject* item(Py_ssize_t i) const { return PyTuple_GET_ITEM(tuple_, i); }
@@ -214,12 +216,30 @@ class Options {
   const void* number_on_device(uint8_t code, uint8_t bits) {
     PyObject* object = item(at_++);
     dlpack::Tensor t{};
-    dlpack::Tensor expected = first_;
-    expected.dtype_code = code;
-    expected.dtype_bits = bits;
     const bool fits = reader_.is_tensor(object) && reader_.read(object, t) &&
-                      TensorReader::numel(t) == 1 && same_dtype_and_device(t, expected);
+                      TensorReader::numel(t) == 1 && same_dtype_and_device(t, expected(code, bits));
     return fits ? t.data : nullptr;
+  }
+
+  // Reads an option that may be left out: a tensor of `count` floats in a row, or None.
+  template <class Pointer>
+  bool per_parameter(Pointer& pointer, int64_t count) {
+    if (at_ == PyTuple_GET_SIZE(tuple_) || next_is_none()) return true;
+    PyObject* object = item(at_++);
+    dlpack::Tensor t{};
+    const bool fits = reader_.is_tensor(object) && reader_.read(object, t) && t.ndim == 1 &&
+                      t.shape[0] == count && (count == 1 || t.strides[0] == 1) &&
+                      same_dtype_and_device(t, expected(dlpack::kFloat, 32));
+    pointer = fits ? static_cast<Pointer>(t.data) : nullptr;
+    return fits;
+  }
+
+  // A tensor of that type on the device of the parameters.
+  dlpack::Tensor expected(uint8_t code, uint8_t bits) const {
+    dlpack::Tensor t = first_;
+    t.dtype_code = code;
+    t.dtype_bits = bits;
+    return t;
   }
 
   PyObject* tuple_;
@@ -251,14 +271,18 @@ class StepPlan {
   bool stale() const { return stale_; }
 
   // Takes the step, or returns false, having written nothing. `grads` must live until it returns.
-  bool take(const py::list& grads, const py::tuple& options) {
+  bool take(const py::list& grads, const py::tuple& options, int percentile) {
     PlannedStep step{};
     const auto count = static_cast<Py_ssize_t>(tensors_.size());
     if (stale_ || PyList_GET_SIZE(grads.ptr()) != count ||
         PyTuple_GET_SIZE(options.ptr()) < Options::kLeast) {
       return false;
     }
+    step.count = count;
+    step.percentile = percentile;
     if (!Options(options.ptr(), reader_, layouts_[0].known()).read(step)) return false;
+    if (percentile < 0) return false;
+    if (percentile < kNoPercentile && step.gnorm_scales != nullptr) return false;
     for (Py_ssize_t i = 0; i < count; ++i) {
       const Layout& layout = layouts_[i];
       PyObject* const param = PyTuple_GET_ITEM(params_.ptr(), i);
@@ -275,7 +299,6 @@ class StepPlan {
     step.plan = held_.number;
     step.dtype = dtype_;
     step.tensors = tensors_.data();
-    step.count = count;
     char message[1024] = "";
     PlanOutcome outcome;
     {
@@ -308,8 +331,10 @@ void define_step_plan(py::module_& m) {
            "The plan that the op _optimizer_plan of a library made of these parameters. It is "
            "dropped with this object.")
       .def("take", &StepPlan::take, py::arg("grads"), py::arg("options"),
-           "Takes a step and returns True; or returns False, having written nothing, where "
-           "gradients or options need the op, or where the plan is stale.")
+           py::arg("percentile") = kNoPercentile,
+           "Takes a step, after percentile clipping if that is asked for, and returns True; or "
+           "returns False, having written nothing, where gradients or options need the op, or "
+           "where the plan is stale.")
       .def_property_readonly("stale", &StepPlan::stale,
                              "Whether parameters or states lie elsewhere than when it was made.");
 }

@@ -177,10 +177,7 @@ __device__ __forceinline__ void quantize_whole_tiles(const T* __restrict__ a,
 #pragma unroll
     for (int v = 0; v < kRows; ++v) {
       words[v] = load_aligned<Values>(place(slot, v));
-      float largest = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) largest = absmax_step(largest, words[v].get(j));
-      most[v] = magnitude_bits(largest);
+      most[v] = largest_magnitude(words[v]);
     }
     reduce_rows<T>(most, log2_block, warp_most[slot]);
     const int64_t first = tile * kWholeTile<T> + own;
@@ -332,6 +329,7 @@ void quantize(const QuantizeBlockwise& args, Stream stream) {
   const int slots =
       args.n >= kWholeTile<T> && args.rand == nullptr ? kSlots * kTileWarps * kRunBytes : 0;
   allow_shared(reinterpret_cast<const void*>(kernel), slots);
+  prefer_shared(reinterpret_cast<const void*>(kernel));
   launch("quantize_blockwise_kernel", kernel,
          resident_grid(ceil_div(args.n, kTileElements), kWholeResident), kTileThreads, slots,
          stream, static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,

@@ -12,7 +12,6 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/code/code.h"
 #include "bitsandbytes/kernels/optimizer.h"
-#include "bitsandbytes/optim/clipping.h"
 #include "ops/layout.h"
 #include "ops/torch_api.h"
 
@@ -439,49 +438,5 @@ void optimizer_step_8bit(const std::string& rule, const Tensors& params, const T
 #undef BNB_PREVIEW_INPUT
 #undef BNB_STEP_OPTIONS
 #undef BNB_STEP_INPUT
-
-template <class Backend>
-Tensor percentile_clipping_step(const Tensors& grads, const Tensors& gnorm_vec, const Tensor& step,
-                                int64_t percentile) {
-  constexpr const char* op = "percentile_clipping_step";
-  require(!grads.empty(), op, ": grads must hold at least one tensor");
-  check_length(op, "gnorm_vec", gnorm_vec, grads.size());
-  require(percentile >= 0 && percentile < kNormHistory, op, ": percentile must lie in [0, ",
-          kNormHistory, "), got ", percentile);
-  const Tensor& first = grads[0];
-  PercentileClipping args{};
-  args.dtype = check_float(op, "grads", first);
-  args.percentile = static_cast<int>(percentile);
-  check_dtype(op, "step", step, ScalarType::Long);
-  check_numel(op, "step", step, 1);
-  check_same_device(op, "step", step, "grads", first);
-  args.step = step.const_data_ptr<int64_t>();
-  for (size_t i = 0; i < grads.size(); ++i) {
-    require(grads[i].scalar_type() == first.scalar_type() && grads[i].device() == first.device(),
-            op, ": grads[", i, "] must have dtype and device of grads[0] (", first.scalar_type(),
-            ", ", DeviceOf{first}, "), got ", grads[i].scalar_type(), ", ", DeviceOf{grads[i]});
-    const Tensor& history = gnorm_vec[i];
-    require(history.scalar_type() == ScalarType::Float && history.numel() == kNormHistory &&
-                history.is_contiguous() && history.device() == first.device(),
-            op, ": gnorm_vec[", i, "] must be a contiguous float32 tensor of ", kNormHistory,
-            " elements on the device of its gradient, got ", history.scalar_type(), " of shape ",
-            ShapeOf{history});
-  }
-  const typename Backend::Scope scope(first);
-  std::vector<Tensor> dense;  // gradients, in an order without gaps: a norm takes any
-  std::vector<GradientTensor> tensors(grads.size());
-  int64_t tiles = 0;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    dense.push_back(is_dense(grads[i]) ? grads[i] : in_order(grads[i]));
-    tensors[i] = {dense.back().const_data_ptr(), gnorm_vec[i].template mutable_data_ptr<float>(),
-                  grads[i].numel()};
-    tiles += ceil_div(tensors[i].n, kPreviewTile);
-  }
-  const Tensor out = new_empty(first, {3, static_cast<int64_t>(grads.size())}, ScalarType::Float);
-  args.out = out.template mutable_data_ptr<float>();
-  const Tensor partials = new_empty(first, {tiles}, ScalarType::Float);
-  Backend::percentile_clipping(args, tensors, partials.template mutable_data_ptr<float>(), scope);
-  return out;
-}
 
 }  // namespace bnb::ops

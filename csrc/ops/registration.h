@@ -4,6 +4,7 @@
 
 #include "ops/int8.h"
 #include "ops/optimizer.h"
+#include "ops/percentile_clipping.h"
 #include "ops/quantiles.h"
 #include "ops/quantize.h"
 #include "ops/quantize_4bit.h"

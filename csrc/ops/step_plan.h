@@ -20,16 +20,21 @@
 
 #include "bitsandbytes/kernels/step_plan.h"
 #include "ops/optimizer.h"
+#include "ops/percentile_clipping.h"
 
 namespace bnb::ops {
 
 template <class Backend>
 class StepPlan {
  public:
-  // `held`: every tensor of the states, and their levels.
+  // `gnorm_vec`: histories for percentile clipping, or none. `held`: every tensor of the states,
+  // their levels, and the histories.
   StepPlan(const OptimizerStep& args, StateFormat format, std::vector<OptimizerTensor> tensors,
-           const std::vector<Tensor>& held)
+           const Tensors& gnorm_vec, const Tensors& held)
       : args_(args), format_(format), tensors_(std::move(tensors)) {
+    for (size_t i = 0; i < gnorm_vec.size(); ++i) {
+      gradients_.push_back({nullptr, gnorm_vec[i].mutable_data_ptr<float>(), tensors_[i].n});
+    }
     for (const Tensor& t : held) held_.push_back({t, address(t), bytes(t)});
   }
 
@@ -37,6 +42,8 @@ class StepPlan {
   bool take(const PlannedStep& in) {
     const std::lock_guard lock(mutex_);
     if (in.dtype != args_.dtype || in.count != static_cast<int64_t>(tensors_.size())) return false;
+    const bool clips = in.percentile < kNoPercentile;
+    if (clips && gradients_.empty()) return false;
     // Tensors of the states may have been given other memory by whoever kept them.
     for (const Held& held : held_) {
       if (address(held.tensor) != held.address || bytes(held.tensor) != held.bytes) return false;
@@ -45,17 +52,31 @@ class StepPlan {
       const PlannedTensor& now = in.tensors[i];
       if (now.param != tensors_[i].param || now.n != tensors_[i].n) return false;
       tensors_[i].grad = now.grad;
+      if (clips) gradients_[i].grad = now.grad;
     }
-    args_.step = in.step;
-    args_.lr = in.lr;
-    args_.hyper = in.hyper;
-    args_.stochastic_rounding = in.stochastic_rounding;
-    args_.seed = in.seed;
-    const typename Backend::Scope scope(held_[0].tensor);
+    OptimizerStep args = args_;
+    args.step = in.step;
+    args.lr = in.lr;
+    args.hyper = in.hyper;
+    args.stochastic_rounding = in.stochastic_rounding;
+    args.seed = in.seed;
+    args.gnorm_scales = in.gnorm_scales;
+    args.max_unorm = in.max_unorm;
+    args.unorm = in.unorm;
+    args.update_scales = in.update_scales;
+    const Tensor& like = held_[0].tensor;
+    const typename Backend::Scope scope(like);
+    std::optional<Tensor> norms;  // lives until the step is launched
+    if (clips) {
+      PercentileClipping clipping{in.dtype, in.step, in.percentile, nullptr};
+      norms = run_percentile_clipping<Backend>(clipping, gradients_, like, scope);
+      args.gnorm_scales = clipping.out + 2 * in.count;
+    }
+    const auto kept = run_preview<Backend>(args, format_, tensors_, like, scope);
     if (format_ == StateFormat::kFloat32) {
-      Backend::optimizer_step_32bit(args_, tensors_, scope);
+      Backend::optimizer_step_32bit(args, tensors_, scope);
     } else {
-      Backend::optimizer_step_8bit_blockwise(args_, tensors_, scope);
+      Backend::optimizer_step_8bit_blockwise(args, tensors_, scope);
     }
     return true;
   }
@@ -75,9 +96,10 @@ class StepPlan {
     return size;
   }
 
-  OptimizerStep args_;
-  StateFormat format_;
+  const OptimizerStep args_;  // what all steps have in common
+  const StateFormat format_;
   std::vector<OptimizerTensor> tensors_;
+  std::vector<GradientTensor> gradients_;  // none without histories
   std::vector<Held> held_;
   std::mutex mutex_;
 };
@@ -127,7 +149,7 @@ template <class Backend>
 int64_t optimizer_plan(const std::string& rule, const Tensors& params, const Tensors& state1,
                        const Tensors& state2, const Tensors& absmax1, const Tensors& absmax2,
                        const std::optional<Tensor>& qmap1, const std::optional<Tensor>& qmap2,
-                       const Tensor& step) {
+                       const Tensor& step, const Tensors& gnorm_vec) {
   constexpr const char* op = "_optimizer_plan";
   const bool blockwise = qmap1.has_value();
   OptimizerStep args{};
@@ -135,8 +157,9 @@ int64_t optimizer_plan(const std::string& rule, const Tensors& params, const Ten
   StepTensors tensors(op, input, blockwise ? ScalarType::Byte : ScalarType::Float, args);
   if (!tensors.in_order()) return 0;
   std::vector<OptimizerTensor>& pointers = tensors.collect();
-  std::vector<const Tensors*> lists = {&state1, &state2};
-  std::vector<Tensor> held;
+  if (!gnorm_vec.empty()) check_histories(op, gnorm_vec, params);
+  std::vector<const Tensors*> lists = {&state1, &state2, &gnorm_vec};
+  Tensors held;
   if (blockwise) {
     const std::array<const Tensor*, 2> qmap = {&*qmap1, pointer_to(qmap2)};
     check_qmaps(op, qmap, state_tensors(tensors.states()), params[0], args);
@@ -152,7 +175,7 @@ int64_t optimizer_plan(const std::string& rule, const Tensors& params, const Ten
     }
   }
   const auto format = blockwise ? StateFormat::kBlockwise8bit : StateFormat::kFloat32;
-  auto plan = std::make_shared<StepPlan<Backend>>(args, format, pointers, held);
+  auto plan = std::make_shared<StepPlan<Backend>>(args, format, pointers, gnorm_vec, held);
   return StepPlans<Backend>::instance().add(std::move(plan));
 }
 

@@ -41,6 +41,12 @@ BNB_HD constexpr float next_up(float x) {
 // Magnitudes compare as unsigned integers, with NaN above infinity: a maximum over these bits is an
 // absmax in which NaN wins, whatever its payload.
 BNB_HD constexpr uint32_t magnitude_bits(float x) { return float_bits(x) & 0x7fffffffu; }
+// The larger of each 16-bit half: for magnitudes of float16 or bfloat16, of which the same holds.
+BNB_HD constexpr uint32_t max_halves(uint32_t a, uint32_t b) {
+  const uint32_t low = (a & 0xffffu) > (b & 0xffffu) ? a & 0xffffu : b & 0xffffu;
+  const uint32_t high = (a >> 16) > (b >> 16) ? a >> 16 : b >> 16;
+  return low | (high << 16);
+}
 BNB_HD constexpr float absmax_from_bits(uint32_t bits) {
   return bits > 0x7f800000u ? bits_float(0x7fc00000u) : bits_float(bits);
 }

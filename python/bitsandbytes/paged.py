@@ -284,6 +284,9 @@ class GlobalPageManager:
 
 # ---- Prefetch -----------------------------------------------------------------------------------
 
+AMPLE_BYTES = 2**28
+_moves_to_host = 0  # counts prefetches to the host
+
 
 def pages_of(tensors: Iterable[Tensor]) -> list[int]:
     """Returns the allocations of those tensors that are paged, for :func:`prefetch_pages`."""
@@ -299,8 +302,33 @@ def prefetch_pages(pages: list[int], device: torch.device, to_cpu: bool = False)
         to_cpu: Move them to the host.
     """
     if pages:
+        global _moves_to_host
+        _moves_to_host += to_cpu
         module, _ = _library.gpu_module()
         module.prefetch_managed(pages, to_cpu, torch.cuda.current_stream(device).cuda_stream)
+
+
+def has_ample_memory(device: torch.device) -> bool:
+    """Whether so much memory of `device` is free that no page had to make room."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= AMPLE_BYTES
+
+
+class Residency:
+    """Whether pages that were brought to a device are still there.
+
+    A prefetch of pages that have not moved costs about 10 us each. Nobody is asked for each page:
+    pages leave a device when someone moves them, or when its memory is full.
+    """
+
+    def __init__(self):
+        self._moves_when_brought: int | None = None
+
+    def may_be_lost(self, device: torch.device) -> bool:
+        """Returns whether to prefetch the pages now; takes it that this is then done."""
+        moves = _moves_to_host if has_ample_memory(device) else None
+        kept = moves is not None and moves == self._moves_when_brought
+        self._moves_when_brought = moves
+        return not kept
 
 
 def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:

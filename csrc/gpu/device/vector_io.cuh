@@ -128,6 +128,23 @@ __device__ __forceinline__ Words<T, kCount> load_words(const T* p, int64_t valid
   return words;
 }
 
+// Magnitude bits of the float with the largest magnitude; NaN wins.
+template <class T, int kCount>
+__device__ __forceinline__ uint32_t largest_magnitude(const Words<T, kCount>& words) {
+  if constexpr (Words<T, kCount>::kPerWord == 2) {
+    uint32_t pair = 0;
+#pragma unroll
+    for (const uint32_t word : words.words) pair = max_magnitudes<T>(pair, word);
+    const uint32_t bits = max(pair & 0xffffu, pair >> 16);
+    return magnitude_bits(widen(T{static_cast<uint16_t>(bits)}));
+  } else {
+    float largest = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) largest = absmax_step(largest, words.get(j));
+    return magnitude_bits(largest);
+  }
+}
+
 // Reads a whole Words at an aligned pointer.
 template <class W, class T>
 __device__ __forceinline__ W load_aligned(const T* p) {

@@ -65,6 +65,13 @@ inline void allow_shared(const void* kernel, int bytes) {
   BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
+// Takes what shared memory the first-level cache has as well, for one more block of threads.
+inline void prefer_shared(const void* kernel) {
+  constexpr int kAllPercent = 100;
+  BNB_GPU_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kAllPercent));
+}
+
 // What a kernel takes of shared memory beside its static part.
 struct SharedNeeds {
   int group;        // threads ...

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "bitsandbytes/numeric.h"
 
@@ -108,6 +109,25 @@ __device__ __forceinline__ float absmax_step(float most, float x) {
   return y;
 #else
   return absmax_of(most, x);
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t max_magnitudes(uint32_t most, uint32_t pair) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t y;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("{.reg .b32 m; abs.bf16x2 m, %2; max.NaN.bf16x2 %0, %1, m;}"
+        : "=r"(y)
+        : "r"(most), "r"(pair));
+  } else {
+    asm("{.reg .b32 m; abs.f16x2 m, %2; max.NaN.f16x2 %0, %1, m;}"
+        : "=r"(y)
+        : "r"(most), "r"(pair));
+  }
+  return y;
+#else
+  return max_halves(most, pair & 0x7fff7fffu);
 #endif
 }
 

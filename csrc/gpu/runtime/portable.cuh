@@ -25,6 +25,11 @@ BNB_HD int dot4(int a, int b, int acc) {
   return acc;
 }
 
+template <class T>
+BNB_HD uint32_t max_magnitudes(uint32_t most, uint32_t pair) {
+  return max_halves(most, pair & 0x7fff7fffu);
+}
+
 BNB_HD float absmax_step(float most, float x) { return absmax_of(most, x); }
 
 BNB_HD uint16_t to_bfloat16_bits(float x) { return from_float<BFloat16>(x).bits; }

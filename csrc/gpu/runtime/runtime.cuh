@@ -13,6 +13,8 @@
 //   wait_copies<n>()                waits for all closed groups but the last n; only what the same
 //                                   thread copied is then sure to be there
 //   absmax_step(most, x)            max(most, |x|) in which NaN wins
+//   max_magnitudes<T>(most, pair)   the larger of both magnitudes, for two 16-bit floats in a word;
+//                                   NaN wins
 //   hide_origin(p)                  p, of which the compiler no longer knows what it points to
 //   approximate_reciprocal, approximate_sqrt    one instruction, within 2 units in the last place
 //   BNB_GRID_CONSTANT               kernel parameters that are read in place

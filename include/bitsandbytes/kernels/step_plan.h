@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "bitsandbytes/kernels/common.h"
+#include "bitsandbytes/optim/clipping.h"
 #include "bitsandbytes/optim/optimizer.h"
 
 namespace bnb {
@@ -30,11 +31,18 @@ struct PlannedStep {
   Hyper hyper;
   bool stochastic_rounding;
   uint64_t seed;
+  // Bounds on whole tensors, as OptimizerStep has them; `percentile` asks for percentile clipping,
+  // and excludes gnorm_scales, where it is less than kNoPercentile.
+  int percentile;
+  const float* gnorm_scales;   // [count] or null
+  float max_unorm;             // 0: none, and excludes update_scales otherwise
+  float* unorm;                // [count] or null
+  const float* update_scales;  // [count] or null
 };
 
 enum class PlanOutcome : int {
   kTaken,
-  kStale,   // the plan was made for other memory; nothing was written
+  kStale,   // the plan was made for other memory, or without histories; nothing was written
   kFailed,  // `message` says why
 };
 

@@ -21,6 +21,9 @@ BNB_HD float bounded_update_scale(double param_squares, double update_squares, d
 // Length of the history of gradient norms.
 inline constexpr int kNormHistory = 100;
 
+// The percentile above which no gradient is: nothing is clipped.
+inline constexpr int kNoPercentile = 100;
+
 // Factor on a gradient whose norm is larger than `clip`, a percentile of its history.
 BNB_HD float percentile_scale(float norm, float clip) { return norm > clip ? clip / norm : 1.0f; }
 

@@ -83,6 +83,7 @@ class Bucket:
         self._vectors: dict[str, Tensor] = {}
         self._histories: list[Tensor] = []
         self._pages: list[int] | None = None
+        self._residency = paged.Residency()
         lists = (self.state1, self.state2, self.absmax1, self.absmax2, self.qmap1, self.qmap2)
         # States with one scale per tensor take new scales in every step.
         whole = self.eight_bit and not self.absmax1
@@ -170,41 +171,52 @@ class Bucket:
             config: Settings, as ``Optimizer8bit.get_config`` returns them.
             grads: The gradients.
         """
+        percentile, histories = 100, None
+        if config["percentile_clipping"] < 100:
+            percentile, histories = int(config["percentile_clipping"]), self.histories()
+        options = self._options(config)
+        if self._plan is None or not self._plan.take(rule, grads, options, percentile, histories):
+            self._step_by_ops(rule, grads, options, percentile, histories)
+        self.step_tensor.add_(1)
+        self.steps += 1
+        self._pending = True
+        self.captured = self.captured or _is_capturing(self.device)
+
+    def _step_by_ops(
+        self,
+        rule: str,
+        grads: list[Tensor],
+        options: tuple,
+        percentile: int,
+        histories: list[Tensor] | None,
+    ) -> None:
         ops = torch.ops.bitsandbytes
-        params, gnorm_scales = self.params, None
+        params = self.params
         if self.sharded:
             params, grads = sharding.local_lists(params, grads)
-        if config["percentile_clipping"] < 100:
-            percentile = int(config["percentile_clipping"])
+        if histories is not None:
             # The norm of a norm is that norm.
             whole = grads if self.split is None else sharding.gradient_norms(self.split, grads)
-            norms = ops.percentile_clipping_step(
-                whole, self.histories(), self.step_tensor, percentile
-            )
-            gnorm_scales = norms[2]
+            norms = ops.percentile_clipping_step(whole, histories, self.step_tensor, percentile)
+            *rest, _, unorm = options
+            options = (*rest, norms[2], unorm)
         lists = (rule, params, grads, self.state1, self.state2)
-        options = self._options(config, gnorm_scales)
-        if config["max_unorm"] > 0.0 and self.split is not None:
+        if self.split is not None:
             options = self._bounded_as_wholes(lists, options)
-        if self._plan is not None and self._plan.take(rule, grads, options):
-            pass
-        elif not self.eight_bit:
+        if not self.eight_bit:
             ops.optimizer_step_32bit(*lists, *options)
         elif self.absmax1:
             qmaps = (self.qmap1, self.qmap2)
             ops.optimizer_step_8bit_blockwise(*lists, self.absmax1, self.absmax2, *qmaps, *options)
         else:
             self._step_tensor_wise(lists, options)
-        self.step_tensor.add_(1)
-        self.steps += 1
-        self._pending = True
-        self.captured = self.captured or _is_capturing(self.device)
 
     def prefetch(self) -> None:
         """Brings paged states to the device, in the order of its current stream."""
         if self._pages is None:
             self._pages = paged.pages_of([*self.state1, *self.state2])
-        paged.prefetch_pages(self._pages, self.device)
+        if self._pages and self._residency.may_be_lost(self.device):
+            paged.prefetch_pages(self._pages, self.device)
 
     def _step_tensor_wise(self, lists: tuple, options: tuple) -> None:
         old, new = self._whole_scales("max"), self._whole_scales("new_max")
@@ -222,6 +234,8 @@ class Bucket:
     def _bounded_as_wholes(self, lists: tuple, options: tuple) -> tuple:
         """Returns options with factors that bound whole tensors instead of their parts."""
         *hyper, max_unorm, seed, gnorm_scales, unorm = options
+        if max_unorm <= 0.0:
+            return options
         ops, rest = torch.ops.bitsandbytes, (*hyper, gnorm_scales)
         qmaps = (self.qmap1, self.qmap2)
         if not self.eight_bit:
@@ -237,7 +251,7 @@ class Bucket:
         factors = bounded_scale(param_squares, update_squares, max_unorm)
         return (*hyper, 0.0, seed, gnorm_scales, None, factors)
 
-    def _options(self, config: dict[str, Any], gnorm_scales: Tensor | None) -> tuple:
+    def _options(self, config: dict[str, Any]) -> tuple:
         lr, lr_tensor = learning_rate(config["lr"], self.device)
         betas = config["betas"]
         max_unorm = config["max_unorm"]
@@ -265,7 +279,7 @@ class Bucket:
             float(config["t_beta3"] or 0.0),
             max_unorm,
             seed,
-            gnorm_scales,
+            None,
             self.vector("unorm_vec") if max_unorm > 0.0 else None,
         )
 

@@ -5,7 +5,8 @@ A list of tensors costs an op about 0.4 us per tensor, and a step takes up to si
 holds all of them but the gradients on the native side (``csrc/ops/step_plan.h``). Before a step it
 only makes sure, without a torch op, that gradients are in order and that parameters and states
 still lie where they did (``csrc/bindings/step_plan.cpp``). Where that is not so, nothing is
-written, and the op takes the step as if there were no plan.
+written, and the op takes the step as if there were no plan. Percentile clipping, which looks at
+every gradient before the step, is part of it: the histories of norms are kept like states.
 """
 
 import torch
@@ -19,6 +20,7 @@ from .. import _library
 __all__ = ["StepPlan"]
 
 LONGEST_WAIT = 1024  # steps
+NO_PERCENTILE = 100
 
 
 def _is_observed() -> bool:
@@ -59,28 +61,40 @@ class StepPlan:
     ):
         self._lists = (params, state1, state2, absmax1, absmax2, qmap1, qmap2)
         self._rule: str | None = None
+        self._clips = False
         self._native = None
         self._countdown = 1
         self._wait = 1
 
-    def take(self, rule: str, grads: list[Tensor], options: tuple) -> bool:
+    def take(
+        self,
+        rule: str,
+        grads: list[Tensor],
+        options: tuple,
+        percentile: int = NO_PERCENTILE,
+        histories: list[Tensor] | None = None,
+    ) -> bool:
         """Takes a step, or returns False, having written nothing.
 
         Args:
             rule: Name of the update rule.
             grads: The gradient of each parameter.
             options: The last arguments of every optimizer op, as the schemas order them.
+            percentile: Of percentile clipping, which goes before the step; 100: none.
+            histories: The squares of past gradient norms that it takes, the same in every step.
         """
         if _is_observed():
             return False
-        if self._native is None or rule != self._rule:
+        clips = percentile < NO_PERCENTILE
+        if self._native is None or rule != self._rule or clips > self._clips:
             if self._countdown > 0:
                 self._countdown -= 1
                 return False
-            self._native = _make(rule, *self._lists, options[0])
-            self._rule = rule
+            kept = histories if clips else []
+            self._native = _make(rule, *self._lists, options[0], kept)
+            self._rule, self._clips = rule, clips
         if self._native is not None:
-            if self._native.take(grads, options):
+            if self._native.take(grads, options, percentile):
                 return True
             if not self._native.stale:
                 return False

@@ -104,8 +104,8 @@ def quantize_blockwise(
             f"{name}: rand must have at least {LEAST_RANDOM_NUMBERS} elements, got {rand.numel()}"
         )
 
-    # A state may be changed in place by its owner, so it never holds the shared table itself.
-    code = default_code("dynamic", A.device).clone() if code is None else code.to(A.device)
+    shared = code is None
+    code = default_code("dynamic", A.device) if shared else code.to(A.device)
     if rand is None:
         codes, scales = torch.ops.bitsandbytes.quantize_blockwise(A, code, blocksize)
     else:
@@ -122,9 +122,12 @@ def quantize_blockwise(
         scales = absmax.copy_(scales.view(absmax.shape))
     if out is not None:
         codes = out.copy_(codes)
-    return codes, QuantState(
+    state = QuantState(
         absmax=scales, code=code, blocksize=blocksize, dtype=A.dtype, offset=offset, state2=state2
     )
+    if shared:
+        state.share_code(code)
+    return codes, state
 
 
 def dequantize_blockwise(
@@ -183,7 +186,7 @@ def dequantize_blockwise(
     if quant_state.blocksize <= 0:
         raise ValueError(f"{name}: blocksize must be positive, got {quant_state.blocksize}")
 
-    code = quant_state.code
+    code = quant_state.levels()
     code = default_code("dynamic", A.device) if code is None else code.to(A.device)
     dtype = quant_state.dtype
     if dtype is None:

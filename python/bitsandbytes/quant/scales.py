@@ -24,9 +24,10 @@ def quantize_scales(scales: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Qua
         uint8 codes ``[blocks]``, the 0-dim float32 mean, and the state of the codes.
     """
     offset = _mean(scales)
-    code = default_code("dynamic", scales.device).clone()
+    code = default_code("dynamic", scales.device)
     codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(scales - offset, code, blocksize)
-    state = QuantState(absmax, code=code, blocksize=blocksize, dtype=torch.float32)
+    state = QuantState(absmax, blocksize=blocksize, dtype=torch.float32)
+    state.share_code(code)
     return codes, offset, state
 
 
@@ -46,7 +47,7 @@ def nested_arguments(state: QuantState, device: torch.device) -> tuple:
     Returns:
         uint8 codes, their code, their float32 scales and offset; the blocksize of the codes.
     """
-    second, code, offset = state.state2, state.state2.code, state.offset
+    second, code, offset = state.state2, state.state2.levels(), state.offset
     # Comparing is ten times as fast as a conversion that has nothing to do.
     if code is None or code.device != device:
         code = default_code("dynamic", device) if code is None else code.to(device)

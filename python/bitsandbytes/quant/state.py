@@ -71,6 +71,39 @@ class QuantState:
         self.state2 = state2
         self.nested = state2 is not None
 
+    @property
+    def code(self) -> Tensor | None:
+        """The levels. They may be changed, so a table shared until then is copied here."""
+        if self._shares_code:
+            self._code = self._code.clone()
+            self._shares_code = False
+        return self._code
+
+    @code.setter
+    def code(self, code: Tensor | None) -> None:
+        self._code = code
+        self._shares_code = False
+
+    def share_code(self, code: Tensor) -> None:
+        """Sets the levels to a table that is not to be changed, without a copy."""
+        self._code = code
+        self._shares_code = True
+
+    def levels(self) -> Tensor | None:
+        """Returns the levels for reading only."""
+        return self._code
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Under the names of the public format.
+        fields = dict(self.__dict__)
+        del fields["_code"], fields["_shares_code"]
+        return {**fields, "code": self.code}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        fields = dict(fields)
+        self.code = fields.pop("code", None)
+        self.__dict__.update(fields)
+
     def __getattr__(self, name: str):
         # Modules that flatten state dicts (FSDP) resolve the packed entry as an attribute.
         quant_type = self.__dict__.get("quant_type")

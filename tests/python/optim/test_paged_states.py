@@ -166,6 +166,26 @@ def test_each_step_prefetches_all_states_once(stub):
         assert sorted(pages) == sorted(expected & stub.storages.keys())
 
 
+def test_states_are_prefetched_again_when_they_may_have_moved(stub, monkeypatch):
+    free = [paged.AMPLE_BYTES]
+    monkeypatch.setattr(paged, "has_ample_memory", lambda device: free[0] >= paged.AMPLE_BYTES)
+    params = parameters("cpu", LARGE)
+    optimizer = bnb.optim.PagedAdam32bit(params)
+
+    def prefetches():
+        stub.prefetched.clear()
+        train(optimizer, params, 1)
+        return len(stub.prefetched)
+
+    assert [prefetches() for _ in range(3)] == [1, 0, 0]
+    monkeypatch.setattr(paged, "_moves_to_host", paged._moves_to_host + 1)
+    assert [prefetches() for _ in range(2)] == [1, 0]
+    free[0] -= 1
+    assert [prefetches() for _ in range(2)] == [1, 1]
+    free[0] += 1  # what was lost may still be
+    assert [prefetches() for _ in range(3)] == [1, 0, 0]
+
+
 def test_states_are_prefetched_in_runs_that_fit_a_device(stub, monkeypatch):
     monkeypatch.setattr(engine, "PAGED_RUN", 1_000_000)
     results = []

@@ -18,7 +18,12 @@ import bitsandbytes as bnb
 from bitsandbytes import _library
 from bitsandbytes.optim.plan import StepPlan
 
-OPS = ("optimizer_step_8bit_blockwise", "optimizer_step_32bit", "optimizer_step_8bit")
+OPS = (
+    "optimizer_step_8bit_blockwise",
+    "optimizer_step_32bit",
+    "optimizer_step_8bit",
+    "percentile_clipping_step",
+)
 # One number, no number, less than a block, blocks and a rest, several dimensions.
 SHAPES = ((1,), (), (0,), (30,), (4096 + 300,), (33, 7, 5))
 
@@ -155,6 +160,113 @@ def test_plan_gives_what_the_op_gives(device, make, dtype, counted):
     pair.check()
 
 
+# ---- Bounds on whole tensors --------------------------------------------------------------------
+
+# Bounds that bind: updates of the default settings are larger than these.
+BOUNDED = {
+    "lamb8": lambda ps: bnb.optim.LAMB8bit(ps, lr=1e-1, min_8bit_size=0, max_unorm=0.1),
+    "lamb32": lambda ps: bnb.optim.LAMB32bit(ps, lr=1e-1, max_unorm=0.1),
+    "lars8": lambda ps: bnb.optim.LARS8bit(ps, lr=1e-1, momentum=0.9, min_8bit_size=0),
+    "lars32": lambda ps: bnb.optim.LARS32bit(ps, lr=1e-1, momentum=0.9),
+    "adam8_clipped": lambda ps: bnb.optim.Adam8bit(
+        ps, lr=1e-1, min_8bit_size=0, percentile_clipping=50
+    ),
+    "adam32_clipped": lambda ps: bnb.optim.Adam32bit(ps, lr=1e-1, percentile_clipping=0),
+    "lamb8_clipped": lambda ps: bnb.optim.LAMB8bit(
+        ps, lr=1e-1, min_8bit_size=0, max_unorm=0.1, percentile_clipping=50
+    ),
+    "ademamix8": lambda ps: bounded(bnb.optim.AdEMAMix8bit(ps, lr=1e-1, min_8bit_size=0)),
+    "adam8": lambda ps: bounded(bnb.optim.Adam8bit(ps, lr=1e-1, min_8bit_size=0), clipped=30),
+}
+
+
+def bounded(opt, clipped=100):
+    opt.args.max_unorm, opt.args.percentile_clipping = 0.05, clipped
+    return opt
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", BOUNDED.values(), ids=BOUNDED)
+def test_plan_bounds_as_the_op_does(device, make, dtype, counted):
+    pair = Pair(counted, device, make, dtype)
+    free = parameters(device, dtype)
+    loose = make(free)
+    loose.args.max_unorm, loose.args.percentile_clipping = 0.0, 100
+    pair.step()
+    assert counted.since()[0] == 0
+    for scale in (1.0, 0.5, 4.0, 2.0):  # some gradients are clipped, and some are not
+        pair.gradients()
+        for _, params in pair.both:
+            for p in params:
+                p.grad.mul_(scale)
+        pair.step(gradients=False)
+        assert counted.since() == BY_PLAN
+    pair.check()
+    # Neither the twin nor the plan left the bounds out.
+    for seed, scale in enumerate((1.0, 1.0, 0.5, 4.0, 2.0), start=1):
+        give_gradients(free, seed)
+        for p in free:
+            p.grad.mul_(scale)
+        loose.step()
+    assert not any(torch.equal(p, q) for p, q in zip(pair.params[3:], free[3:], strict=True))
+
+
+def test_tensor_wise_states_are_bounded_by_the_op(device, counted):
+    pair = Pair(
+        counted,
+        device,
+        lambda ps: bnb.optim.LAMB8bit(ps, min_8bit_size=0, block_wise=False, max_unorm=0.1),
+    )
+    for _ in range(3):
+        pair.step()
+    assert counted.since() == (0, 3)
+    pair.check()
+
+
+@pytest.mark.parametrize("move", ["rebound", "resized"])
+def test_histories_that_move_without_being_looked_up(device, move, counted):
+    pair = Pair(
+        counted,
+        device,
+        lambda ps: bnb.optim.Adam8bit(ps, lr=1e-2, min_8bit_size=0, percentile_clipping=50),
+        shapes=((600,), (300,)),
+    )
+    pair.step()
+    held = [opt.state[p]["gnorm_vec"] for opt, (p, _) in pair.both]
+    for _ in range(2):
+        pair.step()
+    counted.since()
+    kept = [globals()[move](entry) for entry in held]
+    pair.step()
+    planned, listed = counted.since()
+    assert (planned, listed) == (0, 2) or (move == "resized" and (planned, listed) == BY_PLAN)
+    del kept
+    for _ in range(3):
+        pair.step()
+    pair.check()
+
+
+def test_gradients_that_need_the_ops_are_clipped_once(device, counted):
+    pair = Pair(
+        counted,
+        device,
+        lambda ps: bnb.optim.Adam8bit(ps, lr=1e-2, min_8bit_size=0, percentile_clipping=50),
+        shapes=((30,), (5, 300)),
+    )
+    for _ in range(3):
+        pair.step()
+    counted.since()
+    for make in (transposed, None):
+        pair.gradients()
+        for _, params in pair.both:
+            torch.manual_seed(3)
+            if make is not None:
+                make(params[1])
+        pair.step(gradients=False)
+        assert counted.since() == ((0, 2) if make is not None else BY_PLAN)
+    pair.check()
+
+
 def test_layouts_of_parameters(device, counted):
     def strided(params):
         for p in params:
@@ -188,13 +300,12 @@ def test_settings_that_change_between_steps(device, counted):
             opt.param_groups[0].update(change)
         pair.step()
         assert counted.since() == BY_PLAN, change
-    for name, value in (("max_unorm", 0.01), ("percentile_clipping", 50)):
-        for opt in (pair.opt, pair.twin):
-            setattr(opt.args, name, value)
-        pair.step()
-        assert counted.since() == BY_OP, name
-        for opt in (pair.opt, pair.twin):
-            setattr(opt.args, name, {"max_unorm": 0.0, "percentile_clipping": 100}[name])
+    for name, values in (("max_unorm", (0.01, 0.0)), ("percentile_clipping", (50, 7, 100))):
+        for value in values:
+            for opt in (pair.opt, pair.twin):
+                setattr(opt.args, name, value)
+            pair.step()
+            assert counted.since() == BY_PLAN, (name, value)
     for opt in (pair.opt, pair.twin):
         opt.args.skip_zeros = True
     pair.step()
@@ -560,10 +671,11 @@ def test_torch_without_descriptions_of_tensors(device, counted, monkeypatch):
     assert counted.since() == (0, 3)
 
 
-def test_capture(device, counted):
+@pytest.mark.parametrize("make", [MAKERS["adam8"], BOUNDED["lamb8_clipped"]])
+def test_capture(device, make, counted):
     if device != "cuda":
         pytest.skip("graphs are captured on CUDA and ROCm devices")
-    pair = Pair(counted, device)
+    pair = Pair(counted, device, make)
     for _ in range(2):
         pair.step()
     pair.gradients()
@@ -607,7 +719,7 @@ def native(device):
         give_gradients(params, seed)
         opt.step()
     bucket = opt._buckets[0]
-    options = bucket._options(opt._merge_config(bucket.group, None), None)
+    options = bucket._options(opt._merge_config(bucket.group, None))
     return opt, bucket._plan._native, params, options
 
 
@@ -627,11 +739,77 @@ def test_native_plan_refuses_what_is_no_step(native):
         wrong[i] = "none of these" if i != 9 else None
         assert not plan.take(grads, tuple(wrong))
     assert not plan.take(grads, options[:14])
+    assert not plan.take(grads, (*options, None, None))
+    assert not plan.take(grads, options, -1)
+    ones = torch.ones(len(params), device=params[0].device)
+    for bound in (-1.0, float("nan")):
+        assert not plan.take(grads, (*options[:13], bound, *options[14:]))
+    assert not plan.take(grads, (*options[:13], 0.1, None, None, None, ones))
+    assert not plan.take(grads, (*options[:15], ones), 5)
+    for vector in (
+        ones.double(),
+        ones.int(),
+        ones[:1],
+        ones.repeat(2),
+        ones.repeat(2)[::2],
+        ones.view(1, -1),
+        ones.as_subclass(Subclass),
+        *([ones.cpu()] if ones.is_cuda else []),
+    ):
+        for i in range(3):
+            per_parameter = [None, None, None]
+            per_parameter[i] = vector
+            assert not plan.take(grads, (*options[:15], *per_parameter))
     assert not plan.take(grads, (torch.zeros(2, dtype=torch.int64), *options[1:]))
     with pytest.raises(TypeError):
         plan.take(None, None)
     assert all(map(torch.equal, params, before))
     assert plan.take(grads, options)
+
+
+@pytest.mark.parametrize(
+    ("names", "max_unorm"),
+    [
+        (("gnorm_scales",), 0.0),
+        (("unorm",), 0.0),
+        (("unorm",), 0.01),
+        ((), 0.01),
+        (("update_scales",), 0.0),
+        (("gnorm_scales", "unorm"), 0.01),
+        (("gnorm_scales", "unorm", "update_scales"), 0.0),
+    ],
+)
+def test_numbers_per_parameter_give_what_they_give_the_op(native, names, max_unorm):
+    opt, plan, params, options = native
+    bucket = opt._buckets[0]
+    lists = [params, bucket.state1, bucket.state2, bucket.absmax1, bucket.absmax2]
+    copies = [[t.detach().clone() for t in part] for part in lists]
+    grads = [p.grad for p in params]
+
+    def with_vectors(vectors):
+        order = ("gnorm_scales", "unorm", "update_scales")
+        return (*options[:13], max_unorm, None, *(vectors.get(name) for name in order))
+
+    values = torch.tensor([0.25, 0.75], device=params[0].device)
+    ours, theirs = ({name: values.clone() for name in names} for _ in range(2))
+    assert plan.take(grads, with_vectors(ours))
+    params_, state1, state2, absmax1, absmax2 = copies
+    torch.ops.bitsandbytes.optimizer_step_8bit_blockwise(
+        *("adam", params_, grads, state1, state2, absmax1, absmax2, bucket.qmap1, bucket.qmap2),
+        *with_vectors(theirs),
+    )
+    for part, copied_part in zip(lists, copies, strict=True):
+        assert all(map(torch.equal, part, copied_part))
+    for name in names:
+        assert torch.equal(ours[name], theirs[name])
+        assert torch.equal(ours[name], values) == (name != "unorm")
+
+
+def test_native_plan_without_histories_clips_nothing(native):
+    _, plan, params, options = native
+    before = [p.detach().clone() for p in params]
+    assert not plan.take([p.grad for p in params], options, 5)
+    assert all(map(torch.equal, params, before))
 
 
 def test_native_plan_serves_the_parameters_it_was_made_for(native):
@@ -677,11 +855,15 @@ def test_plan_op_checks_every_list(device):
         wrong = list(lists)
         wrong[i] = [t.double() for t in lists[i]]
         with pytest.raises(RuntimeError, match=f"_optimizer_plan: {name}"):
-            plan("adam", *wrong, b.qmap1, b.qmap2, b.step_tensor)
+            plan("adam", *wrong, b.qmap1, b.qmap2, b.step_tensor, [])
         wrong[i] = lists[i][:1]
         with pytest.raises(RuntimeError, match="_optimizer_plan"):
-            plan("adam", *wrong, b.qmap1, b.qmap2, b.step_tensor)
+            plan("adam", *wrong, b.qmap1, b.qmap2, b.step_tensor, [])
+    history = torch.zeros(100, device=device)
+    for wrong in ([history], [history, history.double()], [history, history[:99]]):
+        with pytest.raises(RuntimeError, match="_optimizer_plan: gnorm_vec"):
+            plan("adam", *lists, b.qmap1, b.qmap2, b.step_tensor, wrong)
     with pytest.raises(RuntimeError, match="_optimizer_plan: qmap2"):
-        plan("adam", *lists, b.qmap1, None, b.step_tensor)
+        plan("adam", *lists, b.qmap1, None, b.step_tensor, [])
     with pytest.raises(RuntimeError, match="_optimizer_plan: step"):
-        plan("adam", *lists, b.qmap1, b.qmap2, b.step_tensor.float())
+        plan("adam", *lists, b.qmap1, b.qmap2, b.step_tensor.float(), [])

@@ -385,3 +385,23 @@ def test_survives_torch_save(tmp_path):
     state = eight_bit(nested=True)
     torch.save(state, tmp_path / "state.pt")
     assert_same(torch.load(tmp_path / "state.pt", weights_only=False), state)
+
+
+def test_default_levels_are_copied_when_they_are_looked_at():
+    _, state = F.quantize_blockwise(torch.randn(100))
+    _, other = F.quantize_blockwise(torch.randn(100))
+    assert state.levels().data_ptr() == other.levels().data_ptr()
+    state.code.zero_()
+    assert state.levels().data_ptr() == state.code.data_ptr() != other.levels().data_ptr()
+    assert torch.equal(other.code, F.create_dynamic_map())
+    assert torch.equal(F.quantize_blockwise(torch.randn(100))[1].code, F.create_dynamic_map())
+
+
+def test_copies_and_pickles_have_the_public_fields():
+    _, state = F.quantize_blockwise(torch.randn(100))
+    fields = state.__getstate__()
+    assert "code" in fields and not any(name.startswith("_") for name in fields)
+    restored = pickle.loads(pickle.dumps(state))
+    assert restored == state and copy.deepcopy(state) == state
+    restored.code.zero_()
+    assert not state.code.eq(0).all()
