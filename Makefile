@@ -24,11 +24,12 @@ NATIVE := $(shell find CMakeLists.txt cmake csrc include tests/cpp pyproject.tom
 HAVE_GTEST = $(shell scripts/ensure_gtest.sh --check)
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test cpp-test python-test build lint format cuda-check hip-check gpu-test gpu-bench cpu-bench clean
+.PHONY: help quickstart test cpp-test python-test emulated-test build lint format cuda-check hip-check gpu-test gpu-bench cpu-bench clean
 
 help:
 	@echo "make quickstart  train and quantize a real model; table and picture in out/"
 	@echo "make test        C++ and Python tests"
+	@echo "make emulated-test   tests of the GPU's kernels without a GPU"
 	@echo "make build       environment and an editable build with C++ tests"
 	@echo "make lint        formatting and lint, as CI checks them; make format mends formatting"
 	@echo "make gpu-test    all tests, failing where no CUDA device is found"
@@ -64,6 +65,15 @@ cpp-test:
 python-test: build
 	@echo "== Python tests"
 	$(PY) -m pytest
+
+# Modules whose tests the kernels of the GPU must pass on any machine.
+EMULATED = $(addprefix tests/python/,quant optim/test_bounds.py optim/test_one_state.py \
+  optim/test_plan.py optim/test_rules.py optim/test_settings.py \
+  optim/test_stochastic_rounding.py optim/test_tensorwise.py)
+
+emulated-test: build
+	@echo "== Python tests of the GPU's kernels, on a GPU made of fibers"
+	$(PY) -m pytest --emulated $(BUILD)/csrc/libbitsandbytes_emulated.so $(EMULATED)
 
 quickstart: build
 	@echo "== packages of the example"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on the CPU, each beside PyTorch's own part in the same run.
 
-python benchmarks/cpu.py [--out FILE] [--only optimizer,quantize,gemm_4bit]
+python benchmarks/cpu.py [--out FILE] [--only optimizer,host,quantize,quantize_4bit,gemm_4bit,...]
 """
 
 import argparse
@@ -45,6 +45,29 @@ def optimizer(record: Record) -> None:
             record.add(name, ms, torch_fused_ms=reference, times_torch_fused=reference / ms)
 
 
+def host(record: Record) -> None:
+    """What a step costs before it computes: 2000 parameters without elements."""
+
+    def params() -> list[nn.Parameter]:
+        made = [nn.Parameter(torch.empty(0, dtype=torch.bfloat16)) for _ in range(2000)]
+        for p in made:
+            p.grad = torch.empty_like(p)
+        return made
+
+    fused = torch.optim.AdamW(params(), lr=1e-5, fused=True)
+    for cls, kwargs in (
+        (bnb.optim.Adam8bit, {"min_8bit_size": 0}),
+        (bnb.optim.AdEMAMix8bit, {"min_8bit_size": 0}),
+        (bnb.optim.Lion8bit, {"min_8bit_size": 0}),
+        (bnb.optim.Adam32bit, {}),
+    ):
+        ours = cls(params(), lr=1e-5, **kwargs)
+        ours.step()  # the second step makes a plan
+        ms, reference = time_cpu(ours.step, fused.step, repeats=101)
+        name = f"host/2000x0/{cls.__name__}"
+        record.add(name, ms, torch_fused_ms=reference, times_torch_fused=reference / ms)
+
+
 def quantize(record: Record) -> None:
     """Blockwise quantization of 33 million numbers, against a copy of them."""
     n = 2**25
@@ -64,6 +87,50 @@ def quantize(record: Record) -> None:
             for verb, work in works.items():
                 ms, copy = time_cpu(work, functools.partial(target.copy_, x))
                 record.add(f"{verb}_blockwise/{name}", ms, copy_ms=copy, times_copy=copy / ms)
+        rand, linear = torch.rand(2**16), F.create_linear_map()
+        for option, arguments in {"rand": {"rand": rand}, "code": {"code": linear}}.items():
+            work = functools.partial(F.quantize_blockwise, x, **arguments)
+            ms, copy = time_cpu(work, functools.partial(target.copy_, x))
+            row = f"quantize_blockwise({option}=)/{str(dtype)[6:]}/block4096"
+            record.add(row, ms, copy_ms=copy, times_copy=copy / ms)
+
+
+def quantiles(record: Record) -> None:
+    """Exact quantiles of 16 million numbers, beside torch.quantile."""
+    x = torch.randn(2**24)
+    q = torch.linspace(1 / 512, 511 / 512, 256)
+    (reference,) = time_cpu(functools.partial(torch.quantile, x, q), repeats=3)
+    record.add("torch.quantile/float32", reference)
+    for dtype in (torch.float32, torch.bfloat16):
+        (ms,) = time_cpu(functools.partial(F.estimate_quantiles, x.to(dtype)))
+        row = f"estimate_quantiles/{str(dtype)[6:]}"
+        record.add(row, ms, times_torch_quantile=reference / ms)
+
+
+def quantize_4bit(record: Record) -> None:
+    """4-bit quantization of 33 million numbers, against a copy of them."""
+    n = 2**25
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(n).to(dtype)
+        target = torch.empty_like(x)
+        copy_work = functools.partial(target.copy_, x)
+        for quant_type in ("nf4", "fp4"):
+            for nested in (False, True):
+                quantize = functools.partial(
+                    F.quantize_4bit, x, quant_type=quant_type, compress_statistics=nested
+                )
+                packed, state = quantize()
+                works = {
+                    "quantize": quantize,
+                    "dequantize": functools.partial(F.dequantize_4bit, packed, state),
+                    "dequantize(out=)": functools.partial(
+                        F.dequantize_4bit, packed, state, out=target
+                    ),
+                }
+                name = f"{str(dtype)[6:]}/{quant_type}{'/nested' if nested else ''}"
+                for verb, work in works.items():
+                    ms, copy = time_cpu(work, copy_work)
+                    record.add(f"{verb}_4bit/{name}", ms, copy_ms=copy, times_copy=copy / ms)
 
 
 def gemm_4bit(record: Record) -> None:
@@ -101,12 +168,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "cpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--only", default="optimizer,quantize,gemm_4bit")
+    everything = "optimizer,host,quantize,quantize_4bit,gemm_4bit,quantiles"
+    parser.add_argument("--only", default=everything)
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record("cpu")
     for name in args.only.split(","):
-        {"optimizer": optimizer, "quantize": quantize, "gemm_4bit": gemm_4bit}[name](record)
+        parts = {
+            "optimizer": optimizer,
+            "host": host,
+            "quantize": quantize,
+            "quantize_4bit": quantize_4bit,
+            "quantiles": quantiles,
+            "gemm_4bit": gemm_4bit,
+        }
+        parts[name](record)
     record.write(args.out)
 
 

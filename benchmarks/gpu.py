@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on one CUDA device, against its own copy bandwidth and PyTorch's fused optimizer.
 
-    python benchmarks/gpu.py [--out FILE] [--only optimizer,quantize]
+    python benchmarks/gpu.py [--out FILE] [--only optimizer,quantize,quantize_4bit,quantiles]
 
 Every row names its floor: the bytes the work must move at least, over the measured bandwidth of a
 device-to-device copy (bytes read plus bytes written).
@@ -13,7 +13,7 @@ import gc
 from pathlib import Path
 
 import torch
-from harness import Record, time_cuda
+from harness import Record, time_cuda, time_host
 from torch import nn
 
 import bitsandbytes as bnb
@@ -70,9 +70,10 @@ def time_step(
     instance = make(params, lr=1e-5)
     instance.step()
     ms = time_cuda(instance.step, repeats=11)
+    host = time_host(instance.step)
     numbers = sum(p.numel() for p in params)
     floor = numbers * (3 * params[0].element_size() + state_bytes) / bandwidth
-    record.add(name, ms, of_copy=floor / ms, floor_ms=floor)
+    record.add(name, ms, of_copy=floor / ms, floor_ms=floor, host_ms=host)
     return ms
 
 
@@ -137,22 +138,82 @@ def quantize(record: Record, bandwidth: float) -> None:
             record.add(f"quantize_blockwise/{name}", ms, of_copy=floor / ms)
             ms = time_cuda(functools.partial(F.dequantize_blockwise, codes, state, out=out))
             record.add(f"dequantize_blockwise/{name}", ms, of_copy=floor / ms)
+            if blocksize == 4096:
+                rand = torch.rand(2**16, device=DEVICE)
+                ms = time_cuda(functools.partial(F.quantize_blockwise, x, rand=rand))
+                record.add(f"quantize_blockwise(rand=)/{name}", ms, of_copy=floor / ms)
+                code = F.create_linear_map().to(DEVICE)
+                ms = time_cuda(functools.partial(F.quantize_blockwise, x, code=code))
+                record.add(f"quantize_blockwise(code=)/{name}", ms, of_copy=floor / ms)
     x = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
     ms = time_cuda(lambda: F.quantize_blockwise(x), inner=50)
     record.add("quantize_blockwise/4096x4096 bf16, one call", ms)
+
+
+def quantize_4bit(record: Record, bandwidth: float) -> None:
+    """4-bit quantization of a large tensor, and one small call."""
+    n = 2**28
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(n, device=DEVICE, dtype=dtype)
+        out = torch.empty_like(x)
+        for quant_type, blocksize in (("nf4", 64), ("fp4", 64), ("nf4", 32), ("nf4", 4096)):
+            for nested in (False, True):
+                packed, state = F.quantize_4bit(x, None, None, blocksize, nested, quant_type)
+                name = f"{str(dtype)[6:]}/{quant_type}/block{blocksize}"
+                scale = 1 + 4 / 256 if nested else 4
+                floor = (n * (x.element_size() + 0.5) + n / blocksize * scale) / bandwidth
+                if nested:
+                    name += "/nested"
+                else:
+                    ms = time_cuda(
+                        functools.partial(
+                            F.quantize_4bit, x, None, None, blocksize, False, quant_type
+                        )
+                    )
+                    record.add(f"quantize_4bit/{name}", ms, of_copy=floor / ms)
+                ms = time_cuda(functools.partial(F.dequantize_4bit, packed, state, out=out))
+                record.add(f"dequantize_4bit/{name}", ms, of_copy=floor / ms)
+    x = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
+    ms = time_cuda(lambda: F.quantize_nf4(x), inner=50)
+    record.add("quantize_4bit/4096x4096 bf16 nf4, one call", ms)
+
+
+def quantiles(record: Record, bandwidth: float) -> None:
+    """Exact quantiles of 16 million numbers, beside torch.quantile; one read is the floor."""
+    n = 2**24
+    q = torch.linspace(1 / 512, 511 / 512, 256, device=DEVICE)
+    normal = torch.randn(n, device=DEVICE)
+    reference = time_cuda(lambda: torch.quantile(normal, q), repeats=5)
+    record.add("torch.quantile/float32/normal", reference)
+    for name, x in {
+        "float32/normal": normal,
+        "float32/half zeros": normal.relu(),
+        "float32/constant": torch.ones_like(normal),
+        "bfloat16/normal": normal.bfloat16(),
+    }.items():
+        floor = n * x.element_size() / 2 / bandwidth
+        ms = time_cuda(functools.partial(F.estimate_quantiles, x))
+        row = f"estimate_quantiles/{name}"
+        record.add(row, ms, times_torch_quantile=reference / ms, of_copy=floor / ms)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "gpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--only", default="optimizer,quantize")
+    parser.add_argument("--only", default="optimizer,quantize,quantize_4bit,quantiles")
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record("cuda")
     bandwidth = copy_bandwidth(record)
     for name in args.only.split(","):
-        {"optimizer": optimizer, "quantize": quantize}[name](record, bandwidth)
+        parts = {
+            "optimizer": optimizer,
+            "quantize": quantize,
+            "quantize_4bit": quantize_4bit,
+            "quantiles": quantiles,
+        }
+        parts[name](record, bandwidth)
     record.write(args.out)
 
 

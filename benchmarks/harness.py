@@ -2,6 +2,7 @@
 """Timing, the machine's own limits, and a record of every figure with where it came from."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -13,7 +14,7 @@ import torch
 
 import bitsandbytes
 
-__all__ = ["Record", "time_cpu", "time_cuda"]
+__all__ = ["Record", "time_cpu", "time_cuda", "time_host"]
 
 
 def time_cuda(work: Callable[[], object], repeats: int = 15, inner: int = 1) -> float:
@@ -35,6 +36,23 @@ def time_cuda(work: Callable[[], object], repeats: int = 15, inner: int = 1) -> 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / inner)
+    return statistics.median(times)
+
+
+def time_host(work: Callable[[], object], repeats: int = 15) -> float:
+    """Returns the median time in milliseconds until `work` has handed everything to the device.
+
+    Args:
+        work: What to time; the device is idle when it is called.
+        repeats: Number of measurements.
+    """
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1e3)
+    torch.cuda.synchronize()
     return statistics.median(times)
 
 
@@ -72,6 +90,8 @@ class Record:
         self.circumstances = {
             "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
             "threads": torch.get_num_threads(),
+            # More than this program's own threads: others were computing, too.
+            "load_average": round(os.getloadavg()[0], 1),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "bitsandbytes": bitsandbytes.__version__,

@@ -25,6 +25,15 @@ TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))  # for `from reference import ...`
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options of this suite."""
+    parser.addoption(
+        "--emulated",
+        metavar="LIBRARY",
+        help="run the GPU's kernels on the CPU: libbitsandbytes_emulated.so of a build with tests",
+    )
+
+
 def _devices() -> list:
     chosen = os.environ.get("BNB_TEST_DEVICE")
     if chosen:

@@ -8,39 +8,17 @@
 #include <memory>
 #include <vector>
 
+#include "bindings/dlpack.h"
 #include "bitsandbytes/kernels/managed_memory.h"
 
 namespace py = pybind11;
+namespace dlpack = bnb::dlpack;
 
 namespace {
 
-// The layout that the DLPack standard prescribes for a capsule named "dltensor".
-// https://dmlc.github.io/dlpack/latest/c_api.html
-struct DlpackTensor {
-  void* data;
-  int32_t device_type;
-  int32_t device_id;
-  int32_t ndim;
-  uint8_t dtype_code;
-  uint8_t dtype_bits;
-  uint16_t dtype_lanes;
-  int64_t* shape;
-  int64_t* strides;
-  uint64_t byte_offset;
-};
-
-struct DlpackManagedTensor {
-  DlpackTensor tensor;
-  void* context;
-  void (*deleter)(DlpackManagedTensor*);
-};
-
-constexpr char kCapsule[] = "dltensor";
-constexpr uint8_t kUnsignedInteger = 1;
-
 // A row of bytes that frees its memory with itself.
 struct Bytes {
-  DlpackManagedTensor exported{};
+  dlpack::ManagedTensor exported{};
   int64_t size;
 
   Bytes(void* start, int64_t bytes, int device) : size(bytes) {
@@ -48,14 +26,16 @@ struct Bytes {
                        bnb::gpu::dlpack_device_type(),
                        device,
                        1,
-                       kUnsignedInteger,
+                       dlpack::kUnsignedInteger,
                        8,
                        /*lanes=*/1,
                        &size,
                        nullptr,
                        0};
     exported.context = this;
-    exported.deleter = [](DlpackManagedTensor* self) { delete static_cast<Bytes*>(self->context); };
+    exported.deleter = [](dlpack::ManagedTensor* self) {
+      delete static_cast<Bytes*>(self->context);
+    };
   }
   ~Bytes() { bnb::gpu::free_managed(exported.tensor.data); }
   Bytes(const Bytes&) = delete;
@@ -64,8 +44,9 @@ struct Bytes {
 
 // Whoever takes the tensor renames the capsule; then the tensor is not ours to delete.
 void drop_capsule(PyObject* capsule) {
-  if (!PyCapsule_IsValid(capsule, kCapsule)) return;
-  auto* tensor = static_cast<DlpackManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsule));
+  if (!PyCapsule_IsValid(capsule, dlpack::kTensorCapsule)) return;
+  auto* tensor =
+      static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kTensorCapsule));
   tensor->deleter(tensor);
 }
 
@@ -77,7 +58,7 @@ py::object allocate_managed(int64_t bytes, int device) {
   }
   if (start == nullptr) return py::none();
   auto owner = std::make_unique<Bytes>(start, bytes, device);
-  py::capsule capsule(&owner->exported, kCapsule, &drop_capsule);
+  py::capsule capsule(&owner->exported, dlpack::kTensorCapsule, &drop_capsule);
   owner.release();
   return capsule;
 }

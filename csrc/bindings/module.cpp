@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "bindings/object_lists.h"
+#include "bindings/step_plan.h"
 #include "bitsandbytes/code/dynamic8.h"
 #include "bitsandbytes/code/registry4.h"
 #include "bitsandbytes/optim/registry.h"
@@ -66,4 +68,6 @@ PYBIND11_MODULE(_C, m) {
         "Instruction sets that this build and this processor share, widest first.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),
         "Switches the CPU kernels to another instruction set. Meant for tests.");
+  bnb::define_object_lists(m);
+  bnb::define_step_plan(m);
 }

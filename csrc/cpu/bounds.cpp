@@ -24,9 +24,11 @@ void finish_preview(const OptimizerStep& args, std::span<const OptimizerTensor> 
       active = active || partial[4] != 0.0f;
       partial += kPreviewNumbers;
     }
+    if (args.param_squares != nullptr) args.param_squares[i] = static_cast<float>(param_squares);
     if (args.unorm != nullptr) args.unorm[i] = static_cast<float>(update_squares);
-    if (args.update_scales != nullptr) {
-      args.update_scales[i] = bounded_update_scale(param_squares, update_squares, args.max_unorm);
+    if (args.new_update_scales != nullptr) {
+      args.new_update_scales[i] =
+          bounded_update_scale(param_squares, update_squares, args.max_unorm);
     }
     for (int k = 0; k < 2; ++k) {
       if (args.new_max[k] == nullptr) continue;

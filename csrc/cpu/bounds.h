@@ -9,7 +9,8 @@
 
 namespace bnb::cpu {
 
-// Writes args.unorm, args.update_scales and args.new_max, where they are given.
+// Writes args.param_squares, args.unorm, args.new_update_scales and args.new_max, where they are
+// given.
 void finish_preview(const OptimizerStep& args, std::span<const OptimizerTensor> tensors,
                     const float* partials);  // [tiles of the list, kPreviewNumbers]
 

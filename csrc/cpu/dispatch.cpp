@@ -17,8 +17,8 @@ constexpr CodeTable kUnsignedLevels = UnsignedDynamic8::make_levels();
 constexpr SignedDynamic8::Buckets kSignedBuckets = SignedDynamic8::make_buckets(false);
 constexpr SignedDynamic8::Buckets kSignKeepingBuckets = SignedDynamic8::make_buckets(true);
 constexpr UnsignedDynamic8::Buckets kUnsignedBuckets = UnsignedDynamic8::make_buckets();
-constexpr detail::DecadeTables kSignedDecades = SignedDynamic8::make_decade_tables();
-constexpr detail::DecadeTables kUnsignedDecades = UnsignedDynamic8::make_decade_tables();
+constexpr BinTables kSignedBins = SignedDynamic8::make_bins();
+constexpr BinTables kUnsignedBins = UnsignedDynamic8::make_bins();
 
 Code prepare_code(const float* levels) {
   CodeKind kind = CodeKind::kTable;

@@ -21,66 +21,93 @@ constexpr int64_t block_length(int64_t n, int64_t block) {
   return rest < kOptimizerBlock ? rest : kOptimizerBlock;
 }
 
-// The states of one block of a tensor as its rule sees them, whatever they are stored as.
+// The states of a few consecutive blocks of a tensor as its rule sees them, whatever they are
+// stored as. Where encode is quick, two blocks at a time: the first code of a block waits for its
+// absmax, and that for the last element of the block.
 template <class R, StateFormat kFormat>
-class StateBlock {
+class StateRun {
  public:
   static constexpr bool kCodes = kFormat != StateFormat::kFloat32;
+  static constexpr int kBlocks = kCodes && kEncodeRun > 0 ? 2 : 1;
 
-  StateBlock(const OptimizerStep& args, const OptimizerTensor& tensor, int64_t index,
-             const Code (&codes)[2])
+  StateRun(const OptimizerStep& args, const OptimizerTensor& tensor, int64_t index,
+           const Code (&codes)[2])
       : args_(args), tensor_(tensor), index_(index), codes_(codes) {}
 
-  BNB_HD void open(int64_t block) {
-    block_ = block;
-    n_ = block_length(tensor_.n, block);
+  // One block of the run.
+  struct Block {
+    Float scale[R::kStates];
+    Int most[R::kStates];
+    float* values[R::kStates];
+
+    BNB_HD Float load(int k, int64_t i, int64_t count) const {
+      const Float x = load_some(values[k] + i, count);
+      if constexpr (kCodes) return x * scale[k];
+      return x;
+    }
+
+    BNB_HD void store(int k, int64_t i, Float s, int64_t count) {
+      store_some(values[k] + i, s, count);
+      // Lanes past the end hold the update of zeros: zeros, which no maximum notices.
+      if constexpr (kCodes) most[k] = max(most[k], magnitude_bits(s));
+    }
+  };
+
+  BNB_HD void open(int64_t first, int64_t last) {
+    first_ = first;
     if constexpr (kCodes) {
+      const int64_t begin = first * kOptimizerBlock;
+      const int64_t end = last * kOptimizerBlock < tensor_.n ? last * kOptimizerBlock : tensor_.n;
       for (int k = 0; k < R::kStates; ++k) {
-        most_[k] = broadcast_int(0);
-        scale_[k] = Float(kFormat == StateFormat::kBlockwise8bit
-                              ? *absmax(k)
-                              : args_.max[tensor_of_state(R::kStates, k)][index_]);
-        decode(code(k), values<uint8_t>(k), buffer_[k], n_);
+        decode(code(k), stored<uint8_t>(k, first), buffer_[k], end - begin);
       }
     }
   }
 
-  BNB_HD Float load(int k, int64_t i, int64_t count) const {
-    if constexpr (kCodes) {
-      return load_some(buffer_[k] + i, count) * scale_[k];
-    } else {
-      return load_some(values<float>(k) + i, count);
+  BNB_HD Block block(int64_t b) {
+    Block block;
+    for (int k = 0; k < R::kStates; ++k) {
+      if constexpr (kCodes) {
+        block.most[k] = broadcast_int(0);
+        block.scale[k] = Float(kFormat == StateFormat::kBlockwise8bit
+                                   ? *absmax(k, b)
+                                   : args_.max[tensor_of_state(R::kStates, k)][index_]);
+        block.values[k] = buffer_[k] + (b - first_) * kOptimizerBlock;
+      } else {
+        block.values[k] = stored<float>(k, b);
+      }
     }
+    return block;
   }
 
-  BNB_HD void store(int k, int64_t i, Float s, int64_t count) {
-    if constexpr (kCodes) {
-      store_some(buffer_[k] + i, s, count);
-      // Lanes past the end hold the update of zeros: zeros, which no maximum notices.
-      most_[k] = max(most_[k], magnitude_bits(s));
-    } else {
-      store_some(values<float>(k) + i, s, count);
-    }
-  }
-
-  // After all elements were stored.
-  BNB_HD void close() {
+  // After all elements of block b were stored.
+  BNB_HD void measure(int64_t b, const Block& block) {
     if constexpr (kCodes) {
       for (int k = 0; k < R::kStates; ++k) {
-        float largest = reduce_absmax(most_[k]);
-        if (!is_finite(largest)) {
+        float largest = reduce_absmax(block.most[k]);
+        if (!is_finite(largest)) [[unlikely]] {
           largest = 0.0f;
-          for (int64_t i = 0; i < n_; ++i) {
-            buffer_[k][i] = finite_state(buffer_[k][i]);
-            largest = absmax_of(largest, buffer_[k][i]);
+          for (int64_t i = 0; i < block_length(tensor_.n, b); ++i) {
+            block.values[k][i] = finite_state(block.values[k][i]);
+            largest = absmax_of(largest, block.values[k][i]);
           }
         }
         if constexpr (kFormat == StateFormat::kBlockwise8bit) {
-          *absmax(k) = largest;
+          *absmax(k, b) = largest;
         } else {
           largest = args_.new_max[tensor_of_state(R::kStates, k)][index_];
         }
-        encode_block<true>(code(k), buffer_[k], values<uint8_t>(k), n_, largest);
+        largest_[k][b - first_] = largest;
+      }
+    }
+  }
+
+  BNB_HD void encode(int64_t b) {
+    if constexpr (kCodes) {
+      const int64_t j = b - first_;
+      for (int k = 0; k < R::kStates; ++k) {
+        encode_block<true>(code(k), buffer_[k] + j * kOptimizerBlock, stored<uint8_t>(k, b),
+                           block_length(tensor_.n, b), largest_[k][j]);
       }
     }
   }
@@ -89,25 +116,24 @@ class StateBlock {
   BNB_HD const Code& code(int k) const { return codes_[tensor_of_state(R::kStates, k)]; }
 
   template <class Value>
-  BNB_HD Value* values(int k) const {
+  BNB_HD Value* stored(int k, int64_t b) const {
     return static_cast<Value*>(tensor_.state[tensor_of_state(R::kStates, k)]) +
-           row_of_state(R::kStates, k) * tensor_.n + block_ * kOptimizerBlock;
+           row_of_state(R::kStates, k) * tensor_.n + b * kOptimizerBlock;
   }
 
-  BNB_HD float* absmax(int k) const {
+  BNB_HD float* absmax(int k, int64_t b) const {
     return tensor_.absmax[tensor_of_state(R::kStates, k)] +
-           row_of_state(R::kStates, k) * ceil_div(tensor_.n, kOptimizerBlock) + block_;
+           row_of_state(R::kStates, k) * ceil_div(tensor_.n, kOptimizerBlock) + b;
   }
 
   const OptimizerStep& args_;
   const OptimizerTensor& tensor_;
   const int64_t index_;
   const Code (&codes_)[2];
-  int64_t block_ = 0;
-  int64_t n_ = 0;
-  Int most_[R::kStates];
-  Float scale_[R::kStates];
-  alignas(64) float buffer_[R::kStates][kOptimizerBlock];  // old levels, then new states
+  int64_t first_ = 0;
+  float largest_[R::kStates][kBlocks];
+  // Old levels, then new states.
+  alignas(64) float buffer_[R::kStates][kBlocks * kOptimizerBlock];
 };
 
 // ---- Rounding of parameters ---------------------------------------------------------------------
@@ -172,41 +198,59 @@ void step_blocks(const OptimizerStep& args, const OptimizerTensor& tensor, int64
   const Step<R> step =
       Step<R>::make(args.hyper, *args.step + 1, args.lr)
           .scaled(factor_of(args.gnorm_scales, index), factor_of(args.update_scales, index));
-  StateBlock<R, kFormat> states(args, tensor, index, codes);
+  using States = StateRun<R, kFormat>;
+  States states(args, tensor, index, codes);
   Rounding<T> rounding(args, index);
-  for (int64_t b = first_block; b < last_block; ++b) {
-    T* const param = static_cast<T*>(tensor.param) + b * kOptimizerBlock;
-    const T* const grad = static_cast<const T*>(tensor.grad) + b * kOptimizerBlock;
-    states.open(b);
-    rounding.open(b);
-    bool idle = step.skip_zeros;  // every element is skipped
-    for_each_vector(0, block_length(tensor.n, b), [&](int64_t i, int64_t count) {
-      const Float g = load_some(grad + i, count) * Float(step.gnorm_scale);
-      const Float p = load_some(param + i, count);
-      Float s[R::kStates];
-      Float old[R::kStates];
-      for (int k = 0; k < R::kStates; ++k) old[k] = s[k] = states.load(k, i, count);
-      Float updated = step.advance(g, p, s);
-      if constexpr (states.kCodes) {
-        // A gradient that is not finite has no use: its element loses the state and keeps the
-        // parameter.
-        const Mask finite = less(magnitude_bits(g), broadcast_int(0x7f800000));
-        updated = select(finite, updated, p);
-        for (int k = 0; k < R::kStates; ++k) s[k] = select(finite, s[k], Float(0.0f));
-      }
-      if (step.skip_zeros) {
-        const Mask skip = equal(g, Float(0.0f));
-        idle = idle && all_of_first(skip, count);
-        updated = select(skip, p, updated);
-        for (int k = 0; k < R::kStates; ++k) s[k] = select(skip, old[k], s[k]);
-      }
-      rounding.store(param + i, i, updated, count);
-      for (int k = 0; k < R::kStates; ++k) states.store(k, i, s[k], count);
-    });
-    // Codes that mean the same numbers again would still lose a little each time. A scale of the
-    // whole tensor may change, though, when a single block is idle.
-    if (idle && kFormat != StateFormat::kTensor8bit) continue;
-    states.close();
+  for (int64_t first = first_block; first < last_block; first += States::kBlocks) {
+    const int64_t last =
+        first + States::kBlocks < last_block ? first + States::kBlocks : last_block;
+    states.open(first, last);
+    bool idle[States::kBlocks];
+    for (int64_t b = first; b < last; ++b) {
+      T* const param = static_cast<T*>(tensor.param) + b * kOptimizerBlock;
+      const T* const grad = static_cast<const T*>(tensor.grad) + b * kOptimizerBlock;
+      auto block = states.block(b);
+      rounding.open(b);
+      bool skipped = step.skip_zeros;
+      for_each_vector(0, block_length(tensor.n, b), [&](int64_t i, int64_t count) {
+        if constexpr (States::kBlocks > 1) {
+          // For the next run: while codes are made, the memory would stand idle.
+          __builtin_prefetch(grad + i + States::kBlocks * kOptimizerBlock);
+          __builtin_prefetch(param + i + States::kBlocks * kOptimizerBlock, 1);
+        }
+        Float g = load_some(grad + i, count);
+        if (step.gnorm_scale != 1.0f) g = g * Float(step.gnorm_scale);
+        const Float p = load_some(param + i, count);
+        Float s[R::kStates];
+        Float old[R::kStates];
+        for (int k = 0; k < R::kStates; ++k) old[k] = s[k] = block.load(k, i, count);
+        Float updated = step.advance(g, p, s);
+        if constexpr (States::kCodes) {
+          // A gradient that is not finite has no use: its element loses the state and keeps the
+          // parameter.
+          const Mask finite = less(magnitude_bits(g), broadcast_int(0x7f800000));
+          if (!all(finite)) [[unlikely]] {
+            updated = select(finite, updated, p);
+            for (int k = 0; k < R::kStates; ++k) s[k] = select(finite, s[k], Float(0.0f));
+          }
+        }
+        if (step.skip_zeros) {
+          const Mask skip = equal(g, Float(0.0f));
+          skipped = skipped && all(skip);
+          updated = select(skip, p, updated);
+          for (int k = 0; k < R::kStates; ++k) s[k] = select(skip, old[k], s[k]);
+        }
+        rounding.store(param + i, i, updated, count);
+        for (int k = 0; k < R::kStates; ++k) block.store(k, i, s[k], count);
+      });
+      // Codes that mean the same numbers again would still lose a little each time. A scale of the
+      // whole tensor may change, though, when a single block is idle.
+      idle[b - first] = skipped && kFormat != StateFormat::kTensor8bit;
+      if (!idle[b - first]) states.measure(b, block);
+    }
+    for (int64_t b = first; b < last; ++b) {
+      if (!idle[b - first]) states.encode(b);
+    }
   }
 }
 
@@ -285,7 +329,8 @@ void preview_tiles(const OptimizerStep& args, const OptimizerTensor& tensor, int
                    float* partials) {  // [tiles of the tensor, kPreviewNumbers]
   const Step<R> step = Step<R>::make_preview(args.hyper, *args.step + 1)
                            .scaled(factor_of(args.gnorm_scales, index), 1.0f);
-  StateBlock<R, kFormat> states(args, tensor, index, codes);
+  using States = StateRun<R, kFormat>;
+  States states(args, tensor, index, codes);
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     SquareSum params;
     SquareSum updates;
@@ -295,22 +340,23 @@ void preview_tiles(const OptimizerStep& args, const OptimizerTensor& tensor, int
     for (int64_t b = tile * kTileBlocks; b < end_of_tile(tensor.n, tile); ++b) {
       const T* const param = static_cast<const T*>(tensor.param) + b * kOptimizerBlock;
       const T* const grad = static_cast<const T*>(tensor.grad) + b * kOptimizerBlock;
-      states.open(b);
+      states.open(b, b + 1);
+      const auto block = states.block(b);
       for_each_vector(0, block_length(tensor.n, b), [&](int64_t i, int64_t count) {
         const Float g = load_some(grad + i, count) * Float(step.gnorm_scale);
         const Float p = load_some(param + i, count);
         Float s[R::kStates];
         Float old[R::kStates];
-        for (int k = 0; k < R::kStates; ++k) old[k] = s[k] = states.load(k, i, count);
+        for (int k = 0; k < R::kStates; ++k) old[k] = s[k] = block.load(k, i, count);
         Float update = step.preview(g, p, s);
-        if constexpr (states.kCodes) {
+        if constexpr (States::kCodes) {
           const Mask finite = less(magnitude_bits(g), broadcast_int(0x7f800000));
           update = select(finite, update, Float(0.0f));
           for (int k = 0; k < R::kStates; ++k) s[k] = select(finite, s[k], Float(0.0f));
         }
         if (step.skip_zeros) {
           const Mask skip = equal(g, Float(0.0f));
-          idle = idle && all_of_first(skip, count);
+          idle = idle && all(skip);
           update = select(skip, Float(0.0f), update);
           for (int k = 0; k < R::kStates; ++k) s[k] = select(skip, old[k], s[k]);
         }

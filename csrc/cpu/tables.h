@@ -11,7 +11,7 @@ extern const CodeTable kUnsignedLevels;
 extern const SignedDynamic8::Buckets kSignedBuckets;
 extern const SignedDynamic8::Buckets kSignKeepingBuckets;
 extern const UnsignedDynamic8::Buckets kUnsignedBuckets;
-extern const detail::DecadeTables kSignedDecades;
-extern const detail::DecadeTables kUnsignedDecades;
+extern const BinTables kSignedBins;
+extern const BinTables kUnsignedBins;
 
 }  // namespace bnb::cpu

@@ -55,15 +55,6 @@ BNB_HD void store_codes_some(uint8_t* p, Int x, int64_t count) {
   count == kLanes ? store_codes(p, x) : store_codes_first(p, x, count);
 }
 
-BNB_HD bool all_of_first(Mask m, int64_t count) {
-  float lanes[kWidth];
-  store(lanes, select(m, Float(1.0f), Float(0.0f)));
-  for (int64_t i = 0; i < count; ++i) {
-    if (lanes[i] == 0.0f) return false;
-  }
-  return true;
-}
-
 // ---- Absolute maximum --------------------------------------------------------------------------
 
 BNB_HD Int magnitude_bits(Float x) { return bits(x) & broadcast_int(0x7fffffff); }
@@ -83,7 +74,7 @@ BNB_HD float absmax(const T* a, int64_t n) {
 
 // ---- Codes: encode of the dynamic maps (code/dynamic8.h) on vectors, decode ---------------------
 
-// The dynamic maps as the loops below see them: by one access to the bucket table, or by decades.
+// The dynamic maps as the loops below see them: by one access to the bucket table, or by bins.
 struct SignedMap {
   const uint32_t* buckets;
   bool keep_sign;
@@ -100,15 +91,12 @@ struct SignedMap {
     return shift_right<Layout::kShift>(entry + u);
   }
 
-  static const detail::DecadeTables& decades() { return kSignedDecades; }
-  static BNB_HD Int usable_bits(Float x) { return magnitude_bits(x); }
+  BNB_HD int one_by_buckets(float x) const { return SignedDynamic8::encode(buckets, x); }
 
-  // Code from the index of the level among the positive ones.
-  BNB_HD Int from_index(Int index, Float x) const {
-    const Int least = max(index, broadcast_int(keep_sign ? 1 : 0));
-    const Int negative =
-        broadcast_int(SignedDynamic8::kZero) - min(least, broadcast_int(SignedDynamic8::kZero));
-    return select(is_negative(x), negative, index + broadcast_int(SignedDynamic8::kZero));
+  template <class T>
+  BNB_HD uint64_t run_by_bins(const T* a, float inverse, uint8_t* out) const {
+    return encode_run<true>(kSignedBins, a, Float(inverse * kSignedBins.unit),
+                            SignedDynamic8::kZero - (keep_sign ? 1 : 0), out);
   }
 };
 
@@ -120,34 +108,15 @@ struct UnsignedMap {
     return shift_right<Layout::kShift>(gather(kUnsignedBuckets.values, bucket) + u);
   }
 
-  static const detail::DecadeTables& decades() { return kUnsignedDecades; }
-  static BNB_HD Int usable_bits(Float x) { return bits(x); }
-  BNB_HD Int from_index(Int index, Float) const { return index; }
-};
-
-// Codes of finite x, |x| <= 1 (and rounding).
-template <class Map>
-BNB_HD Int encode(const Map& map, Float x) {
-  if constexpr (kHasRegisterTables) {
-    const detail::DecadeTables& t = Map::decades();
-    // Negative floats are negative integers: an unsigned map takes them for zero.
-    const Int b =
-        max(Map::usable_bits(x), broadcast_int(static_cast<int32_t>(detail::kLeastExponent << 23)));
-    const Float m = from_bits(b);
-    const Int exponent = shift_right<23>(b);
-    const Mask next = greater_equal(m, lookup32(t.next_region, exponent));
-    const Int start = lookup32(t.region, exponent);
-    const Int region = select(next, start + broadcast_int(1), start);
-    const Float position = min(fma(m, lookup16(t.scale, region), lookup16(t.offset, region)),
-                               lookup16(t.most, region));
-    if (any(less(fraction(position), Float(detail::kUndecided)))) [[unlikely]] {
-      return map.by_buckets(x);
-    }
-    return map.from_index(truncate_to_int(position), x);
-  } else {
-    return map.by_buckets(x);
+  BNB_HD int one_by_buckets(float x) const {
+    return UnsignedDynamic8::encode(kUnsignedBuckets.values, x);
   }
-}
+
+  template <class T>
+  BNB_HD uint64_t run_by_bins(const T* a, float inverse, uint8_t* out) const {
+    return encode_run<false>(kUnsignedBins, a, Float(inverse * kUnsignedBins.unit), 0, out);
+  }
+};
 
 // Codes of a whole block whose absmax is known. `kKeepSign`: a negative value never becomes zero.
 template <bool kKeepSign, class T>
@@ -172,8 +141,18 @@ BNB_HD void encode_block(const Code& code, const T* a, uint8_t* out, int64_t n, 
   }
   const Float scale(inverse);
   const auto encode_all = [&](const auto& map) {
-    for_each_vector(0, n, [&](int64_t i, int64_t count) {
-      store_codes_some(out + i, encode(map, load_some(a + i, count) * scale), count);
+    int64_t i = 0;
+    if constexpr (kEncodeRun > 0) {
+      for (; i + kEncodeRun <= n; i += kEncodeRun) {
+        uint64_t undecided = map.run_by_bins(a + i, inverse, out + i);
+        for (; undecided != 0; undecided &= undecided - 1) [[unlikely]] {
+          const int64_t j = i + __builtin_ctzll(undecided);
+          out[j] = static_cast<uint8_t>(map.one_by_buckets(to_float(a[j]) * inverse));
+        }
+      }
+    }
+    for_each_vector(i, n, [&](int64_t j, int64_t count) {
+      store_codes_some(out + j, map.by_buckets(load_some(a + j, count) * scale), count);
     });
   };
   code.kind == CodeKind::kSignedDynamic8 ? encode_all(SignedMap(kKeepSign))

@@ -155,34 +155,31 @@ int row_grid(int64_t rows) {
 }
 
 template <class T>
-void vectorwise_quant(const Int8VectorwiseQuant& args, cudaStream_t stream) {
+void vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
   const T* a = static_cast<const T*>(args.a);
   const int blocks = row_grid(args.rows);
-  row_stats_kernel<T><<<blocks, kThreads, 0, stream>>>(a, args.row_stats, args.outlier_mask,
-                                                       args.rows, args.cols, args.threshold);
-  BNB_LAUNCH_CHECK("row_stats_kernel");
-  quantize_rows_kernel<T><<<blocks, kThreads, 0, stream>>>(a, args.row_stats, args.outlier_mask,
-                                                           args.out, args.rows, args.cols);
-  BNB_LAUNCH_CHECK("quantize_rows_kernel");
+  launch("row_stats_kernel", row_stats_kernel<T>, blocks, kThreads, 0, stream, a, args.row_stats,
+         args.outlier_mask, args.rows, args.cols, args.threshold);
+  launch("quantize_rows_kernel", quantize_rows_kernel<T>, blocks, kThreads, 0, stream, a,
+         args.row_stats, args.outlier_mask, args.out, args.rows, args.cols);
 }
 
 template <class T>
-void mm_dequant(const Int8MmDequant& args, cudaStream_t stream) {
-  int8_mm_dequant_kernel<T><<<row_grid(args.rows), kThreads, 0, stream>>>(args);
-  BNB_LAUNCH_CHECK("int8_mm_dequant_kernel");
+void mm_dequant(const Int8MmDequant& args, Stream stream) {
+  launch("int8_mm_dequant_kernel", int8_mm_dequant_kernel<T>, row_grid(args.rows), kThreads, 0,
+         stream, args);
 }
 
 }  // namespace
 
 void int8_vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
-  const auto native = static_cast<cudaStream_t>(stream.handle);
   switch (args.dtype) {
     case DType::kFloat16:
-      return vectorwise_quant<Half>(args, native);
+      return vectorwise_quant<Half>(args, stream);
     case DType::kBFloat16:
-      return vectorwise_quant<BFloat16>(args, native);
+      return vectorwise_quant<BFloat16>(args, stream);
     default:
-      return vectorwise_quant<float>(args, native);
+      return vectorwise_quant<float>(args, stream);
   }
 }
 
@@ -193,21 +190,19 @@ void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
     const int64_t rows = std::min(args.m - row, kMostRows);
     const dim3 grid(static_cast<unsigned>(ceil_div(args.n, kTileN)),
                     static_cast<unsigned>(ceil_div(rows, kTileM)));
-    int8_matmul_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-        args.a + row * args.k, args.b, args.out + row * args.n, rows, args.n, args.k);
-    BNB_LAUNCH_CHECK("int8_matmul_kernel");
+    launch("int8_matmul_kernel", int8_matmul_kernel, grid, kThreads, 0, stream,
+           args.a + row * args.k, args.b, args.out + row * args.n, rows, args.n, args.k);
   }
 }
 
 void int8_mm_dequant(const Int8MmDequant& args, Stream stream) {
-  const auto native = static_cast<cudaStream_t>(stream.handle);
   switch (args.dtype) {
     case DType::kFloat16:
-      return mm_dequant<Half>(args, native);
+      return mm_dequant<Half>(args, stream);
     case DType::kBFloat16:
-      return mm_dequant<BFloat16>(args, native);
+      return mm_dequant<BFloat16>(args, stream);
     default:
-      return mm_dequant<float>(args, native);
+      return mm_dequant<float>(args, stream);
   }
 }
 

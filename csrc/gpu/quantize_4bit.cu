@@ -175,13 +175,12 @@ __global__ void __launch_bounds__(kTileThreads)
 }
 
 template <class Code, class T>
-void quantize(const Quantize4bit& args, Stream stream) {
+void launch_quantize(const Quantize4bit& args, Stream stream) {
   const bool aligned = is_aligned(args.a, 16) && is_aligned(args.out, kPackSize<T> / 2);
-  quantize_4bit_kernel<Code, T><<<resident_grid(ceil_div(args.n, kTileElements)), kTileThreads, 0,
-                                  static_cast<cudaStream_t>(stream.handle)>>>(
-      static_cast<const T*>(args.a), args.out, args.absmax, args.n, log2_of(args.block_size),
-      aligned);
-  BNB_LAUNCH_CHECK("quantize_4bit_kernel");
+  launch("quantize_4bit_kernel", quantize_4bit_kernel<Code, T>,
+         resident_grid(ceil_div(args.n, kTileElements)), kTileThreads, 0, stream,
+         static_cast<const T*>(args.a), args.out, args.absmax, args.n, log2_of(args.block_size),
+         aligned);
 }
 
 template <class T>
@@ -189,7 +188,7 @@ void quantize(const Quantize4bit& args, Stream stream) {
   switch (args.code) {
 #define BNB_CASE(code) \
   case Code4::k##code: \
-    return quantize<code, T>(args, stream);
+    return launch_quantize<code, T>(args, stream);
     BNB_CODES4(BNB_CASE)
 #undef BNB_CASE
     case Code4::kCount:
@@ -201,11 +200,9 @@ template <class T, bool kNested>
 void launch_dequantize(const Dequantize4bit& args, Stream stream) {
   const bool aligned = is_aligned(args.a, kPackSize<T> / 2) && is_aligned(args.out, 16);
   constexpr int64_t kTurn = kTileThreads * kPackSize<T> * 4;
-  dequantize_4bit_kernel<T, kNested><<<resident_grid(ceil_div(args.n, kTurn)), kTileThreads, 0,
-                                       static_cast<cudaStream_t>(stream.handle)>>>(
-      args.a, args.scales, args.code, static_cast<T*>(args.out), args.n, log2_of(args.block_size),
-      aligned);
-  BNB_LAUNCH_CHECK("dequantize_4bit_kernel");
+  launch("dequantize_4bit_kernel", dequantize_4bit_kernel<T, kNested>,
+         resident_grid(ceil_div(args.n, kTurn)), kTileThreads, 0, stream, args.a, args.scales,
+         args.code, static_cast<T*>(args.out), args.n, log2_of(args.block_size), aligned);
 }
 
 template <class T>

@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <optional>
 #include <span>
@@ -14,6 +13,7 @@
 #include "bitsandbytes/code/code.h"
 #include "bitsandbytes/kernels/optimizer.h"
 #include "bitsandbytes/optim/clipping.h"
+#include "ops/layout.h"
 #include "ops/torch_api.h"
 
 namespace bnb::ops {
@@ -33,53 +33,6 @@ inline Rule find_rule(const char* op, const std::string& name) {
   fail(op, ": rule must be one of {", known, "}, got '", name, "'");
 }
 
-// True when the elements of `t` fill their stretch of memory without gaps or overlaps.
-inline bool is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  const Shape sizes = shape_of(t);
-  const auto strides = t.strides();
-  std::vector<size_t> order;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] != 1) order.push_back(i);
-  }
-  std::sort(order.begin(), order.end(),
-            [&](size_t a, size_t b) { return strides[a] < strides[b]; });
-  int64_t expected = 1;
-  for (const size_t i : order) {
-    if (strides[i] != expected) return false;
-    expected *= sizes[i];
-  }
-  return true;
-}
-
-// True when the elements of `t` lie in memory in the order of the dense `reference`'s.
-inline bool same_layout(const Tensor& t, const Tensor& reference) {
-  if (t.is_contiguous() && reference.is_contiguous()) return true;
-  const auto a = t.strides();
-  const auto b = reference.strides();
-  if (a.size() != b.size()) return false;
-  for (size_t i = 0; i < a.size(); ++i) {
-    const auto dim = static_cast<int64_t>(i);
-    if (t.size(dim) != reference.size(dim)) return false;
-    if (a[i] != b[i] && t.size(dim) > 1) return false;
-  }
-  return true;
-}
-
-// A copy of `t` whose elements lie in the order of `reference`'s.
-inline Tensor copy_in_layout(const Tensor& t, const Tensor& reference) {
-  std::array<StableIValue, 6> stack{
-      torch::stable::detail::from(reference),
-      torch::stable::detail::from(std::optional<ScalarType>(t.scalar_type())),
-      torch::stable::detail::from(std::nullopt),
-      torch::stable::detail::from(std::nullopt),
-      torch::stable::detail::from(std::nullopt),
-      torch::stable::detail::from(std::nullopt)};
-  call_torch("aten::empty_like", "", stack.data());
-  Tensor copy = torch::stable::detail::to<Tensor>(stack[0]);
-  return torch::stable::copy_(copy, t);
-}
-
 // One tensor of one list, checked against its parameter, of which it holds `rows` copies.
 inline void check_member(const char* op, const char* list, size_t i, const Tensor& t,
                          const Tensor& param, ScalarType dtype, int rows = 1) {
@@ -97,17 +50,28 @@ inline void check_length(const char* op, const char* list, const Tensors& tensor
           tensors.size());
 }
 
-// The last arguments of every optimizer op, as the schema orders them.
-#define BNB_STEP_OPTIONS                                                                     \
-  const Tensor &step, const std::optional<Tensor>&lr_tensor, double lr, double beta1,        \
-      double beta2, double beta3, double alpha, double eps, double weight_decay,             \
-      double gnorm_scale, bool skip_zeros, double t_alpha, double t_beta3, double max_unorm, \
-      std::optional<int64_t> rounding_seed, const std::optional<Tensor>&gnorm_scales,        \
-      const std::optional<Tensor>&unorm
-#define BNB_STEP_INPUT                                                                \
-  step, lr_tensor, Hyper{lr,           beta1,       beta2,      beta3,   alpha,  eps, \
-                         weight_decay, gnorm_scale, skip_zeros, t_alpha, t_beta3},    \
-      max_unorm, rounding_seed, gnorm_scales, unorm
+inline const Tensor* pointer_to(const std::optional<Tensor>& t) {
+  return t.has_value() ? &*t : nullptr;
+}
+
+// What previews and steps take besides their lists, as the schemas order it.
+#define BNB_HYPER_OPTIONS                                                             \
+  const Tensor &step, const std::optional<Tensor>&lr_tensor, double lr, double beta1, \
+      double beta2, double beta3, double alpha, double eps, double weight_decay,      \
+      double gnorm_scale, bool skip_zeros, double t_alpha, double t_beta3
+#define BNB_HYPER_INPUT                                                                          \
+  step, pointer_to(lr_tensor), Hyper {                                                           \
+    lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale, skip_zeros, t_alpha, t_beta3 \
+  }
+#define BNB_PREVIEW_OPTIONS BNB_HYPER_OPTIONS, const std::optional<Tensor>& gnorm_scales
+#define BNB_PREVIEW_INPUT BNB_HYPER_INPUT, pointer_to(gnorm_scales)
+#define BNB_STEP_OPTIONS                                                           \
+  BNB_HYPER_OPTIONS, double max_unorm, std::optional<int64_t> rounding_seed,       \
+      const std::optional<Tensor>&gnorm_scales, const std::optional<Tensor>&unorm, \
+      const std::optional<Tensor>&update_scales
+#define BNB_STEP_INPUT                                                                    \
+  BNB_HYPER_INPUT, pointer_to(gnorm_scales), max_unorm, rounding_seed, pointer_to(unorm), \
+      pointer_to(update_scales)
 
 struct StepInput {
   const std::string& rule;
@@ -115,12 +79,14 @@ struct StepInput {
   const Tensors& grads;
   std::array<const Tensors*, 2> states;
   const Tensor& step;
-  const std::optional<Tensor>& lr_tensor;
+  const Tensor* lr_tensor;
   Hyper hyper;
-  double max_unorm;
-  std::optional<int64_t> rounding_seed;
-  const std::optional<Tensor>& gnorm_scales;
-  const std::optional<Tensor>& unorm;
+  const Tensor* gnorm_scales;
+  // A preview needs none of these.
+  double max_unorm = 0.0;
+  std::optional<int64_t> rounding_seed = std::nullopt;
+  const Tensor* unorm = nullptr;
+  const Tensor* update_scales = nullptr;
 };
 
 // One float per parameter of the list, or null.
@@ -155,11 +121,19 @@ class StepTensors {
     check_numel(op, "step", in.step, 1);
     check_same_device(op, "step", in.step, "params", first);
     args.step = in.step.const_data_ptr<int64_t>();
-    if (in.lr_tensor.has_value()) {
-      check_dtype(op, "lr_tensor", *in.lr_tensor, ScalarType::Float);
-      check_numel(op, "lr_tensor", *in.lr_tensor, 1);
-      check_same_device(op, "lr_tensor", *in.lr_tensor, "params", first);
-      args.lr = in.lr_tensor->const_data_ptr<float>();
+    if (in.lr_tensor != nullptr) {
+      const Tensor& lr = *in.lr_tensor;
+      const ScalarType lr_type = lr.scalar_type();
+      require(lr_type == ScalarType::Float || lr_type == ScalarType::Double, op,
+              ": lr_tensor must have dtype ", ScalarType::Float, " or ", ScalarType::Double,
+              ", got ", lr_type);
+      check_numel(op, "lr_tensor", lr, 1);
+      check_same_device(op, "lr_tensor", lr, "params", first);
+      if (lr_type == ScalarType::Double) {
+        args.lr = lr.const_data_ptr<double>();
+      } else {
+        args.lr = lr.const_data_ptr<float>();
+      }
     }
     for (size_t i = 0; i < count; ++i) {
       const Tensor& param = in.params[i];
@@ -183,14 +157,20 @@ class StepTensors {
       }
     }
     require(in.max_unorm >= 0.0, op, ": max_unorm must be zero or positive, got ", in.max_unorm);
+    require(in.max_unorm == 0.0 || in.update_scales == nullptr, op,
+            ": max_unorm must be 0 where update_scales keep to a bound, got ", in.max_unorm);
     args.max_unorm = static_cast<float>(in.max_unorm);
-    if (in.gnorm_scales.has_value()) {
+    if (in.gnorm_scales != nullptr) {
       check_per_parameter(op, "gnorm_scales", *in.gnorm_scales, in.params);
       args.gnorm_scales = in.gnorm_scales->const_data_ptr<float>();
     }
-    if (in.unorm.has_value()) {
+    if (in.unorm != nullptr) {
       check_per_parameter(op, "unorm", *in.unorm, in.params);
       args.unorm = in.unorm->mutable_data_ptr<float>();
+    }
+    if (in.update_scales != nullptr) {
+      check_per_parameter(op, "update_scales", *in.update_scales, in.params);
+      args.update_scales = in.update_scales->const_data_ptr<float>();
     }
     args.stochastic_rounding = in.rounding_seed.has_value();
     args.seed = static_cast<uint64_t>(in.rounding_seed.value_or(0));
@@ -200,8 +180,7 @@ class StepTensors {
   std::vector<OptimizerTensor>& collect() {
     tensors_.resize(in_.params.size());
     for (size_t i = 0; i < tensors_.size(); ++i) {
-      // The parameter's order is that of a one-row state; two rows are always in row-major order.
-      const Tensor& layout = (*in_.states[states_ == 3 ? 1 : 0])[i];
+      const Tensor& layout = layout_of(i);
       OptimizerTensor& t = tensors_[i];
       t = {};
       t.n = in_.params[i].numel();
@@ -220,7 +199,18 @@ class StepTensors {
 
   int states() const { return states_; }
 
+  // Whether no parameter must be copied.
+  bool in_order() const {
+    for (size_t i = 0; i < in_.params.size(); ++i) {
+      if (!same_layout(in_.params[i], layout_of(i))) return false;
+    }
+    return true;
+  }
+
  private:
+  // The parameter's order is that of a one-row state; two rows are always in row-major order.
+  const Tensor& layout_of(size_t i) const { return (*in_.states[states_ == 3 ? 1 : 0])[i]; }
+
   Tensor ordered(const Tensor& t, const Tensor& layout, bool written) {
     if (same_layout(t, layout)) return t;
     Tensor copy = copy_in_layout(t, layout);
@@ -250,11 +240,25 @@ std::vector<Tensor> run_preview(OptimizerStep& args, StateFormat format,
   if (!bounded && args.unorm == nullptr && format != StateFormat::kTensor8bit) return kept;
   if (bounded) {
     kept.push_back(new_empty(like, {static_cast<int64_t>(tensors.size())}, ScalarType::Float));
-    args.update_scales = kept.back().mutable_data_ptr<float>();
+    args.new_update_scales = kept.back().mutable_data_ptr<float>();
   }
   kept.push_back(new_empty(like, {preview_tiles(tensors), kPreviewNumbers}, ScalarType::Float));
   Backend::optimizer_preview(args, format, tensors, kept.back().mutable_data_ptr<float>(), scope);
+  if (bounded) args.update_scales = args.new_update_scales;
   return kept;
+}
+
+// Runs the preview for its sums of squares alone: those of parameters and updates, [2, tensors].
+template <class Backend>
+Tensor preview_squares(OptimizerStep& args, StateFormat format,
+                       std::span<const OptimizerTensor> tensors, const Tensor& like,
+                       const typename Backend::Scope& scope) {
+  const auto count = static_cast<int64_t>(tensors.size());
+  const Tensor squares = new_empty(like, {2, count}, ScalarType::Float);
+  args.param_squares = squares.mutable_data_ptr<float>();
+  args.unorm = args.param_squares + count;
+  run_preview<Backend>(args, format, tensors, like, scope);
+  return squares;
 }
 
 // The levels of the states.
@@ -272,8 +276,15 @@ inline void check_qmaps(const char* op, const std::array<const Tensor*, 2>& qmap
   }
 }
 
-inline const Tensor* pointer_to(const std::optional<Tensor>& t) {
-  return t.has_value() ? &*t : nullptr;
+template <class Backend>
+Tensor optimizer_preview_32bit(const std::string& rule, const Tensors& params, const Tensors& grads,
+                               const Tensors& state1, const Tensors& state2, BNB_PREVIEW_OPTIONS) {
+  constexpr const char* op = "optimizer_preview_32bit";
+  OptimizerStep args{};
+  const StepInput input{rule, params, grads, {&state1, &state2}, BNB_PREVIEW_INPUT};
+  StepTensors tensors(op, input, ScalarType::Float, args);
+  const typename Backend::Scope scope(params[0]);
+  return preview_squares<Backend>(args, StateFormat::kFloat32, tensors.collect(), params[0], scope);
 }
 
 template <class Backend>
@@ -290,6 +301,58 @@ void optimizer_step_32bit(const std::string& rule, const Tensors& params, const 
   tensors.copy_back();
 }
 
+// The scales of blockwise states.
+class BlockScales {
+ public:
+  BlockScales(const char* op, const Tensors& absmax1, const Tensors& absmax2, int states,
+              const Tensors& params)
+      : absmax_{&absmax1, &absmax2}, count_(state_tensors(states)) {
+    for (int k = 0; k < count_; ++k) {
+      const char* list = k == 0 ? "absmax1" : "absmax2";
+      check_length(op, list, *absmax_[k], params.size());
+      for (size_t i = 0; i < params.size(); ++i) {
+        const Tensor& t = (*absmax_[k])[i];
+        const int64_t blocks = state_rows(states, k) * ceil_div(params[i].numel(), kOptimizerBlock);
+        require(t.scalar_type() == ScalarType::Float && t.numel() == blocks && t.is_contiguous() &&
+                    t.device() == params[i].device(),
+                op, ": ", list, "[", i, "] must be a contiguous float32 tensor of ", blocks,
+                " elements (one per ", kOptimizerBlock, ") on the device of its parameter, got ",
+                t.scalar_type(), " of shape ", ShapeOf{t});
+      }
+    }
+  }
+
+  std::vector<OptimizerTensor>& add_to(std::vector<OptimizerTensor>& tensors) const {
+    for (int k = 0; k < count_; ++k) {
+      for (size_t i = 0; i < tensors.size(); ++i) {
+        tensors[i].absmax[k] = (*absmax_[k])[i].mutable_data_ptr<float>();
+      }
+    }
+    return tensors;
+  }
+
+ private:
+  std::array<const Tensors*, 2> absmax_;
+  int count_;
+};
+
+template <class Backend>
+Tensor optimizer_preview_8bit_blockwise(const std::string& rule, const Tensors& params,
+                                        const Tensors& grads, const Tensors& state1,
+                                        const Tensors& state2, const Tensors& absmax1,
+                                        const Tensors& absmax2, const Tensor& qmap1,
+                                        const std::optional<Tensor>& qmap2, BNB_PREVIEW_OPTIONS) {
+  constexpr const char* op = "optimizer_preview_8bit_blockwise";
+  OptimizerStep args{};
+  const StepInput input{rule, params, grads, {&state1, &state2}, BNB_PREVIEW_INPUT};
+  StepTensors tensors(op, input, ScalarType::Byte, args);
+  check_qmaps(op, {&qmap1, pointer_to(qmap2)}, state_tensors(tensors.states()), params[0], args);
+  const BlockScales scales(op, absmax1, absmax2, tensors.states(), params);
+  const typename Backend::Scope scope(params[0]);
+  return preview_squares<Backend>(args, StateFormat::kBlockwise8bit,
+                                  scales.add_to(tensors.collect()), params[0], scope);
+}
+
 template <class Backend>
 void optimizer_step_8bit_blockwise(const std::string& rule, const Tensors& params,
                                    const Tensors& grads, const Tensors& state1,
@@ -300,34 +363,45 @@ void optimizer_step_8bit_blockwise(const std::string& rule, const Tensors& param
   OptimizerStep args{};
   const StepInput input{rule, params, grads, {&state1, &state2}, BNB_STEP_INPUT};
   StepTensors tensors(op, input, ScalarType::Byte, args);
-  const int count = state_tensors(tensors.states());
-  check_qmaps(op, {&qmap1, pointer_to(qmap2)}, count, params[0], args);
-  const std::array<const Tensors*, 2> absmax = {&absmax1, &absmax2};
-  for (int k = 0; k < count; ++k) {
-    const char* list = k == 0 ? "absmax1" : "absmax2";
-    check_length(op, list, *absmax[k], params.size());
-    for (size_t i = 0; i < params.size(); ++i) {
-      const Tensor& t = (*absmax[k])[i];
-      const int64_t blocks =
-          state_rows(tensors.states(), k) * ceil_div(params[i].numel(), kOptimizerBlock);
-      require(t.scalar_type() == ScalarType::Float && t.numel() == blocks && t.is_contiguous() &&
-                  t.device() == params[i].device(),
-              op, ": ", list, "[", i, "] must be a contiguous float32 tensor of ", blocks,
-              " elements (one per ", kOptimizerBlock, ") on the device of its parameter, got ",
-              t.scalar_type(), " of shape ", ShapeOf{t});
-    }
-  }
+  check_qmaps(op, {&qmap1, pointer_to(qmap2)}, state_tensors(tensors.states()), params[0], args);
+  const BlockScales scales(op, absmax1, absmax2, tensors.states(), params);
   const typename Backend::Scope scope(params[0]);
-  std::vector<OptimizerTensor>& pointers = tensors.collect();
-  for (int k = 0; k < count; ++k) {
-    for (size_t i = 0; i < params.size(); ++i) {
-      pointers[i].absmax[k] = (*absmax[k])[i].template mutable_data_ptr<float>();
-    }
-  }
+  const std::vector<OptimizerTensor>& pointers = scales.add_to(tensors.collect());
   const auto kept =
       run_preview<Backend>(args, StateFormat::kBlockwise8bit, pointers, params[0], scope);
   Backend::optimizer_step_8bit_blockwise(args, pointers, scope);
   tensors.copy_back();
+}
+
+// Checks what a step with one scale per tensor takes besides its lists.
+inline void check_tensor_scales(const char* op, const std::string& rule, int states,
+                                const std::array<const Tensor*, 2>& max,
+                                const std::array<const Tensor*, 2>& qmap, const Tensors& params,
+                                OptimizerStep& args) {
+  require(states <= 2, op, ": rule must have one or two states, got '", rule, "'");
+  check_qmaps(op, qmap, states, params[0], args);
+  for (int k = 0; k < states; ++k) {
+    const char* name = k == 0 ? "max1" : "max2";
+    require(max[k] != nullptr, op, ": ", name, " must be given for rule '", rule, "'");
+    check_per_parameter(op, name, *max[k], params);
+    args.max[k] = max[k]->const_data_ptr<float>();
+  }
+}
+
+template <class Backend>
+Tensor optimizer_preview_8bit(const std::string& rule, const Tensors& params, const Tensors& grads,
+                              const Tensors& state1, const Tensors& state2, const Tensor& max1,
+                              const std::optional<Tensor>& max2, const Tensor& qmap1,
+                              const std::optional<Tensor>& qmap2, BNB_PREVIEW_OPTIONS) {
+  constexpr const char* op = "optimizer_preview_8bit";
+  OptimizerStep args{};
+  const StepInput input{rule, params, grads, {&state1, &state2}, BNB_PREVIEW_INPUT};
+  StepTensors tensors(op, input, ScalarType::Byte, args);
+  check_tensor_scales(op, rule, tensors.states(), {&max1, pointer_to(max2)},
+                      {&qmap1, pointer_to(qmap2)}, params, args);
+  const typename Backend::Scope scope(params[0]);
+  return preview_squares<Backend>(args, StateFormat::kTensor8bit, tensors.collect(), params[0],
+                                  scope);
 }
 
 template <class Backend>
@@ -340,22 +414,16 @@ void optimizer_step_8bit(const std::string& rule, const Tensors& params, const T
   OptimizerStep args{};
   const StepInput input{rule, params, grads, {&state1, &state2}, BNB_STEP_INPUT};
   StepTensors tensors(op, input, ScalarType::Byte, args);
-  require(tensors.states() <= 2, op, ": rule must have one or two states, got '", rule, "'");
-  const int count = tensors.states();
-  check_qmaps(op, {&qmap1, pointer_to(qmap2)}, count, params[0], args);
-  const std::array<const Tensor*, 2> max = {&max1, pointer_to(max2)};
+  check_tensor_scales(op, rule, tensors.states(), {&max1, pointer_to(max2)},
+                      {&qmap1, pointer_to(qmap2)}, params, args);
   const std::array<const Tensor*, 2> new_max = {&new_max1, pointer_to(new_max2)};
-  for (int k = 0; k < count; ++k) {
-    const char* name = k == 0 ? "max1" : "max2";
-    const char* new_name = k == 0 ? "new_max1" : "new_max2";
-    require(max[k] != nullptr && new_max[k] != nullptr, op, ": ", name, " and ", new_name,
-            " must be given for rule '", rule, "'");
-    check_per_parameter(op, name, *max[k], params);
-    check_per_parameter(op, new_name, *new_max[k], params);
-    args.max[k] = max[k]->const_data_ptr<float>();
+  for (int k = 0; k < tensors.states(); ++k) {
+    const char* name = k == 0 ? "new_max1" : "new_max2";
+    require(new_max[k] != nullptr, op, ": ", name, " must be given for rule '", rule, "'");
+    check_per_parameter(op, name, *new_max[k], params);
     args.new_max[k] = new_max[k]->mutable_data_ptr<float>();
-    require(args.max[k] != args.new_max[k], op, ": ", new_name, " must not share memory with ",
-            name);
+    require(args.max[k] != args.new_max[k], op, ": ", name, " must not share memory with max",
+            k + 1);
   }
   const typename Backend::Scope scope(params[0]);
   const std::vector<OptimizerTensor>& pointers = tensors.collect();
@@ -365,6 +433,10 @@ void optimizer_step_8bit(const std::string& rule, const Tensors& params, const T
   tensors.copy_back();
 }
 
+#undef BNB_HYPER_OPTIONS
+#undef BNB_HYPER_INPUT
+#undef BNB_PREVIEW_OPTIONS
+#undef BNB_PREVIEW_INPUT
 #undef BNB_STEP_OPTIONS
 #undef BNB_STEP_INPUT
 

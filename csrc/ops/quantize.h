@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <limits>
+
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/code/code.h"
 #include "bitsandbytes/kernels/quantize.h"
@@ -15,21 +17,45 @@ inline void check_block_size(const char* op, int64_t block_size) {
 
 inline void check_code(const char* op, const Tensor& code, const Tensor& a) {
   check_dtype(op, "code", code, ScalarType::Float);
-  check_numel(op, "code", code, kCodeLevels);
+  require(code.numel() >= 1 && code.numel() <= kCodeLevels, op, ": code must have 1 to ",
+          kCodeLevels, " elements, got ", code.numel(), " (shape ", ShapeOf{code}, ")");
   check_same_device(op, "code", code, "A", a);
 }
 
+// The 256 levels that kernels read. A shorter table ends in NaN, which no number is near to, and
+// which codes beyond the table decode as.
+inline Tensor levels_of(const Tensor& code) {
+  const int64_t count = code.numel();
+  if (count == kCodeLevels) return in_order(code);
+  Tensor levels = new_empty(code, {kCodeLevels}, ScalarType::Float);
+  torch::stable::fill_(levels, std::numeric_limits<double>::quiet_NaN());
+  Tensor front = torch::stable::narrow(levels, 0, 0, count);
+  torch::stable::copy_(front, torch::stable::reshape(code, {count}));
+  return levels;
+}
+
+// `absmax` may be nothing, and so may `rand`; see QuantizeBlockwise.
 template <class Backend>
 void quantize_into(const Tensor& a, const Tensor& code, int64_t block_size, const Tensor& out,
-                   const Tensor& absmax, DType dtype) {
+                   const Tensor* absmax, DType dtype, const Tensor* rand = nullptr,
+                   int64_t rand_offset = 0) {
   if (a.numel() == 0) return;
   const typename Backend::Scope scope(a);
   const Tensor source = in_order(a);
-  const Tensor levels = in_order(code);
-  Backend::quantize_blockwise(
-      {dtype, source.const_data_ptr(), levels.const_data_ptr<float>(),
-       out.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr<float>(), a.numel(), block_size},
-      scope);
+  const Tensor levels = levels_of(code);
+  QuantizeBlockwise args{dtype,
+                         source.const_data_ptr(),
+                         levels.const_data_ptr<float>(),
+                         out.mutable_data_ptr<uint8_t>(),
+                         absmax != nullptr ? absmax->mutable_data_ptr<float>() : nullptr,
+                         a.numel(),
+                         block_size};
+  if (rand == nullptr) return Backend::quantize_blockwise(args, scope);
+  const Tensor numbers = in_order(*rand);
+  args.rand = numbers.const_data_ptr<float>();
+  args.rand_size = numbers.numel();
+  args.rand_offset = rand_offset;
+  Backend::quantize_blockwise(args, scope);
 }
 
 template <class Backend>
@@ -48,7 +74,7 @@ std::tuple<Tensor, Tensor> quantize_blockwise(const Tensor& a, const Tensor& cod
   const DType dtype = check_quantize<Backend>(op, a, code, block_size);
   Tensor out = new_empty(a, shape_of(a), ScalarType::Byte);
   Tensor absmax = new_empty(a, {ceil_div(a.numel(), block_size)}, ScalarType::Float);
-  quantize_into<Backend>(a, code, block_size, out, absmax, dtype);
+  quantize_into<Backend>(a, code, block_size, out, &absmax, dtype);
   return {out, absmax};
 }
 
@@ -65,7 +91,35 @@ void quantize_blockwise_out(const Tensor& a, const Tensor& code, int64_t block_s
   check_numel(op, "absmax", absmax, ceil_div(a.numel(), block_size));
   check_contiguous(op, "absmax", absmax);
   check_same_device(op, "absmax", absmax, "A", a);
-  quantize_into<Backend>(a, code, block_size, out, absmax, dtype);
+  quantize_into<Backend>(a, code, block_size, out, &absmax, dtype);
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> quantize_blockwise_stochastic(const Tensor& a, const Tensor& code,
+                                                         int64_t block_size, const Tensor& rand,
+                                                         int64_t offset) {
+  constexpr const char* op = "quantize_blockwise_stochastic";
+  const DType dtype = check_quantize<Backend>(op, a, code, block_size);
+  check_dtype(op, "rand", rand, ScalarType::Float);
+  require(rand.numel() >= 1, op, ": rand must have at least one element, got none");
+  check_same_device(op, "rand", rand, "A", a);
+  require(offset >= 0 && offset < rand.numel(), op, ": offset must be 0 to ", rand.numel() - 1,
+          " for a rand of ", rand.numel(), " elements, got ", offset);
+  Tensor out = new_empty(a, shape_of(a), ScalarType::Byte);
+  Tensor absmax = new_empty(a, {ceil_div(a.numel(), block_size)}, ScalarType::Float);
+  quantize_into<Backend>(a, code, block_size, out, &absmax, dtype, &rand, offset);
+  return {out, absmax};
+}
+
+template <class Backend>
+Tensor quantize_no_absmax(const Tensor& a, const Tensor& code) {
+  constexpr const char* op = "quantize_no_absmax";
+  constexpr int64_t kPiece = 4096;  // of the work, whose blocks have no other meaning here
+  const DType dtype = check_float(op, "A", a);
+  check_code(op, code, a);
+  Tensor out = new_empty(a, shape_of(a), ScalarType::Byte);
+  quantize_into<Backend>(a, code, kPiece, out, nullptr, dtype);
+  return out;
 }
 
 // The scales of a dequantization: numbers, or 8-bit codes with what decodes them.
@@ -140,7 +194,7 @@ void dequantize_into(const Tensor& a, const ScaleTensors& scales, const Tensor& 
   const typename Backend::Scope scope(a);
   const Tensor codes = in_order(a);
   const ScaleTensors ordered = scales.in_order();
-  const Tensor levels = in_order(code);
+  const Tensor levels = levels_of(code);
   Backend::dequantize_blockwise(
       {dtype, codes.const_data_ptr<uint8_t>(), ordered.pointers(), levels.const_data_ptr<float>(),
        out.mutable_data_ptr(), a.numel(), block_size},

@@ -29,8 +29,10 @@ BNB_HD constexpr bool is_nan(float x) { return (float_bits(x) & 0x7fffffffu) > 0
 BNB_HD constexpr bool is_finite(float x) { return (float_bits(x) & 0x7f800000u) != 0x7f800000u; }
 BNB_HD constexpr float magnitude(float x) { return bits_float(float_bits(x) & 0x7fffffffu); }
 
-// The next float above a finite x; used to build decision thresholds, never on a hot path.
+// The next float above x, which is not infinity; NaN stays NaN whatever its payload. Used to build
+// decision thresholds, never on a hot path.
 BNB_HD constexpr float next_up(float x) {
+  if (is_nan(x)) return x;
   const uint32_t bits = float_bits(x);
   if (bits == 0x80000000u || bits == 0) return bits_float(1);
   return bits_float(sign_bit(x) ? bits - 1 : bits + 1);

@@ -59,6 +59,30 @@ def _(
     _check(out.numel() == A.numel(), op, "out", "as large as A", out.shape)
 
 
+@register_fake("quantize_blockwise_stochastic")
+def _(A: Tensor, code: Tensor, blocksize: int, rand: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    op = "quantize_blockwise_stochastic"
+    _check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    _check(rand.dtype == torch.float32, op, "rand", "float32", rand.dtype)
+    absmax = A.new_empty((_blocks(A.numel(), blocksize),), dtype=torch.float32)
+    return A.new_empty(A.shape, dtype=torch.uint8), absmax
+
+
+@register_fake("quantize_no_absmax")
+def _(A: Tensor, code: Tensor) -> Tensor:
+    op = "quantize_no_absmax"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    return A.new_empty(A.shape, dtype=torch.uint8)
+
+
+@register_fake("estimate_quantiles")
+def _(A: Tensor, offset: float) -> Tensor:
+    op = "estimate_quantiles"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    return A.new_empty((256,), dtype=torch.float32)
+
+
 @register_fake("dequantize_blockwise_nested")
 def _(
     A: Tensor,
@@ -99,7 +123,7 @@ def _(
 
 
 def _check_4bit(op: str, blocksize: int, quant_type: str, name: str, dtype: torch.dtype) -> None:
-    _check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {set(BLOCKSIZES)}", blocksize)
+    _check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {BLOCKSIZES}", blocksize)
     _check(quant_type in QUANT_TYPES, op, "quant_type", "nf4 or fp4", quant_type)
     _check(dtype in FLOATS, op, name, "float32, float16 or bfloat16", dtype)
 
@@ -376,6 +400,26 @@ def _(rule, params, grads, state1, state2, *rest) -> None:
 @register_fake("optimizer_step_8bit")
 def _(rule, params, grads, state1, state2, *rest) -> None:
     _check_step("optimizer_step_8bit", params, grads)
+
+
+def _preview(op: str, params: list[Tensor], grads: list[Tensor]) -> Tensor:
+    _check_step(op, params, grads)
+    return params[0].new_empty((2, len(params)), dtype=torch.float32)
+
+
+@register_fake("optimizer_preview_32bit")
+def _(rule, params, grads, state1, state2, *rest) -> Tensor:
+    return _preview("optimizer_preview_32bit", params, grads)
+
+
+@register_fake("optimizer_preview_8bit_blockwise")
+def _(rule, params, grads, state1, state2, *rest) -> Tensor:
+    return _preview("optimizer_preview_8bit_blockwise", params, grads)
+
+
+@register_fake("optimizer_preview_8bit")
+def _(rule, params, grads, state1, state2, *rest) -> Tensor:
+    return _preview("optimizer_preview_8bit", params, grads)
 
 
 @register_fake("percentile_clipping_step")

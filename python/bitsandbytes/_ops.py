@@ -15,12 +15,17 @@ __all__ = ["SCHEMAS", "register_fake", "register_kernel"]
 NAMESPACE = "bitsandbytes"
 
 # What every optimizer op takes besides its lists: the number of steps taken, hyperparameters, and
-# the options of one call. `gnorm_scales` and `unorm` hold one number per parameter of the list.
+# the options of one call. `gnorm_scales`, `unorm` and `update_scales` hold one number per parameter
+# of the list.
 _HYPER = (
     "Tensor step, Tensor? lr_tensor, float lr, float beta1, float beta2, float beta3, float alpha, "
     "float eps, float weight_decay, float gnorm_scale, bool skip_zeros, "
-    "float t_alpha=0.0, float t_beta3=0.0, float max_unorm=0.0, int? rounding_seed=None, "
-    "Tensor? gnorm_scales=None, Tensor(z!)? unorm=None"
+    "float t_alpha=0.0, float t_beta3=0.0"
+)
+_PREVIEW = f"{_HYPER}, Tensor? gnorm_scales=None"
+_STEP = (
+    f"{_HYPER}, float max_unorm=0.0, int? rounding_seed=None, Tensor? gnorm_scales=None, "
+    "Tensor(z!)? unorm=None, Tensor? update_scales=None"
 )
 
 SCHEMAS = (
@@ -32,6 +37,12 @@ SCHEMAS = (
     "-> Tensor",
     "dequantize_blockwise.out(Tensor A, Tensor absmax, Tensor code, int blocksize, "
     "ScalarType dtype, Tensor(a!) out) -> ()",
+    # Codes of levels that are not the nearest: `rand` decides, read from `offset` on
+    "quantize_blockwise_stochastic(Tensor A, Tensor code, int blocksize, Tensor rand, int offset) "
+    "-> (Tensor, Tensor)",
+    # 8-bit quantization without blocks
+    "quantize_no_absmax(Tensor A, Tensor code) -> Tensor",
+    "estimate_quantiles(Tensor A, float offset) -> Tensor",
     # The same with quantized scales: absmax_code[absmax_8bit] * absmax + absmax_offset
     "dequantize_blockwise_nested(Tensor A, Tensor absmax_8bit, Tensor absmax_code, Tensor absmax, "
     "Tensor absmax_offset, Tensor code, int blocksize, int nested_blocksize, ScalarType dtype) "
@@ -79,13 +90,23 @@ SCHEMAS = (
     "Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)",
     # Optimizers: one call for a whole list of parameters
     "optimizer_step_32bit(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "
-    f"Tensor(c!)[] state2, {_HYPER}) -> ()",
+    f"Tensor(c!)[] state2, {_STEP}) -> ()",
     "optimizer_step_8bit_blockwise(str rule, Tensor(a!)[] params, Tensor[] grads, "
     "Tensor(b!)[] state1, Tensor(c!)[] state2, Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, "
-    f"Tensor qmap1, Tensor? qmap2, {_HYPER}) -> ()",
+    f"Tensor qmap1, Tensor? qmap2, {_STEP}) -> ()",
     "optimizer_step_8bit(str rule, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, "
     "Tensor(c!)[] state2, Tensor max1, Tensor? max2, Tensor(d!) new_max1, Tensor(e!)? new_max2, "
-    f"Tensor qmap1, Tensor? qmap2, {_HYPER}) -> ()",
+    f"Tensor qmap1, Tensor? qmap2, {_STEP}) -> ()",
+    # Sums of squares [2, count] of parameters and of their updates, which a step would bound. Parts
+    # of one tensor add theirs up and pass `update_scales` to the step instead of `max_unorm`.
+    "optimizer_preview_32bit(str rule, Tensor[] params, Tensor[] grads, Tensor[] state1, "
+    f"Tensor[] state2, {_PREVIEW}) -> Tensor",
+    "optimizer_preview_8bit_blockwise(str rule, Tensor[] params, Tensor[] grads, Tensor[] state1, "
+    "Tensor[] state2, Tensor[] absmax1, Tensor[] absmax2, Tensor qmap1, Tensor? qmap2, "
+    f"{_PREVIEW}) -> Tensor",
+    "optimizer_preview_8bit(str rule, Tensor[] params, Tensor[] grads, Tensor[] state1, "
+    "Tensor[] state2, Tensor max1, Tensor? max2, Tensor qmap1, Tensor? qmap2, "
+    f"{_PREVIEW}) -> Tensor",
     # Gradient norms [count], clip values [count], factors [count] of adaptive clipping
     "percentile_clipping_step(Tensor[] grads, Tensor(a!)[] gnorm_vec, Tensor step, int percentile) "
     "-> Tensor",
@@ -100,8 +121,15 @@ SCHEMAS = (
     "Tensor(a7!)? absmax2, float weight_decay, float gnorm_scale, bool skip_zeros=False) -> ()",
 )
 
+# Gives a native library the tensors of a plan to hold (optim/plan.py). It computes nothing, exists
+# where there are native kernels only, and is never called where a tracer looks on.
+_PLAN_SCHEMA = (
+    "_optimizer_plan(str rule, Tensor[] params, Tensor[] state1, Tensor[] state2, "
+    "Tensor[] absmax1, Tensor[] absmax2, Tensor? qmap1, Tensor? qmap2, Tensor step) -> int"
+)
+
 _definitions = torch.library.Library(NAMESPACE, "DEF")
-for _schema in SCHEMAS:
+for _schema in (*SCHEMAS, _PLAN_SCHEMA):
     _definitions.define(_schema)
 
 

@@ -1,6 +1,28 @@
 # SPDX-License-Identifier: MIT
 """The public quantization functions, under the names that programs import."""
 
+import ctypes as ct
+import importlib
+import itertools
+from collections.abc import Iterable
+from math import prod
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from .cextension import lib
+from .handles import (
+    FIRST_CUDA_DEVICE,
+    CUBLAS_Context,
+    _cuda_device_of,
+    _get_tensor_stream,
+    dtype2bytes,
+    get_ptr,
+    pipeline_test,
+    post_call,
+    pre_call,
+)
 from .optim.functional import (
     is_on_gpu,
     optimizer_update_8bit,
@@ -18,7 +40,18 @@ from .paged import (
     prefetch_tensor,
 )
 from .quant.blockwise import dequantize_blockwise, quantize_blockwise
-from .quant.codes import create_dynamic_map, create_linear_map, name2qmap
+from .quant.codes import (
+    create_dynamic_map,
+    create_fp8_map,
+    create_linear_map,
+    create_normal_map,
+    name2qmap,
+)
+from .quant.cpu_packing import (
+    _convert_weight_packed_for_cpu,
+    _convert_weight_packed_for_cpu_inverse,
+    has_avx512bf16,
+)
 from .quant.four_bit import (
     dequantize_4bit,
     dequantize_fp4,
@@ -35,40 +68,85 @@ from .quant.int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from .quant.quantiles import create_quantile_map, estimate_quantiles, histogram_scatter_add_2d
 from .quant.state import QuantState
+from .quant.tensorwise import dequantize, dequantize_no_absmax, quantize, quantize_no_absmax
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
+    "FIRST_CUDA_DEVICE",
+    "Any",
+    "C",
+    "CUBLAS_Context",
     "GlobalPageManager",
+    "Iterable",
+    "Optional",
     "QuantState",
+    "Tensor",
+    "_convert_weight_packed_for_cpu",
+    "_convert_weight_packed_for_cpu_inverse",
+    "_cuda_device_of",
+    "_get_tensor_stream",
     "_mul",
     "arange",
     "create_dynamic_map",
+    "create_fp8_map",
     "create_linear_map",
+    "create_normal_map",
+    "create_quantile_map",
+    "ct",
+    "dequantize",
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "dequantize_no_absmax",
+    "dtype2bytes",
     "elementwise_func",
+    "estimate_quantiles",
     "fill",
     "gemv_4bit",
     "get_4bit_type",
     "get_paged",
+    "get_ptr",
+    "has_avx512bf16",
+    "histogram_scatter_add_2d",
     "int8_linear_matmul",
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
     "int8_vectorwise_quant",
     "is_on_gpu",
+    "itertools",
+    "lib",
     "name2qmap",
     "optimizer_update_8bit",
     "optimizer_update_8bit_blockwise",
     "optimizer_update_32bit",
     "pack_dict_to_tensor",
     "percentile_clipping",
+    "pipeline_test",
+    "post_call",
+    "pre_call",
     "prefetch_tensor",
+    "prod",
+    "quantize",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
+    "quantize_no_absmax",
+    "torch",
     "unpack_tensor_to_dict",
 ]
+
+C = 127.0
+
+
+def __getattr__(name: str):
+    # Compat: names of other packages that the public module shows. Imported when asked for: NumPy
+    # may not be there.
+    if name == "np":
+        return importlib.import_module("numpy")
+    if name == "deprecated":
+        return importlib.import_module("typing_extensions").deprecated
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -184,6 +184,10 @@ TEST(Float, NextUpIsTheNextFloat) {
                         -1.17549435e-38f, 3e38f, -3e38f}) {
     EXPECT_EQ(next_up(x), std::nextafter(x, kInfinity)) << x;
   }
+  // GPUs make NaN with all bits set, which another one would carry into a zero.
+  for (const uint32_t nan : {0x7fffffffu, 0x7fc00000u, 0xffffffffu, 0x7f800001u, 0xff800001u}) {
+    EXPECT_TRUE(is_nan(next_up(bits_float(nan)))) << nan;
+  }
 }
 
 TEST(Float, NanWinsAbsmax) {

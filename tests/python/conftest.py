@@ -3,6 +3,8 @@
 
 import os
 import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,24 @@ from bitsandbytes import _library, paged
 _native = _library.native_module()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """With --emulated, kernels of the GPU take the place of the CPU's."""
+    config.addinivalue_line("markers", "cpu_kernels: tests what only the kernels of the CPU do")
+    if config.getoption("--emulated"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that kernels are replaced is what is wanted
+            torch.ops.load_library(config.getoption("--emulated"))
+        _library.libraries["_ops"].path = Path(config.getoption("--emulated"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what does not hold for emulated kernels."""
+    if config.getoption("--emulated"):
+        for item in items:
+            if item.get_closest_marker("cpu_kernels") or "cpu_isa" in item.fixturenames:
+                item.add_marker(pytest.mark.skip(reason="kernels of the GPU run"))
+
+
 @pytest.fixture(params=_native.available_cpu_isas() if _native else [])
 def cpu_isa(request) -> str:
     """Each instruction set of the CPU kernels that this processor runs; the choice is restored."""
@@ -19,6 +39,12 @@ def cpu_isa(request) -> str:
     _native.set_cpu_isa(request.param)
     yield request.param
     _native.set_cpu_isa(before)
+
+
+@pytest.fixture
+def gpu_kernels(request, device) -> bool:
+    """Whether what runs on `device` are kernels for a GPU."""
+    return device == "cuda" or bool(request.config.getoption("--emulated"))
 
 
 @pytest.fixture

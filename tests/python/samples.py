@@ -50,6 +50,33 @@ def _(device):
     return [((x, code, 64), {"out": out, "absmax": absmax})]
 
 
+@samples("quantize_blockwise_stochastic")
+def _(device):
+    x = torch.randn(3, 50, device=device)
+    rand = torch.rand(1024, device=device)
+    return [
+        (x, create_dynamic_map().to(device), 64, rand, 0),
+        (x.half().t(), torch.rand(17, device=device), 256, rand[:5], 4),
+        (x.bfloat16()[:0], create_dynamic_map().to(device), 64, rand, 1000),
+    ]
+
+
+@samples("quantize_no_absmax")
+def _(device):
+    x = torch.randn(3, 50, device=device)
+    return [
+        (x, create_dynamic_map().to(device)),
+        (x.half().t(), torch.rand(1, device=device)),
+        (x.bfloat16()[:0], create_dynamic_map().to(device)),
+    ]
+
+
+@samples("estimate_quantiles")
+def _(device):
+    x = torch.randn(30, 50, device=device)
+    return [(x, 1 / 512), (x.half().t(), 0.0), (x.bfloat16()[:, ::2], 0.5), (x[0, :1], 0.1)]
+
+
 def _quantized(device):
     codes = torch.randint(0, 256, (3, 50), dtype=torch.uint8, device=device)
     return codes, torch.rand(3, device=device), create_dynamic_map().to(device)
@@ -70,6 +97,89 @@ def _(device):
 def _(device):
     out = torch.zeros(3, 50, dtype=torch.float16, device=device)
     return [(*_quantized(device), 64, torch.float16, out)]
+
+
+def _nested_scales(device, blocks):
+    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
+    return codes, create_dynamic_map().to(device), torch.rand(1, device=device)
+
+
+@samples("dequantize_blockwise_nested")
+def _(device):
+    codes, _, code = _quantized(device)
+    nested = (*_nested_scales(device, 3), torch.tensor(0.5, device=device))
+    return [
+        (codes, *nested, code, 64, 256, torch.float32),
+        (codes.t(), *nested, code, 64, 3, torch.bfloat16),
+    ]
+
+
+@samples("dequantize_blockwise_nested.out")
+def _(device):
+    codes, _, code = _quantized(device)
+    nested = (*_nested_scales(device, 3), torch.tensor(0.5, device=device))
+    out = torch.zeros(3, 50, dtype=torch.float16, device=device)
+    return [(codes, *nested, code, 64, 256, torch.float16, out)]
+
+
+# --- 4-bit blockwise quantization ---------------------------------------------------------------
+
+
+@samples("quantize_4bit")
+def _(device):
+    x = torch.randn(3, 51, device=device)
+    return [
+        (x, 64, "nf4", torch.uint8),
+        (x.half().t(), 32, "fp4", torch.bfloat16),
+        (x.bfloat16()[:, ::2], 4096, "nf4", torch.float64),
+        (x[:0], 64, "fp4", torch.uint8),
+    ]
+
+
+@samples("quantize_4bit.out")
+def _(device):
+    x = torch.randn(3, 51, device=device)
+    out = torch.zeros(20, 1, dtype=torch.int32, device=device)
+    absmax = torch.zeros(3, device=device)
+    return [((x, 64, "nf4", torch.int32), {"out": out, "absmax": absmax})]
+
+
+def _packed(device):
+    return torch.randint(0, 256, (77, 1), dtype=torch.uint8, device=device)
+
+
+@samples("dequantize_4bit")
+def _(device):
+    packed, absmax = _packed(device), torch.rand(3, device=device)
+    return [
+        (packed, absmax, 64, "nf4", [3, 51], torch.float32),
+        (packed.t(), absmax, 64, "fp4", [153], torch.bfloat16),
+        (packed[:76].view(-1).view(torch.int16), absmax, 64, "nf4", [151], torch.float16),
+        (packed[:0], absmax[:0], 64, "nf4", [0, 64], torch.float32),
+    ]
+
+
+@samples("dequantize_4bit.out")
+def _(device):
+    out = torch.zeros(3, 51, dtype=torch.float16, device=device)
+    absmax = torch.rand(3, device=device)
+    return [(_packed(device), absmax, 64, "fp4", [3, 51], torch.float16, out)]
+
+
+@samples("dequantize_4bit_nested")
+def _(device):
+    nested = (*_nested_scales(device, 3), torch.tensor(0.5, device=device))
+    return [
+        (_packed(device), *nested, 64, 256, "nf4", [3, 51], torch.float32),
+        (_packed(device), *nested, 64, 3, "fp4", [3, 51], torch.bfloat16),
+    ]
+
+
+@samples("dequantize_4bit_nested.out")
+def _(device):
+    nested = (*_nested_scales(device, 3), torch.tensor(0.5, device=device))
+    out = torch.zeros(3, 51, device=device)
+    return [(_packed(device), *nested, 64, 256, "nf4", [3, 51], torch.float32, out)]
 
 
 # --- products with a 4-bit weight ---------------------------------------------------------------
@@ -248,6 +358,9 @@ def _(device):
     params, grads, tail = _step(device, torch.float32, False)
     state = [torch.rand(p.shape, device=device) for p in params]
     calls.append((("lars", params, grads, state, [], *tail), _options(device)))
+    scaled = {**_options(device), "max_unorm": 0.0, "update_scales": torch.rand(2, device=device)}
+    params, grads, tail = _step(device, torch.float32, False)
+    calls.append((("lars", params, grads, state, [], *tail), scaled))
     return calls
 
 
@@ -285,6 +398,33 @@ def _(device):
     codes, _ = _codes(params, 1, device)
     calls.append((("lion", params, grads, codes, [], *scales, qmaps[0], None, *tail), {}))
     return calls
+
+
+def _of_preview(calls, outputs=()):
+    """Calls of a step, without the arguments that only a step takes."""
+    kept = ("t_alpha", "t_beta3", "gnorm_scales")
+    return [
+        (
+            [value for i, value in enumerate(args) if i not in outputs],
+            {key: value for key, value in options.items() if key in kept},
+        )
+        for args, options in calls
+    ]
+
+
+@samples("optimizer_preview_32bit")
+def _(device):
+    return _of_preview(SAMPLES["optimizer_step_32bit"](device))
+
+
+@samples("optimizer_preview_8bit_blockwise")
+def _(device):
+    return _of_preview(SAMPLES["optimizer_step_8bit_blockwise"](device))
+
+
+@samples("optimizer_preview_8bit")
+def _(device):
+    return _of_preview(SAMPLES["optimizer_step_8bit"](device), outputs=(7, 8))
 
 
 @samples("percentile_clipping_step")

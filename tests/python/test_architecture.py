@@ -35,6 +35,9 @@ def code_of(path):
     return re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
 
 
+# What ops may know of the CPU kernels.
+CPU_INTERFACE = ["cpu/bounds.h", "cpu/dispatch.h", "cpu/quantiles.h", "cpu/quantize.h"]
+
 # Folder -> what its files may include with quotes, and with brackets besides the C++ library.
 ALLOWED = {
     "include": (["bitsandbytes/"], []),
@@ -43,11 +46,15 @@ ALLOWED = {
     "csrc/gpu": (["bitsandbytes/", "gpu/"], []),
     "csrc/gpu/device": (["bitsandbytes/", "gpu/device/", "gpu/runtime/"], []),
     "csrc/gpu/runtime": (["bitsandbytes/", "gpu/runtime/"], ["cuda", "hip", "cub"]),
+    "csrc/gpu/runtime/emulated.cpp": (["gpu/runtime/"], ["ucontext.h"]),
     "csrc/ops": (["bitsandbytes/", "ops/"], []),
     "csrc/ops/torch_api.h": (["bitsandbytes/"], ["torch/"]),
-    "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", "cpu/bounds.h", "cpu/dispatch.h"], []),
+    "csrc/ops/cpu.cpp": (["bitsandbytes/", "ops/", *CPU_INTERFACE], []),
     "csrc/ops/gpu.cpp": (["bitsandbytes/", "ops/", "gpu/runtime/"], []),
-    "csrc/bindings": (["bitsandbytes/", "cpu/dispatch.h"], ["pybind11/"]),
+    "csrc/bindings": (
+        ["bitsandbytes/", "bindings/", "cpu/dispatch.h"],
+        ["pybind11/", "dlfcn.h"],
+    ),
 }
 STANDARD = re.compile(r"^[a-z_0-9]+$")
 
@@ -123,7 +130,7 @@ def test_reference_imports_numpy_only(path):
 LAYERS = {
     "plain": {"_checks", "_codes4", "_ops"},
     "quant": {"_checks", "_codes4", "_ops", "utils"},
-    "optim": {"_checks", "_ops", "paged", "plain", "quant"},
+    "optim": {"_checks", "_library", "_ops", "paged", "plain", "quant"},
     "autograd": {"_checks", "_ops", "functional", "quant", "utils"},
     "nn": {"_checks", "_ops", "autograd", "functional", "optim", "quant", "utils"},
 }

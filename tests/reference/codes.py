@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Executable specification of 8-bit blockwise quantization, in NumPy and without bitsandbytes.
 
-A code is a table of 256 float32 levels. Every device must choose the same code, so the decision is
-defined on float32 numbers; the comparisons themselves are made in float64, where they are exact.
+A code is a table of at most 256 float32 levels. Every device must choose the same code, so the
+decision is defined on float32 numbers; the comparisons themselves are made in float64, where they
+are exact.
 """
 
 import numpy as np
@@ -13,7 +14,9 @@ __all__ = [
     "encode",
     "linear_map",
     "midpoints",
+    "quantiles",
     "quantize",
+    "round_stochastic",
     "round_to",
     "scale",
 ]
@@ -76,24 +79,59 @@ def midpoints(levels: np.ndarray) -> np.ndarray:
     return (levels[:-1] + levels[1:]) * np.float32(0.5)
 
 
-def encode(levels: np.ndarray, s: np.ndarray, keep_sign: bool = False) -> np.ndarray:
-    """Returns the code uint8 of each scaled value for ascending levels.
+def ordered(levels: np.ndarray):
+    """Returns the levels in ascending order, and the code of each; NaN is no level."""
+    levels = np.asarray(levels, np.float32)
+    codes = np.argsort(levels, kind="stable")
+    codes = codes[~np.isnan(levels[codes])]
+    return levels[codes], codes
 
-    Beyond a midpoint the upper level is nearer, on a midpoint the even code is taken, NaN is code
-    0. With `keep_sign` (states of optimizers) a value with a minus sign never takes a level
-    without one: it takes the level below.
+
+def encode(levels: np.ndarray, s: np.ndarray, keep_sign: bool = False) -> np.ndarray:
+    """Returns the code uint8 of each scaled value for 1 to 256 levels.
+
+    Beyond a midpoint the upper level is nearer, on a midpoint the one at an even place of the
+    ascending order is taken, NaN is at the first place. With `keep_sign` (states of optimizers) a
+    value with a minus sign never takes a level without one: it takes the level below.
     """
     s = np.asarray(s)
+    levels, codes = ordered(levels)
     middle = midpoints(levels).astype(np.float64)
-    above = np.searchsorted(middle, s, side="left")  # midpoints < s
-    tie = np.minimum(above, LEVELS - 2)
-    odd = np.equal(middle[tie], s) & (tie % 2 == 1)  # then the even code is the upper one
-    codes = above + odd
-    codes = np.where(np.isnan(s), 0, codes)
+    places = np.searchsorted(middle, s, side="left")  # midpoints < s
+    if middle.size:
+        tie = np.minimum(places, middle.size - 1)
+        places = places + (np.equal(middle[tie], s) & (tie % 2 == 1))
+    places = np.where(np.isnan(s), 0, places)
     if keep_sign:
-        lost = np.signbit(s) & ~np.signbit(levels[codes]) & (codes > 0)
-        codes = codes - lost
-    return codes.astype(np.uint8)
+        lost = np.signbit(s) & ~np.signbit(levels[places]) & (places > 0)
+        places = places - lost
+    return codes[places].astype(np.uint8)
+
+
+def round_stochastic(levels: np.ndarray, s: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Returns the codes uint8 of scaled values float32 that numbers r in [0, 1) choose.
+
+    The nearest level is left for the one on the other side of s when r reaches 1 minus the share
+    that s has gone towards it. Differences and quotient are rounded to float32.
+    """
+    chosen = encode(levels, s)
+    levels, codes = ordered(levels)
+    place = np.zeros(LEVELS, np.int64)
+    place[codes] = np.arange(codes.size)
+    nearest = place[chosen]
+    side = (s > levels[nearest]).astype(np.int64) - (s < levels[nearest])
+    other = np.clip(nearest + side, 0, levels.size - 1)
+    with np.errstate(all="ignore"):
+        rest = np.abs(levels[other] - s) / np.abs(levels[other] - levels[nearest])
+        moves = (other != nearest) & (r >= rest)
+    return codes[np.where(moves, other, nearest)].astype(np.uint8)
+
+
+def quantiles(a: np.ndarray, offset: float) -> np.ndarray:
+    """Returns 256 quantiles float32: elements of a in ascending order, NaN last."""
+    a = np.sort(np.asarray(a, np.float32).reshape(-1))
+    places = (offset + np.arange(256) * (1 - 2 * offset) / 255) * (a.size - 1)
+    return a[np.floor(places).astype(np.int64) + (places - np.floor(places) >= 0.5)]
 
 
 def scale(a: np.ndarray, blocksize: int):

@@ -11,7 +11,16 @@ import numpy as np
 
 from .codes import _equal_cells, midpoints, round_to, scale
 
-__all__ = ["dequantize", "encode", "fp4_levels", "levels", "nf4_levels", "pack", "quantize", "unpack"]
+__all__ = [
+    "dequantize",
+    "encode",
+    "fp4_levels",
+    "levels",
+    "nf4_levels",
+    "pack",
+    "quantize",
+    "unpack",
+]
 
 # What the CUDA kernels of the public package compare magnitudes with, as float32. The levels above
 # the thresholds ascend in the order of these codes.

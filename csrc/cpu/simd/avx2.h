@@ -97,12 +97,6 @@ BNB_HD Int shift_right_signed(Int a) {
   return {_mm256_srai_epi32(a.v, kBits)};
 }
 BNB_HD Int round_to_int(Float a) { return {_mm256_cvtps_epi32(a.v)}; }
-BNB_HD Int truncate_to_int(Float a) { return {_mm256_cvttps_epi32(a.v)}; }
-// Distance to the nearest integer.
-BNB_HD Float fraction(Float a) {
-  const __m256 near = _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_sub_ps(a.v, near))};
-}
 BNB_HD Float int_to_float(Int a) { return {_mm256_cvtepi32_ps(a.v)}; }
 
 BNB_HD Mask is_negative(Float a) {
@@ -119,6 +113,7 @@ BNB_HD Int select(Mask m, Int a, Int b) {
       _mm256_blendv_ps(_mm256_castsi256_ps(b.v), _mm256_castsi256_ps(a.v), m.v))};
 }
 BNB_HD bool any(Mask m) { return _mm256_movemask_ps(m.v) != 0; }
+BNB_HD bool all(Mask m) { return _mm256_movemask_ps(m.v) == 0xff; }
 
 BNB_HD Float gather(const float* table, Int index) {
   return {_mm256_i32gather_ps(table, index.v, 4)};
@@ -139,19 +134,13 @@ BNB_HD Int load_ints(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
 
-// Lookups in small tables, and whether they beat gathers from larger ones.
-inline constexpr bool kHasRegisterTables = false;
-BNB_HD Float lookup16(const float* table, Int index) { return gather(table, index); }
-BNB_HD Float lookup32(const float* table, Int index) { return gather(table, index); }
-BNB_HD Int lookup32(const int32_t* table, Int index) {
-  return gather(reinterpret_cast<const uint32_t*>(table), index);
-}
-
 // Levels of kDecodeRun consecutive codes.
 inline constexpr int kDecodeRun = kWidth;
 BNB_HD void decode_run(const Code& code, const uint8_t* codes, float* out) {
   store(out, gather(code.levels, load_codes(codes)));
 }
+
+inline constexpr int kEncodeRun = 0;
 
 BNB_HD int32_t reduce_max(Int a) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "bitsandbytes/code/bins.h"
 #include "bitsandbytes/numeric.h"
 #include "cpu/dispatch.h"
 
@@ -32,9 +33,19 @@ BNB_HD Float load(const float* p) { return {_mm512_loadu_ps(p)}; }
 BNB_HD Float load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+// Words 2 i + 1 of a vector become words i, or words i become 2 i + 1.
+alignas(64) inline constexpr uint16_t kUpperHalves[32] = {
+    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+};
+alignas(64) inline constexpr uint16_t kToUpperHalves[32] = {
+    0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+    0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15,
+};
 BNB_HD Float load(const BFloat16* p) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+  const __m512i halves =
+      _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(
+      _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(kToUpperHalves), halves))};
 }
 BNB_HD void store(float* p, Float x) { _mm512_storeu_ps(p, x.v); }
 BNB_HD void store(Half* p, Float x) {
@@ -48,14 +59,13 @@ BNB_HD void store(Half* p, Float x) {
 }
 BNB_HD void store(BFloat16* p, Float x) {
   const __m512i b = _mm512_castps_si512(x.v);
-  const __m512i high = _mm512_srli_epi32(b, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i bias = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(b, bias), 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
-  const __m512i result = _mm512_mask_mov_epi32(rounded, nan, quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
+  // Of a NaN, quiet or not (classes 0 and 1), the quiet x; of anything else the sum.
+  const __m512i result = _mm512_castps_si512(
+      _mm512_fixupimm_ps(_mm512_castsi512_ps(rounded), x.v, _mm512_set1_epi32(0x22), 0));
+  const __m512i halves = _mm512_permutexvar_epi16(_mm512_load_si512(kUpperHalves), result);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(halves));
 }
 
 BNB_HD Float operator+(Float a, Float b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -94,11 +104,6 @@ BNB_HD Int shift_right_signed(Int a) {
   return {_mm512_srai_epi32(a.v, kBits)};
 }
 BNB_HD Int round_to_int(Float a) { return {_mm512_cvtps_epi32(a.v)}; }
-BNB_HD Int truncate_to_int(Float a) { return {_mm512_cvttps_epi32(a.v)}; }
-// Distance to the nearest integer.
-BNB_HD Float fraction(Float a) {
-  return {_mm512_abs_ps(_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
-}
 BNB_HD Float int_to_float(Int a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
 BNB_HD Mask is_negative(Float a) { return {_mm512_movepi32_mask(_mm512_castps_si512(a.v))}; }
@@ -110,6 +115,7 @@ BNB_HD Mask equal(Int a, Int b) { return {_mm512_cmpeq_epi32_mask(a.v, b.v)}; }
 BNB_HD Float select(Mask m, Float a, Float b) { return {_mm512_mask_mov_ps(b.v, m.v, a.v)}; }
 BNB_HD Int select(Mask m, Int a, Int b) { return {_mm512_mask_mov_epi32(b.v, m.v, a.v)}; }
 BNB_HD bool any(Mask m) { return m.v != 0; }
+BNB_HD bool all(Mask m) { return m.v == 0xffff; }
 
 BNB_HD Float gather(const float* table, Int index) {
   return {_mm512_i32gather_ps(index.v, table, 4)};
@@ -124,20 +130,6 @@ BNB_HD void store_codes(uint8_t* p, Int a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 BNB_HD Int load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-
-// Lookups in small tables, and whether they beat gathers from larger ones.
-inline constexpr bool kHasRegisterTables = true;
-BNB_HD Float lookup16(const float* table, Int index) {
-  return {_mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table))};
-}
-// Only the lowest five bits of the index count.
-BNB_HD Float lookup32(const float* table, Int index) {
-  return {_mm512_permutex2var_ps(_mm512_loadu_ps(table), index.v, _mm512_loadu_ps(table + 16))};
-}
-BNB_HD Int lookup32(const int32_t* table, Int index) {
-  return {_mm512_permutex2var_epi32(_mm512_loadu_si512(table), index.v,
-                                    _mm512_loadu_si512(table + 16))};
-}
 
 // Levels of kDecodeRun consecutive codes: each of a level's four bytes is looked up on its own, in
 // two halves of the table, and the bytes are woven together.
@@ -167,6 +159,68 @@ BNB_HD void decode_run(const Code& code, const uint8_t* codes, float* out) {
   _mm512_storeu_si512(out + 16, _mm512_unpackhi_epi16(low01, low23));
   _mm512_storeu_si512(out + 32, _mm512_unpacklo_epi16(high01, high23));
   _mm512_storeu_si512(out + 48, _mm512_unpackhi_epi16(high01, high23));
+}
+
+// A table of 32 numbers by the lowest five bits of `index`.
+BNB_HD __m512 lookup32(const float* table, __m512i index) {
+  return _mm512_permutex2var_ps(_mm512_load_ps(table), index, _mm512_load_ps(table + 16));
+}
+
+// Codes of kEncodeRun consecutive values by bins (code/bins.h). Returns which of them are
+// undecided, one bit each: their codes are not valid. `scale`: unit / absmax. `least_negative`:
+// code of the negative values next to zero.
+inline constexpr int kEncodeRun = 64;
+template <bool kSigned, class T>
+BNB_HD uint64_t encode_run(const BinTables& t, const T* a, Float scale, int least_negative,
+                           uint8_t* out) {
+  const __m512i sign = _mm512_set1_epi32(static_cast<int32_t>(0x80000000u));
+  const __m512i least = _mm512_set1_epi32((127 - BinTables::kBinades + 1) << 23);
+  const __m512i undecided = _mm512_set1_epi32(BinTables::kUndecided);
+  __m512i nearest = _mm512_set1_epi32(-1);
+  __m512i y[4];
+  for (int v = 0; v < 4; ++v) {
+    const __m512i x = _mm512_castps_si512((load(a + 16 * v) * scale).v);
+    const __m512i m = _mm512_max_epi32(kSigned ? _mm512_andnot_si512(sign, x) : x, least);
+    const __m512i exponent = _mm512_srli_epi32(m, 23);
+    const __m512 place = _mm512_fmadd_ps(_mm512_castsi512_ps(m), lookup32(t.scale, exponent),
+                                         lookup32(t.offset, exponent));
+    y[v] = _mm512_castps_si512(place);
+    // The place in the bin is the lower half of y.
+    nearest = _mm512_min_epu16(nearest, y[v]);
+    // y | (x & sign), where y has no sign.
+    if (kSigned) y[v] = _mm512_ternarylogic_epi32(y[v], x, sign, 0xf8);
+  }
+  // Bytes 2 of 32 elements, then bytes 3: the lower eight bits of the bin, and sign and exponent.
+  alignas(64) static constexpr uint8_t kOrder[64] = {
+      2,  6,  10, 14, 18, 22, 26, 30, 34, 38,  42,  46,  50,  54,  58,  62,
+      66, 70, 74, 78, 82, 86, 90, 94, 98, 102, 106, 110, 114, 118, 122, 126,
+      3,  7,  11, 15, 19, 23, 27, 31, 35, 39,  43,  47,  51,  55,  59,  63,
+      67, 71, 75, 79, 83, 87, 91, 95, 99, 103, 107, 111, 115, 119, 123, 127};
+  const __m512i order = _mm512_load_si512(kOrder);
+  const __m512i first = _mm512_permutex2var_epi8(y[0], order, y[1]);
+  const __m512i second = _mm512_permutex2var_epi8(y[2], order, y[3]);
+  const __m512i bins = _mm512_shuffle_i64x2(first, second, 0x44);
+  const __m512i high = _mm512_shuffle_i64x2(first, second, 0xee);
+  __m512i codes = lookup_bytes(t.codes, bins, _mm512_movepi8_mask(bins));
+  if (kSigned) {
+    const __m512i mirrored = _mm512_subs_epu8(_mm512_set1_epi8(static_cast<char>(254)), codes);
+    const __m512i negative =
+        _mm512_min_epu8(mirrored, _mm512_set1_epi8(static_cast<char>(least_negative)));
+    codes = _mm512_mask_mov_epi8(codes, _mm512_movepi8_mask(high), negative);
+  } else {
+    const __mmask64 upper =
+        _mm512_test_epi8_mask(high, _mm512_set1_epi8(BinTables::kUpperBit >> 24));
+    codes = _mm512_mask_sub_epi8(codes, upper, bins, _mm512_set1_epi8(static_cast<char>(t.upper)));
+  }
+  _mm512_storeu_si512(out, codes);
+  if (_mm512_testn_epi32_mask(nearest, undecided) == 0) [[likely]] {
+    return 0;
+  }
+  uint64_t lanes = 0;
+  for (int v = 0; v < 4; ++v) {
+    lanes |= static_cast<uint64_t>(_mm512_testn_epi32_mask(y[v], undecided)) << (16 * v);
+  }
+  return lanes;
 }
 
 BNB_HD int32_t reduce_max(Int a) { return _mm512_reduce_max_epi32(a.v); }

@@ -70,9 +70,6 @@ BNB_HD Int shift_right_signed(Int a) {
   return {a.v >> kBits};
 }
 BNB_HD Int round_to_int(Float a) { return {static_cast<int32_t>(__builtin_rintf(a.v))}; }
-BNB_HD Int truncate_to_int(Float a) { return {static_cast<int32_t>(a.v)}; }
-// Distance to the nearest integer.
-BNB_HD Float fraction(Float a) { return {__builtin_fabsf(a.v - __builtin_rintf(a.v))}; }
 BNB_HD Float int_to_float(Int a) { return {static_cast<float>(a.v)}; }
 
 BNB_HD Mask is_negative(Float a) { return {sign_bit(a.v)}; }
@@ -84,6 +81,7 @@ BNB_HD Mask equal(Int a, Int b) { return {a.v == b.v}; }
 BNB_HD Float select(Mask m, Float a, Float b) { return m.v ? a : b; }
 BNB_HD Int select(Mask m, Int a, Int b) { return m.v ? a : b; }
 BNB_HD bool any(Mask m) { return m.v; }
+BNB_HD bool all(Mask m) { return m.v; }
 
 BNB_HD Float gather(const float* table, Int index) { return {table[index.v]}; }
 BNB_HD Int gather(const uint32_t* table, Int index) {
@@ -93,19 +91,14 @@ BNB_HD Int load_codes(const uint8_t* p) { return {*p}; }
 BNB_HD void store_codes(uint8_t* p, Int a) { *p = static_cast<uint8_t>(a.v); }
 BNB_HD Int load_ints(const int32_t* p) { return {*p}; }
 
-// Lookups in small tables, and whether they beat gathers from larger ones.
-inline constexpr bool kHasRegisterTables = false;
-BNB_HD Float lookup16(const float* table, Int index) { return gather(table, index); }
-BNB_HD Float lookup32(const float* table, Int index) { return gather(table, index); }
-BNB_HD Int lookup32(const int32_t* table, Int index) {
-  return gather(reinterpret_cast<const uint32_t*>(table), index);
-}
-
 // Levels of kDecodeRun consecutive codes.
 inline constexpr int kDecodeRun = kWidth;
 BNB_HD void decode_run(const Code& code, const uint8_t* codes, float* out) {
   store(out, gather(code.levels, load_codes(codes)));
 }
+
+// Codes of kEncodeRun consecutive values by bins (code/bins.h), where that beats gathers.
+inline constexpr int kEncodeRun = 0;
 
 BNB_HD int32_t reduce_max(Int a) { return a.v; }
 

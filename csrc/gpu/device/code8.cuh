@@ -18,6 +18,11 @@ __device__ const constexpr auto kUnsignedBuckets = UnsignedDynamic8::make_bucket
 
 }  // namespace
 
+// By all threads of the block.
+__device__ inline void copy_table(uint32_t* to, const uint32_t* from, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+}
+
 // The encode buckets of the dynamic maps in shared memory. `kKeepSign`: a negative value never
 // becomes zero (optimizer states).
 template <bool kKeepSign>
@@ -29,20 +34,41 @@ struct EncodeTables {
   __device__ void fill(CodeKind kind) {
     if (kind == CodeKind::kSignedDynamic8) {
       const auto& from = kKeepSign ? kSignKeepingBuckets : kSignedBuckets;
-      copy(signed_buckets, from.values, SignedDynamic8::kEntries);
+      copy_table(signed_buckets, from.values, SignedDynamic8::kEntries);
     } else if (kind == CodeKind::kUnsignedDynamic8) {
-      copy(unsigned_buckets, kUnsignedBuckets.values, UnsignedDynamic8::kEntries);
+      copy_table(unsigned_buckets, kUnsignedBuckets.values, UnsignedDynamic8::kEntries);
     }
-  }
-
- private:
-  __device__ static void copy(uint32_t* to, const uint32_t* from, int count) {
-    for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
   }
 };
 
-// One code in shared memory.
-template <bool kKeepSign>
+// Level of code i of those packed in `words`.
+__device__ __forceinline__ float level_of(const float* levels,  // [256]
+                                          const uint32_t* words, int i) {
+  // The byte's offset into the table, taken out of the word in two instructions.
+  const int shift = 8 * (i % 4) - 2;
+  const uint32_t word = words[i / 4];
+  const uint32_t offset = (shift < 0 ? word << 2 : word >> shift) & 0x3fcu;
+  return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(levels) + offset);
+}
+
+// The same where there is one code only: in the memory of the larger table.
+struct OneEncodeTable {
+  union {
+    uint32_t signed_buckets[SignedDynamic8::kEntries];
+    uint32_t unsigned_buckets[UnsignedDynamic8::kEntries];
+  };
+
+  __device__ void fill(CodeKind kind) {
+    if (kind == CodeKind::kSignedDynamic8) {
+      copy_table(signed_buckets, kSignedBuckets.values, SignedDynamic8::kEntries);
+    } else if (kind == CodeKind::kUnsignedDynamic8) {
+      copy_table(unsigned_buckets, kUnsignedBuckets.values, UnsignedDynamic8::kEntries);
+    }
+  }
+};
+
+// One code in shared memory. `Tables`: EncodeTables or OneEncodeTable.
+template <bool kKeepSign, class Tables = EncodeTables<kKeepSign>>
 struct Code8 {
   float levels[kCodeLevels];
   CodeKind kind;
@@ -50,7 +76,7 @@ struct Code8 {
   // Reads the table and recognises it; fills what its encode needs. Called by all threads of the
   // block, which must be synchronised before the code is used.
   __device__ void fill(const float* table,  // [256]
-                       EncodeTables<kKeepSign>& tables) {
+                       Tables& tables) {
     bool is_signed = true;
     bool is_unsigned = true;
     for (int i = threadIdx.x; i < kCodeLevels; i += blockDim.x) {
@@ -70,18 +96,13 @@ struct Code8 {
 
   // Level of code i of those packed in `words`.
   __device__ __forceinline__ float level(const uint32_t* words, int i) const {
-    // The byte's offset into the table, taken out of the word in two instructions.
-    const int shift = 8 * (i % 4) - 2;
-    const uint32_t word = words[i / 4];
-    const uint32_t offset = (shift < 0 ? word << 2 : word >> shift) & 0x3fcu;
-    return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(levels) + offset);
+    return level_of(levels, words, i);
   }
 
   // Packs the codes of kCount elements of one quantization block into `words`.
   template <int kCount>
-  __device__ __forceinline__ void encode(const EncodeTables<kKeepSign>& tables,
-                                         const float (&x)[kCount], float absmax,
-                                         uint32_t (&words)[kCount / 4]) const {
+  __device__ __forceinline__ void encode(const Tables& tables, const float (&x)[kCount],
+                                         float absmax, uint32_t (&words)[kCount / 4]) const {
     if (absmax == 0.0f) {
       // Every 0 / 0 is NaN. Common enough to be quick: rows of an embedding without gradients.
 #pragma unroll
@@ -104,8 +125,7 @@ struct Code8 {
 
   // The same where the code is known to be a dynamic map, and which, and the block regular.
   template <int kCount>
-  __device__ __forceinline__ static void encode_dynamic(bool is_signed,
-                                                        const EncodeTables<kKeepSign>& tables,
+  __device__ __forceinline__ static void encode_dynamic(bool is_signed, const Tables& tables,
                                                         const float (&x)[kCount], float inverse,
                                                         uint32_t (&words)[kCount / 4]) {
     uint32_t shifted[kCount];

@@ -13,7 +13,7 @@ namespace bnb::gpu {
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(BFloat16 x) { return to_float(x); }
-__device__ __forceinline__ float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float widen(Half x) { return half_to_float(x.bits); }
 
 template <class T>
 __device__ __forceinline__ T narrow(float x) {
@@ -25,7 +25,7 @@ __device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {
 }
 template <>
 __device__ __forceinline__ Half narrow<Half>(float x) {
-  return {__half_as_ushort(__float2half_rn(x))};
+  return {float_to_half(x)};
 }
 
 // kCount elements that move in one access.

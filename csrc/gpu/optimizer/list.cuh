@@ -33,26 +33,14 @@ struct List {
     int tensors_before;
     int count;
   };
-  static constexpr int kMost = (BNB_KERNEL_ARGUMENT_BYTES - static_cast<int>(sizeof(Header))) /
-                               static_cast<int>(sizeof(Entry));
+  static constexpr int kAlignment = 16;  // of the entries
+  static constexpr int kOthers = 16;     // bytes for arguments that kernels take besides
+  static constexpr int kMost =
+      (BNB_KERNEL_ARGUMENT_BYTES - static_cast<int>(sizeof(Header)) - kAlignment - kOthers) /
+      static_cast<int>(sizeof(Entry));
 
   Header header;
-  Entry entries[kMost];
-
-  // The entry that holds a tile: the last one that starts at or before it.
-  __device__ __forceinline__ int find_entry(uint32_t tile) const {
-    int low = 0;
-    int high = header.count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (entries[middle].first_tile <= tile) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
+  alignas(kAlignment) Entry entries[kMost];
 
   // First tile behind entry `e`.
   __device__ __forceinline__ uint32_t end_tile(int e) const {
@@ -62,11 +50,76 @@ struct List {
 
 using StepList = List<OptimizerTensor, OptimizerStep>;
 
-// Calls launch(list) with as many tensors at a time as kernel arguments hold.
-// `packs(tensor)`: what goes to Entry::packs.
+// The entries of a list in shared memory. Kernel arguments are constant memory, whose cache is far
+// smaller than a list, and which serves one address at a time.
+template <class L>
+class Entries {
+ public:
+  using Entry = typename L::Entry;
+
+  // `storage`: shared memory for all entries of the list. Called by all threads of the block, which
+  // must be synchronised before entries are used.
+  __device__ __forceinline__ Entries(const L& list, void* storage)
+      : entries_(static_cast<const Entry*>(storage)), header_(list.header) {
+    struct alignas(16) Chunk {
+      uint32_t words[4];
+    };
+    static_assert(sizeof(Entry) % sizeof(Chunk) == 0 && offsetof(L, entries) % sizeof(Chunk) == 0);
+    // Through a pointer whose origin is hidden: the threads read different addresses, and the
+    // instruction for kernel arguments would take them one by one.
+    const auto* from = reinterpret_cast<const Chunk*>(hide_origin(list.entries));
+    auto* to = static_cast<Chunk*>(storage);
+    const int chunks = header_.count * static_cast<int>(sizeof(Entry) / sizeof(Chunk));
+    for (int i = static_cast<int>(threadIdx.x); i < chunks; i += blockDim.x) to[i] = from[i];
+  }
+
+  __device__ __forceinline__ const Entry& operator[](int e) const { return entries_[e]; }
+
+  // The entry that holds a tile: the last one that starts at or before it. Called by whole warps,
+  // whose lanes look at one entry each.
+  __device__ __forceinline__ int find(uint32_t tile) const {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    int low = 0;
+    for (int step = first_step(); step > 0; step /= kWarp) {
+      const int e = low + lane * step;
+      const uint32_t before = warp_ballot(e < header_.count && entries_[e].first_tile <= tile);
+      low += (bits_set(before) - 1) * step;
+    }
+    return low;
+  }
+
+ private:
+  // Of a search in steps of 32: 1 for up to 32 entries, 32 for up to 1024.
+  __device__ __forceinline__ int first_step() const {
+    static_assert(L::kMost <= kWarp * kWarp);
+    return header_.count > kWarp ? kWarp : 1;
+  }
+
+  const Entry* entries_;
+  const typename L::Header& header_;
+};
+
+// Shared memory that the entries of a list take.
+template <class L>
+__host__ __device__ __forceinline__ int entry_bytes(const L& list) {
+  return list.header.count * static_cast<int>(sizeof(typename L::Entry));
+}
+
+// The number of tensors that a kernel takes at once if it keeps their entries in shared memory and
+// `resident` of its blocks shall fit a multiprocessor.
+template <class L>
+int entries_for(const void* kernel, int resident) {
+  constexpr int kAnyThreads = kWarp;
+  const SharedNeeds needs{kAnyThreads, 0, static_cast<int>(sizeof(typename L::Entry)), L::kMost};
+  return shape_for(kernel, kAnyThreads, resident, needs).entries;
+}
+
+// Calls launch(list) with at most `most` tensors at a time. `packs(tensor)`: what goes to
+// Entry::packs.
 template <class L, class T, class Args, class Packs, class Launch>
-void for_each_launch(const Args& args, std::span<const T> tensors, int64_t tile, Packs packs,
-                     Launch launch) {
+void for_each_launch(const Args& args, std::span<const T> tensors, int64_t tile, int most,
+                     Packs packs, Launch launch) {
+  static_assert(sizeof(L) + L::kOthers <= BNB_KERNEL_ARGUMENT_BYTES);
   L list;
   list.header = {args, 0, 0, 0, 0};
   const auto flush = [&] {
@@ -78,7 +131,7 @@ void for_each_launch(const Args& args, std::span<const T> tensors, int64_t tile,
     list.header.count = 0;
   };
   for (const T& tensor : tensors) {
-    if (list.header.count == L::kMost) flush();
+    if (list.header.count == most) flush();
     list.entries[list.header.count++] = {tensor, list.header.tiles, packs(tensor) ? 1u : 0u};
     list.header.tiles += static_cast<uint32_t>(ceil_div(tensor.n, tile));
   }

@@ -14,37 +14,41 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kFinishThreads = 128;
 constexpr int kResident = 2;  // blocks of threads per multiprocessor
-constexpr int kPack = 4;
+constexpr int kGradientResident = 4;
 
-// Partial result of a tile, or their total: kPreviewNumbers numbers.
-struct Preview {
-  double param_squares;
-  double update_squares;
-  float most[2];  // absmax of the new states
-  float active;   // 1 if an element is not skipped, else 0
+// Sums over many threads are taken in double; a thread's own 16 elements of a tile in float.
+template <int kCount>
+struct Sums {
+  double values[kCount];
 
-  __device__ __forceinline__ static Preview none() { return {0.0, 0.0, {0.0f, 0.0f}, 0.0f}; }
-
-  __device__ __forceinline__ void add(const Preview& other) {
-    param_squares += other.param_squares;
-    update_squares += other.update_squares;
-    for (int k = 0; k < 2; ++k) most[k] = fmaxf(most[k], other.most[k]);
-    active = fmaxf(active, other.active);
+  __device__ __forceinline__ void add(const Sums& other) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) values[k] += other.values[k];
   }
-
-  __device__ __forceinline__ Preview from_lane(int mask) const {
-    return {shuffle_xor(param_squares, mask),
-            shuffle_xor(update_squares, mask),
-            {shuffle_xor(most[0], mask), shuffle_xor(most[1], mask)},
-            shuffle_xor(active, mask)};
+  __device__ __forceinline__ Sums from_lane(int mask) const {
+    Sums other;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) other.values[k] = shuffle_xor(values[k], mask);
+    return other;
   }
 };
 
-struct Squares {
-  double sum;
-  __device__ __forceinline__ static Squares none() { return {0.0}; }
-  __device__ __forceinline__ void add(const Squares& other) { sum += other.sum; }
-  __device__ __forceinline__ Squares from_lane(int mask) const { return {shuffle_xor(sum, mask)}; }
+// Squares of the parameter, of the update.
+using Norms = Sums<2>;
+
+// The new states of a tensor.
+struct Range {
+  float most[2];  // absmax
+  float active;   // 1 if an element is not skipped, else 0
+
+  __device__ __forceinline__ void add(const Range& other) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) most[k] = fmaxf(most[k], other.most[k]);
+    active = fmaxf(active, other.active);
+  }
+  __device__ __forceinline__ Range from_lane(int mask) const {
+    return {{shuffle_xor(most[0], mask), shuffle_xor(most[1], mask)}, shuffle_xor(active, mask)};
+  }
 };
 
 // Adds up the values of all threads; the first thread gets the total. `scratch`: one per warp.
@@ -61,108 +65,180 @@ __device__ __forceinline__ T block_total(T value, T* scratch) {
   return value;
 }
 
-// The codes of the states in shared memory; empty where states are floats.
+// The levels of the states in shared memory; empty where states are floats.
 template <class R, bool kCodes>
-struct Tables {
-  Code8<true> codes[state_tensors(R::kStates)];
-  EncodeTables<true> unused;
+struct Levels {
+  float values[state_tensors(R::kStates)][kCodeLevels];
 
+  // Called by all threads of the block, which must be synchronised before levels are used.
   __device__ __forceinline__ void fill(const OptimizerStep& args) {
 #pragma unroll
-    for (int k = 0; k < state_tensors(R::kStates); ++k) codes[k].fill(args.qmap[k], unused);
-  }
-  __device__ __forceinline__ float level(int k, uint8_t code) const {
-    return codes[tensor_of_state(R::kStates, k)].levels[code];
+    for (int k = 0; k < state_tensors(R::kStates); ++k) {
+      for (int i = threadIdx.x; i < kCodeLevels; i += blockDim.x) values[k][i] = args.qmap[k][i];
+    }
   }
 };
 
 template <class R>
-struct Tables<R, false> {
+struct Levels<R, false> {
   __device__ __forceinline__ void fill(const OptimizerStep&) {}
 };
 
-template <class R, class T, bool kCodes>
-__global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
-    optimizer_preview_kernel(const BNB_GRID_CONSTANT StepList list, bool blockwise,
-                             float* partials) {
-  __shared__ Tables<R, kCodes> tables;
-  __shared__ Step<R> shared_step;
-  __shared__ Preview scratch[kWarps];
-  const OptimizerStep& args = list.header.args;
-  tables.fill(args);
-  if (threadIdx.x == 0) shared_step = Step<R>::make_preview(args.hyper, *args.step + 1);
-  __syncthreads();
-  for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
-    const int e = list.find_entry(tile);
-    const auto& entry = list.entries[e];
-    const OptimizerTensor& tensor = entry.tensor;
-    const int index = list.header.tensors_before + e;
-    const Step<R> step =
-        shared_step.scaled(args.gnorm_scales != nullptr ? args.gnorm_scales[index] : 1.0f, 1.0f);
-    const T* const param = static_cast<const T*>(tensor.param);
-    const T* const grad = static_cast<const T*>(tensor.grad);
-    const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
-    const int64_t end = min(begin + kPreviewTile, tensor.n);
-    Preview sum = Preview::none();
-    for (int64_t i = begin + threadIdx.x * kPack; i < end; i += kThreads * kPack) {
-      const bool packs = entry.packs != 0;
-      const Pack<T, kPack> g = load_pack<T, kPack>(grad + i, tensor.n - i, packs);
-      const Pack<T, kPack> p = load_pack<T, kPack>(param + i, tensor.n - i, packs);
-      float old[R::kStates][kPack];
+// One tensor as the preview reads it.
+template <class R, class T, StateFormat kFormat>
+struct Source {
+  static constexpr bool kCodes = kFormat != StateFormat::kFloat32;
+  static constexpr int kPack = kPackSize<T>;
+
+  const OptimizerTensor& tensor;
+  const Levels<R, kCodes>& levels;
+  float scale[R::kStates];  // of the whole tensor; unused unless kTensor8bit
+
+  // State k of the kPack elements from i on, of which `left` are there. `kWhole`: all are, and
+  // packs are aligned.
+  template <bool kWhole>
+  __device__ __forceinline__ void load_state(int k, int64_t i, int64_t left,
+                                             float (&values)[kPack]) const {
+    if constexpr (kCodes) {
+      const auto* codes = static_cast<const uint8_t*>(state_pointer(tensor, R::kStates, k, 1)) + i;
+      // A pack lies within one block.
+      const float factor = kFormat == StateFormat::kTensor8bit
+                               ? scale[k]
+                               : absmax_pointer(tensor, R::kStates, k)[i / kOptimizerBlock];
+      const float* level = levels.values[tensor_of_state(R::kStates, k)];
+      if constexpr (kWhole) {
+        const auto words = load_aligned<Words<uint8_t, kPack>>(codes);
 #pragma unroll
-      for (int k = 0; k < R::kStates; ++k) {
-        if constexpr (kCodes) {
-          const auto* state =
-              static_cast<const uint8_t*>(state_pointer(tensor, R::kStates, k, 1)) + i;
-          const Pack<uint8_t, kPack> codes = load_pack<uint8_t, kPack>(state, tensor.n - i, packs);
-          // A pack lies within one block.
-          const float scale = blockwise ? absmax_pointer(tensor, R::kStates, k)[i / kOptimizerBlock]
-                                        : args.max[tensor_of_state(R::kStates, k)][index];
+        for (int j = 0; j < kPack; ++j)
+          values[j] = __fmul_rn(level_of(level, words.words, j), factor);
+      } else {
 #pragma unroll
-          for (int j = 0; j < kPack; ++j) {
-            old[k][j] = __fmul_rn(tables.level(k, codes.values[j]), scale);
-          }
-        } else {
-          const auto* state =
-              static_cast<const float*>(state_pointer(tensor, R::kStates, k, sizeof(float))) + i;
-          const Pack<float, kPack> values = load_pack<float, kPack>(state, tensor.n - i, packs);
-#pragma unroll
-          for (int j = 0; j < kPack; ++j) old[k][j] = values.values[j];
+        for (int j = 0; j < kPack; ++j) {
+          values[j] = j < left ? __fmul_rn(level[codes[j]], factor) : 0.0f;
         }
       }
+    } else {
+      constexpr int kChunk = 4;  // 16 bytes
+      const auto* p =
+          static_cast<const float*>(state_pointer(tensor, R::kStates, k, sizeof(float))) + i;
+      if constexpr (kWhole) {
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        if (i + j >= end) break;
-        const float gradient = __fmul_rn(widen(g.values[j]), step.gnorm_scale);
-        const float parameter = widen(p.values[j]);
-        sum.param_squares += static_cast<double>(parameter) * parameter;
-        Scalar s[R::kStates];
+        for (int v = 0; v < kPack / kChunk; ++v) {
+          const auto words = load_aligned<Words<float, kChunk>>(p + v * kChunk);
 #pragma unroll
-        for (int k = 0; k < R::kStates; ++k) s[k] = Scalar(old[k][j]);
-        float update = step.preview(Scalar(gradient), Scalar(parameter), s).v;
-        const bool skipped = step.skip_zeros && gradient == 0.0f;
-        // With codes, a gradient that is not finite moves nothing and clears its element's state.
-        const bool useful = !kCodes || is_finite(gradient);
-        if (skipped || !useful) update = 0.0f;
-        if (!skipped) sum.active = 1.0f;
-        sum.update_squares += static_cast<double>(update) * update;
-        if constexpr (kCodes && R::kStates <= 2) {
+          for (int j = 0; j < kChunk; ++j) values[v * kChunk + j] = words.get(j);
+        }
+      } else {
 #pragma unroll
-          for (int k = 0; k < R::kStates; ++k) {
-            const float state = skipped ? old[k][j] : (useful ? finite_state(s[k].v) : 0.0f);
-            sum.most[k] = fmaxf(sum.most[k], fabsf(state));
-          }
+        for (int j = 0; j < kPack; ++j) values[j] = j < left ? p[j] : 0.0f;
+      }
+    }
+  }
+};
+
+template <bool kWhole, class T>
+__device__ __forceinline__ Words<T, kPackSize<T>> load_values(const void* p, int64_t i,
+                                                              int64_t left) {
+  const T* values = static_cast<const T*>(p) + i;
+  if constexpr (kWhole) return load_aligned<Words<T, kPackSize<T>>>(values);
+  return load_words<T, kPackSize<T>>(values, left);
+}
+
+// Adds this thread's elements of the tile [begin, begin + kPreviewTile) of a tensor.
+template <bool kWhole, class R, class T, StateFormat kFormat>
+__device__ __forceinline__ void preview_tile(const Source<R, T, kFormat>& source,
+                                             const Step<R>& step, int64_t begin, Norms& norms,
+                                             Range& range) {
+  constexpr int kPack = kPackSize<T>;
+  constexpr int kTurn = kThreads * kPack;
+  constexpr bool kCodes = kFormat != StateFormat::kFloat32;
+  float param_squares = 0.0f;
+  float update_squares = 0.0f;
+#pragma unroll
+  for (int turn = 0; turn < kPreviewTile / kTurn; ++turn) {
+    const int64_t i = begin + turn * kTurn + threadIdx.x * kPack;
+    const int64_t left = source.tensor.n - i;
+    if (!kWhole && left <= 0) break;
+    const auto grad = load_values<kWhole, T>(source.tensor.grad, i, left);
+    const auto param = load_values<kWhole, T>(source.tensor.param, i, left);
+    float old[R::kStates][kPack];
+#pragma unroll
+    for (int k = 0; k < R::kStates; ++k) {
+      source.template load_state<kWhole>(k, i, left, old[k]);
+    }
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) {
+      if (!kWhole && j >= left) break;
+      const float gradient = __fmul_rn(grad.get(j), step.gnorm_scale);
+      const float parameter = param.get(j);
+      param_squares = __fmaf_rn(parameter, parameter, param_squares);
+      Scalar s[R::kStates];
+#pragma unroll
+      for (int k = 0; k < R::kStates; ++k) s[k] = Scalar(old[k][j]);
+      float update = step.preview(Scalar(gradient), Scalar(parameter), s).v;
+      const bool skipped = step.skip_zeros && gradient == 0.0f;
+      // With codes, a gradient that is not finite moves nothing and clears its element's state.
+      const bool useful = !kCodes || is_finite(gradient);
+      if (skipped || !useful) update = 0.0f;
+      update_squares = __fmaf_rn(update, update, update_squares);
+      if constexpr (kFormat == StateFormat::kTensor8bit) {
+        if (!skipped) range.active = 1.0f;
+#pragma unroll
+        for (int k = 0; k < R::kStates; ++k) {
+          const float state = skipped ? old[k][j] : (useful ? finite_state(s[k].v) : 0.0f);
+          range.most[k] = fmaxf(range.most[k], fabsf(state));
         }
       }
     }
-    const Preview total = block_total(sum, scratch);
+  }
+  norms.values[0] += param_squares;
+  norms.values[1] += update_squares;
+}
+
+template <class R, class T, StateFormat kFormat>
+__global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
+    optimizer_preview_kernel(const BNB_GRID_CONSTANT StepList list, float* partials) {
+  constexpr bool kCodes = kFormat != StateFormat::kFloat32;
+  BNB_DYNAMIC_SHARED(storage);
+  __shared__ Levels<R, kCodes> levels;
+  __shared__ Step<R> shared_step;
+  __shared__ Norms norm_scratch[kWarps];
+  __shared__ Range range_scratch[kWarps];
+  const OptimizerStep& args = list.header.args;
+  const Entries<StepList> entries(list, storage);
+  levels.fill(args);
+  if (threadIdx.x == 0) shared_step = Step<R>::make_preview(args.hyper, *args.step + 1);
+  __syncthreads();
+  for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
+    const int e = entries.find(tile);
+    const auto& entry = entries[e];
+    const int index = list.header.tensors_before + e;
+    const Step<R> step =
+        shared_step.scaled(args.gnorm_scales != nullptr ? args.gnorm_scales[index] : 1.0f, 1.0f);
+    Source<R, T, kFormat> source{entry.tensor, levels, {}};
+    if constexpr (kFormat == StateFormat::kTensor8bit) {
+#pragma unroll
+      for (int k = 0; k < R::kStates; ++k) {
+        source.scale[k] = args.max[tensor_of_state(R::kStates, k)][index];
+      }
+    }
+    const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
+    Norms norms{};
+    Range range{};
+    if (entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n) {
+      preview_tile<true>(source, step, begin, norms, range);
+    } else {
+      preview_tile<false>(source, step, begin, norms, range);
+    }
+    norms = block_total(norms, norm_scratch);
+    if constexpr (kFormat == StateFormat::kTensor8bit) range = block_total(range, range_scratch);
     if (threadIdx.x == 0) {
       float* partial = partials + (list.header.tiles_before + tile) * kPreviewNumbers;
-      partial[0] = static_cast<float>(total.param_squares);
-      partial[1] = static_cast<float>(total.update_squares);
-      partial[2] = total.most[0];
-      partial[3] = total.most[1];
-      partial[4] = total.active;
+      partial[0] = static_cast<float>(norms.values[0]);
+      partial[1] = static_cast<float>(norms.values[1]);
+      partial[2] = range.most[0];
+      partial[3] = range.most[1];
+      partial[4] = range.active;
     }
   }
 }
@@ -170,35 +246,52 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
 // One block of threads per tensor.
 __global__ void __launch_bounds__(kFinishThreads)
     finish_preview_kernel(const BNB_GRID_CONSTANT StepList list, const float* partials) {
-  __shared__ Preview scratch[kFinishThreads / kWarp];
+  __shared__ Norms norm_scratch[kFinishThreads / kWarp];
+  __shared__ Range range_scratch[kFinishThreads / kWarp];
   const OptimizerStep& args = list.header.args;
   const int e = static_cast<int>(blockIdx.x);
   const int index = list.header.tensors_before + e;
-  Preview sum = Preview::none();
+  Norms norms{};
+  Range range{};
   for (uint32_t tile = list.entries[e].first_tile + threadIdx.x; tile < list.end_tile(e);
        tile += blockDim.x) {
     const float* partial = partials + (list.header.tiles_before + tile) * kPreviewNumbers;
-    sum.add({partial[0], partial[1], {partial[2], partial[3]}, partial[4]});
+    norms.add({{partial[0], partial[1]}});
+    range.add({{partial[2], partial[3]}, partial[4]});
   }
-  const Preview total = block_total(sum, scratch);
+  norms = block_total(norms, norm_scratch);
+  range = block_total(range, range_scratch);
   if (threadIdx.x != 0) return;
-  if (args.unorm != nullptr) args.unorm[index] = static_cast<float>(total.update_squares);
-  if (args.update_scales != nullptr) {
-    args.update_scales[index] =
-        bounded_update_scale(total.param_squares, total.update_squares, args.max_unorm);
+  if (args.param_squares != nullptr) {
+    args.param_squares[index] = static_cast<float>(norms.values[0]);
+  }
+  if (args.unorm != nullptr) args.unorm[index] = static_cast<float>(norms.values[1]);
+  if (args.new_update_scales != nullptr) {
+    args.new_update_scales[index] =
+        bounded_update_scale(norms.values[0], norms.values[1], args.max_unorm);
   }
   for (int k = 0; k < 2; ++k) {
     if (args.new_max[k] == nullptr) continue;
     // A tensor that stands still as a whole keeps its scale, and with it every code.
-    args.new_max[k][index] = total.active != 0.0f ? total.most[k] : args.max[k][index];
+    args.new_max[k][index] = range.active != 0.0f ? range.most[k] : args.max[k][index];
   }
 }
 
-using PreviewKernel = void (*)(const StepList, bool, float*);
+using PreviewKernel = void (*)(const StepList, float*);
 
 template <class R, class T>
-PreviewKernel choose(bool codes) {
-  return codes ? optimizer_preview_kernel<R, T, true> : optimizer_preview_kernel<R, T, false>;
+PreviewKernel choose(StateFormat format) {
+  switch (format) {
+    case StateFormat::kFloat32:
+      return optimizer_preview_kernel<R, T, StateFormat::kFloat32>;
+    case StateFormat::kBlockwise8bit:
+      return optimizer_preview_kernel<R, T, StateFormat::kBlockwise8bit>;
+    case StateFormat::kTensor8bit:
+      if constexpr (R::kStates <= 2) {
+        return optimizer_preview_kernel<R, T, StateFormat::kTensor8bit>;
+      }
+  }
+  return nullptr;  // the op has refused it
 }
 
 // ---- Norms of gradients -------------------------------------------------------------------------
@@ -210,28 +303,39 @@ struct ClippingArgs {
 
 using GradientList = List<GradientTensor, ClippingArgs>;
 
+// The sum of squares of this thread's elements of the tile that begins at `begin`.
+template <bool kWhole, class T>
+__device__ __forceinline__ float square_tile(const GradientTensor& tensor, int64_t begin) {
+  constexpr int kPack = kPackSize<T>;
+  constexpr int kTurn = kThreads * kPack;
+  float sum = 0.0f;
+#pragma unroll
+  for (int turn = 0; turn < kPreviewTile / kTurn; ++turn) {
+    const int64_t i = begin + turn * kTurn + threadIdx.x * kPack;
+    const auto grad = load_values<kWhole, T>(tensor.grad, i, tensor.n - i);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) sum = __fmaf_rn(grad.get(j), grad.get(j), sum);
+  }
+  return sum;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     gradient_squares_kernel(const BNB_GRID_CONSTANT GradientList list, float* partials) {
-  __shared__ Squares scratch[kWarps];
+  BNB_DYNAMIC_SHARED(storage);
+  __shared__ Sums<1> scratch[kWarps];
+  const Entries<GradientList> entries(list, storage);
+  __syncthreads();
   for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
-    const auto& entry = list.entries[list.find_entry(tile)];
-    const T* const grad = static_cast<const T*>(entry.tensor.grad);
-    const int64_t n = entry.tensor.n;
+    const auto& entry = entries[entries.find(tile)];
     const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
-    const int64_t end = min(begin + kPreviewTile, n);
-    Squares sum = Squares::none();
-    for (int64_t i = begin + threadIdx.x * kPack; i < end; i += kThreads * kPack) {
-      const Pack<T, kPack> g = load_pack<T, kPack>(grad + i, n - i, entry.packs != 0);
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        const double value = widen(g.values[j]);
-        sum.sum += value * value;
-      }
-    }
-    const Squares total = block_total(sum, scratch);
+    const bool whole = entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n;
+    Sums<1> sum{};
+    sum.values[0] = whole ? square_tile<true, T>(entry.tensor, begin)
+                          : square_tile<false, T>(entry.tensor, begin);
+    sum = block_total(sum, scratch);
     if (threadIdx.x == 0) {
-      partials[list.header.tiles_before + tile] = static_cast<float>(total.sum);
+      partials[list.header.tiles_before + tile] = static_cast<float>(sum.values[0]);
     }
   }
 }
@@ -240,21 +344,21 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kFinishThreads)
     percentile_clipping_kernel(const BNB_GRID_CONSTANT GradientList list, const float* partials) {
   static_assert(kNormHistory <= kFinishThreads);
-  __shared__ Squares scratch[kFinishThreads / kWarp];
+  __shared__ Sums<1> scratch[kFinishThreads / kWarp];
   __shared__ float shared_squares;
   __shared__ float history[kNormHistory];
   const PercentileClipping& args = list.header.args.call;
   const int e = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
   float* const gnorm_vec = list.entries[e].tensor.gnorm_vec;
-  Squares sum = Squares::none();
+  Sums<1> sum{};
   for (uint32_t tile = list.entries[e].first_tile + threadIdx.x; tile < list.end_tile(e);
        tile += blockDim.x) {
-    sum.sum += partials[list.header.tiles_before + tile];
+    sum.values[0] += partials[list.header.tiles_before + tile];
   }
-  const Squares total = block_total(sum, scratch);
+  sum = block_total(sum, scratch);
   // Rounded as the history holds it, so that a norm equals its own entry.
-  if (thread == 0) shared_squares = static_cast<float>(total.sum);
+  if (thread == 0) shared_squares = static_cast<float>(sum.values[0]);
   __syncthreads();
   const float squares = shared_squares;
   const bool finite = is_finite(squares);
@@ -295,38 +399,37 @@ int blocks_for(uint32_t tiles, int64_t most) {
 
 void optimizer_preview(const OptimizerStep& args, StateFormat format,
                        std::span<const OptimizerTensor> tensors, float* partials, Stream stream) {
-  const bool codes = format != StateFormat::kFloat32;
   const PreviewKernel kernel = choose_by_rule<PreviewKernel>(args.rule, [&]<class R>() {
     switch (args.dtype) {
       case DType::kFloat16:
-        return choose<R, Half>(codes);
+        return choose<R, Half>(format);
       case DType::kBFloat16:
-        return choose<R, BFloat16>(codes);
+        return choose<R, BFloat16>(format);
       default:
-        return choose<R, float>(codes);
+        return choose<R, float>(format);
     }
   });
   const int states = kRules[static_cast<int>(args.rule)].states;
-  const int value_size = args.dtype == DType::kFloat32 ? 4 : 2;
+  const bool codes = format != StateFormat::kFloat32;
   const int state_size = codes ? 1 : 4;
+  const int code_pack = args.dtype == DType::kFloat32 ? 4 : 8;
   const auto packs = [&](const OptimizerTensor& t) {
-    bool aligned =
-        is_aligned(t.param, kPack * value_size) && is_aligned(t.grad, kPack * value_size);
+    bool aligned = is_aligned(t.param, 16) && is_aligned(t.grad, 16);
     for (int k = 0; k < states; ++k) {
-      aligned = aligned && is_aligned(state_pointer(t, states, k, state_size), kPack * state_size);
+      aligned =
+          aligned && is_aligned(state_pointer(t, states, k, state_size), codes ? code_pack : 16);
     }
     return aligned;
   };
   const int64_t most_blocks = int64_t{multiprocessors()} * kResident;
-  const auto handle = static_cast<cudaStream_t>(stream.handle);
-  for_each_launch<StepList>(args, tensors, kPreviewTile, packs, [&](const StepList& list) {
+  const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
+  for_each_launch<StepList>(args, tensors, kPreviewTile, most, packs, [&](const StepList& list) {
     if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
-      kernel<<<blocks, kThreads, 0, handle>>>(list, format == StateFormat::kBlockwise8bit,
-                                              partials);
-      BNB_LAUNCH_CHECK("optimizer_preview");
+      launch("optimizer_preview", kernel, blocks, kThreads, entry_bytes(list), stream, list,
+             partials);
     }
-    finish_preview_kernel<<<list.header.count, kFinishThreads, 0, handle>>>(list, partials);
-    BNB_LAUNCH_CHECK("finish_preview");
+    launch("finish_preview", finish_preview_kernel, list.header.count, kFinishThreads, 0, stream,
+           list, partials);
   });
 }
 
@@ -335,19 +438,20 @@ void percentile_clipping(const PercentileClipping& args, std::span<const Gradien
   SquaresKernel kernel = gradient_squares_kernel<float>;
   if (args.dtype == DType::kFloat16) kernel = gradient_squares_kernel<Half>;
   if (args.dtype == DType::kBFloat16) kernel = gradient_squares_kernel<BFloat16>;
-  const int size = args.dtype == DType::kFloat32 ? 4 : 2;
-  const auto packs = [&](const GradientTensor& t) { return is_aligned(t.grad, kPack * size); };
-  const int64_t most_blocks = int64_t{multiprocessors()} * kResident;
-  const auto handle = static_cast<cudaStream_t>(stream.handle);
+  const auto packs = [&](const GradientTensor& t) { return is_aligned(t.grad, 16); };
+  const int64_t most_blocks = int64_t{multiprocessors()} * kGradientResident;
   const ClippingArgs call{args, static_cast<int>(tensors.size())};
-  for_each_launch<GradientList>(call, tensors, kPreviewTile, packs, [&](const GradientList& list) {
-    if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
-      kernel<<<blocks, kThreads, 0, handle>>>(list, partials);
-      BNB_LAUNCH_CHECK("gradient_squares");
-    }
-    percentile_clipping_kernel<<<list.header.count, kFinishThreads, 0, handle>>>(list, partials);
-    BNB_LAUNCH_CHECK("percentile_clipping");
-  });
+  const int most =
+      entries_for<GradientList>(reinterpret_cast<const void*>(kernel), kGradientResident);
+  for_each_launch<GradientList>(
+      call, tensors, kPreviewTile, most, packs, [&](const GradientList& list) {
+        if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
+          launch("gradient_squares", kernel, blocks, kThreads, entry_bytes(list), stream, list,
+                 partials);
+        }
+        launch("percentile_clipping", percentile_clipping_kernel, list.header.count, kFinishThreads,
+               0, stream, list, partials);
+      });
 }
 
 }  // namespace bnb::gpu

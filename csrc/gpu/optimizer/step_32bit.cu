@@ -69,15 +69,17 @@ template <class R, class T, bool kStochastic>
 __global__ void __launch_bounds__(kThreads)
     optimizer_step_32bit_kernel(const BNB_GRID_CONSTANT StepList list) {
   constexpr int kPack = kPackSize<T>;
+  BNB_DYNAMIC_SHARED(storage);
   __shared__ Step<R> shared_step;
   const OptimizerStep& args = list.header.args;
+  const Entries<StepList> entries(list, storage);
   make_step<R>(args, &shared_step);
   __syncthreads();
   Step<R> step = shared_step;
   for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
-    const int e = list.find_entry(tile);
+    const int e = entries.find(tile);
     if (has_factors(args)) step = step_of_tensor(shared_step, list, e);
-    const auto& entry = list.entries[e];
+    const auto& entry = entries[e];
     const int64_t begin = int64_t{tile - entry.first_tile} * kTile;
     const int64_t end = min(begin + kTile, entry.tensor.n);
     for (int64_t i = begin + threadIdx.x * kPack; i < end; i += kThreads * kPack) {
@@ -121,11 +123,11 @@ void optimizer_step_32bit(const OptimizerStep& args, std::span<const OptimizerTe
     }
     return aligned;
   };
-  for_each_launch<StepList>(args, tensors, kTile, packs, [&](const StepList& list) {
+  const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
+  for_each_launch<StepList>(args, tensors, kTile, most, packs, [&](const StepList& list) {
     const int blocks = static_cast<int>(std::min<int64_t>(list.header.tiles, most_blocks));
     if (blocks == 0) return;
-    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(list);
-    BNB_LAUNCH_CHECK("optimizer_step_32bit");
+    launch("optimizer_step_32bit", kernel, blocks, kThreads, entry_bytes(list), stream, list);
   });
 }
 

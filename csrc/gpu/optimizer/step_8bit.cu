@@ -82,17 +82,19 @@ __device__ __forceinline__ void step_group(const OptimizerTensor& tensor, const 
 template <class R, class T, bool kStochastic>
 __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
     optimizer_step_8bit_kernel(const BNB_GRID_CONSTANT StepList list) {
+  BNB_DYNAMIC_SHARED(storage);
   __shared__ Shared<R> shared;
   const OptimizerStep& args = list.header.args;
+  const Entries<StepList> entries(list, storage);
 #pragma unroll
   for (int k = 0; k < R::kStates; ++k) shared.codes[k].fill(args.qmap[k], shared.tables);
   make_step<R>(args, &shared.step);
   __syncthreads();
   Step<R> step = shared.step;
   for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
-    const int e = list.find_entry(tile);
+    const int e = entries.find(tile);
     if (has_factors(args)) step = step_of_tensor(shared.step, list, e);
-    const auto& entry = list.entries[e];
+    const auto& entry = entries[e];
     const int index = list.header.tensors_before + e;
     float scale[R::kStates];
     float new_scale[R::kStates];
@@ -148,11 +150,11 @@ void optimizer_step_8bit(const OptimizerStep& args, std::span<const OptimizerTen
     for (int k = 0; k < states; ++k) aligned = aligned && is_aligned(t.state[k], kGroup);
     return aligned;
   };
-  for_each_launch<StepList>(args, tensors, kTile, packs, [&](const StepList& list) {
+  const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
+  for_each_launch<StepList>(args, tensors, kTile, most, packs, [&](const StepList& list) {
     const int blocks = static_cast<int>(std::min<int64_t>(list.header.tiles, most_blocks));
     if (blocks == 0) return;
-    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(list);
-    BNB_LAUNCH_CHECK("optimizer_step_8bit");
+    launch("optimizer_step_8bit", kernel, blocks, kThreads, entry_bytes(list), stream, list);
   });
 }
 

@@ -193,7 +193,7 @@ __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Point
 // The step of any block: incomplete, misaligned, with gradients that are not finite or with zeros
 // to skip. Element by element.
 template <class R, class T, bool kStochastic>
-__device__ __noinline__ void step_any_block(const OptimizerTensor& tensor, const Shared<R>& shared,
+__device__ BNB_NOINLINE void step_any_block(const OptimizerTensor& tensor, const Shared<R>& shared,
                                             const Step<R>& step, const Rounding& rounding,
                                             int64_t block) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -271,12 +271,12 @@ struct Place {
   bool full;  // whole blocks that allow packs
 };
 
-__device__ __forceinline__ Place place_of(const StepList& list, uint32_t tile, int entry,
-                                          bool allow_full) {
-  Place place{tile, entry, 0, tile < list.header.tiles, false};
+__device__ __forceinline__ Place place_of(const StepList& list, const Entries<StepList>& entries,
+                                          uint32_t tile, bool allow_full) {
+  Place place{tile, 0, 0, tile < list.header.tiles, false};
   if (!place.valid) return place;
-  while (tile >= list.end_tile(place.entry)) ++place.entry;
-  const auto& found = list.entries[place.entry];
+  place.entry = entries.find(tile);
+  const auto& found = entries[place.entry];
   place.block = (tile - found.first_tile) * kTileBlocks;
   place.full = allow_full && found.packs != 0 &&
                (int64_t{place.block} + kTileBlocks) * kOptimizerBlock <= found.tensor.n;
@@ -287,9 +287,10 @@ template <class R, class T, bool kStochastic>
 __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
     optimizer_step_8bit_blockwise_kernel(const BNB_GRID_CONSTANT StepList list) {
   using L = Lane<R, T>;
-  extern __shared__ __align__(16) char slots[];
+  BNB_DYNAMIC_SHARED(storage);  // entries of the list, slots of every warp
   __shared__ Shared<R> shared;
   const OptimizerStep& args = list.header.args;
+  const Entries<StepList> entries(list, storage);
 #pragma unroll
   for (int k = 0; k < state_tensors(R::kStates); ++k) {
     shared.codes[k].fill(args.qmap[k], shared.tables);
@@ -299,7 +300,7 @@ __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
 
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  char* const own = slots + warp * kSlots * L::kSlotBytes;
+  char* const own = storage + entry_bytes(list) + warp * kSlots * L::kSlotBytes;
   const uint32_t stride = gridDim.x * warps;
   bool allow_full = !shared.step.skip_zeros;
 #pragma unroll
@@ -308,16 +309,16 @@ __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
                                                                : CodeKind::kUnsignedDynamic8);
   }
   const uint32_t first = blockIdx.x * warps + warp;
-  Place place = place_of(list, first, list.find_entry(first), allow_full);
+  Place place = place_of(list, entries, first, allow_full);
   float scale[kSlots][R::kStates];
   if (place.full) {
-    L::fetch(typename L::Pointers(list.entries[place.entry].tensor, place.block), 0, own, scale[0]);
+    L::fetch(typename L::Pointers(entries[place.entry].tensor, place.block), 0, own, scale[0]);
   }
   close_copy_group();
   Step<R>& step = shared.steps[warp];
   step = shared.step;  // every lane writes the same
   while (place.valid) {
-    const OptimizerTensor& tensor = list.entries[place.entry].tensor;
+    const OptimizerTensor& tensor = entries[place.entry].tensor;
     if (has_factors(args)) step = step_of_tensor(shared.step, list, place.entry);
     const auto rounding = [&] {
       return Rounding{args.seed, static_cast<uint32_t>(list.header.tensors_before + place.entry),
@@ -325,9 +326,9 @@ __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
     };
     Place next;
     const auto fetch_next = [&](int slot) {
-      next = place_of(list, place.tile + stride, place.entry, allow_full);
+      next = place_of(list, entries, place.tile + stride, allow_full);
       if (next.full) {
-        L::fetch(typename L::Pointers(list.entries[next.entry].tensor, next.block), 0,
+        L::fetch(typename L::Pointers(entries[next.entry].tensor, next.block), 0,
                  own + slot * L::kSlotBytes, scale[slot]);
       }
       close_copy_group();
@@ -397,8 +398,10 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
     }
   });
   const int threads = block_threads(chosen.states);
+  const SharedNeeds needs{kWarp, chosen.warp_bytes, static_cast<int>(sizeof(StepList::Entry)),
+                          StepList::kMost};
   const LaunchShape shape =
-      shape_for(reinterpret_cast<const void*>(chosen.kernel), threads, kWarp, chosen.warp_bytes);
+      shape_for(reinterpret_cast<const void*>(chosen.kernel), threads, kResident, needs);
   const int64_t most_blocks = int64_t{multiprocessors()} * kResident * threads / shape.threads;
   const auto packs = [&](const OptimizerTensor& t) {
     bool aligned = is_aligned(t.param, 16) && is_aligned(t.grad, 16);
@@ -407,13 +410,12 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
     }
     return aligned;
   };
-  for_each_launch<StepList>(args, tensors, kTile, packs, [&](const StepList& list) {
+  for_each_launch<StepList>(args, tensors, kTile, shape.entries, packs, [&](const StepList& list) {
     const int64_t warps = shape.threads / kWarp;
     const int blocks = static_cast<int>(std::min(most_blocks, ceil_div(list.header.tiles, warps)));
     if (blocks == 0) return;
-    chosen.kernel<<<blocks, shape.threads, shape.shared_bytes,
-                    static_cast<cudaStream_t>(stream.handle)>>>(list);
-    BNB_LAUNCH_CHECK("optimizer_step_8bit_blockwise");
+    launch("optimizer_step_8bit_blockwise", chosen.kernel, blocks, shape.threads,
+           shape.group_bytes + entry_bytes(list), stream, list);
   });
 }
 

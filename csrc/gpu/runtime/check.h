@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bitsandbytes/kernels/common.h"
 #include "gpu/runtime/runtime.cuh"
 
 namespace bnb::gpu {
@@ -20,11 +21,20 @@ inline void check(cudaError_t status, const char* what, const char* file, int li
 }  // namespace bnb::gpu
 
 #define BNB_GPU_CHECK(call) ::bnb::gpu::check((call), #call, __FILE__, __LINE__)
-// After a launch: a wrong configuration is only known here.
-#define BNB_LAUNCH_CHECK(kernel) \
-  ::bnb::gpu::check(cudaGetLastError(), "launch of " kernel, __FILE__, __LINE__)
 
 namespace bnb::gpu {
+
+// Starts a kernel; only then is it known whether its configuration is one that the device can run.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            int shared_bytes, Stream stream, const Arguments&... arguments) {
+  start_kernel(kernel, grid, block, shared_bytes, static_cast<cudaStream_t>(stream.handle),
+               arguments...);
+  if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) {
+    throw std::runtime_error(std::string("launch of ") + name +
+                             " failed: " + cudaGetErrorString(status));
+  }
+}
 
 // Multiprocessors of the current device; the runtime keeps its attributes at hand.
 inline int multiprocessors() {
@@ -35,33 +45,67 @@ inline int multiprocessors() {
   return count;
 }
 
-// Blocks of threads for kernels that walk over `tiles` tiles: no more than are in flight together,
-// which is enough of them to cover the latency of memory.
-inline int resident_grid(int64_t tiles) {
-  constexpr int64_t kPerMultiprocessor = 8;
-  return static_cast<int>(std::min(tiles, multiprocessors() * kPerMultiprocessor));
+// Blocks of threads for kernels that walk over `tiles` tiles: no more than are in flight together.
+// Eight on a multiprocessor are enough to cover the latency of memory.
+inline int resident_grid(int64_t tiles, int64_t on_multiprocessor = 8) {
+  return static_cast<int>(std::min(tiles, multiprocessors() * on_multiprocessor));
 }
+
+// Shared memory that a block of threads may have on the current device, if its kernel asks for it.
+inline int most_shared_bytes() {
+  int device = 0;
+  int bytes = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+// Lets a kernel have so much shared memory beside its static part.
+inline void allow_shared(const void* kernel, int bytes) {
+  BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+// What a kernel takes of shared memory beside its static part.
+struct SharedNeeds {
+  int group;        // threads ...
+  int group_bytes;  // ... that take this much together
+  int entry_bytes;  // of each of some entries ...
+  int entries;      // ... of which there are at most this many
+};
 
 struct LaunchShape {
   int threads;
-  int shared_bytes;  // dynamic
+  int group_bytes;  // of all groups together
+  int entries;      // that find room
 };
 
-// The largest block of at most `most_threads` whose shared memory the current device has, where
-// every group of `group` threads takes `group_bytes` of it. Lets the kernel have that much.
-inline LaunchShape shape_for(const void* kernel, int most_threads, int group, int group_bytes) {
+// The largest block of at most `most_threads` for which the current device has the shared memory,
+// with so many entries that `resident` such blocks fit a multiprocessor. Lets the kernel have it.
+inline LaunchShape shape_for(const void* kernel, int most_threads, int resident,
+                             const SharedNeeds& needs) {
+  constexpr int kReserved = 1024;  // of every block, by the system
+  constexpr int kFewEntries = 32;
   int device = 0;
-  int limit = 0;
+  int of_multiprocessor = 0;
   cudaFuncAttributes attributes{};
   BNB_GPU_CHECK(cudaGetDevice(&device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&of_multiprocessor,
+                                       cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
   BNB_GPU_CHECK(cudaFuncGetAttributes(&attributes, kernel));
-  limit -= static_cast<int>(attributes.sharedSizeBytes);
-  int threads = most_threads;
-  while (threads > group && threads / group * group_bytes > limit) threads /= 2;
-  const LaunchShape shape{threads, threads / group * group_bytes};
-  BNB_GPU_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     shape.shared_bytes));
+  const int limit = most_shared_bytes() - static_cast<int>(attributes.sharedSizeBytes);
+  const int share =
+      of_multiprocessor / resident - kReserved - static_cast<int>(attributes.sharedSizeBytes);
+  const int few = std::min(kFewEntries, needs.entries);
+  LaunchShape shape{most_threads, 0, few};
+  const auto bytes = [&] { return shape.group_bytes + shape.entries * needs.entry_bytes; };
+  for (;; shape.threads /= 2) {
+    shape.group_bytes = shape.threads / needs.group * needs.group_bytes;
+    if (bytes() <= limit || shape.threads <= needs.group) break;
+  }
+  // Fewer entries rather than fewer blocks, but for devices on which even a few are too many.
+  const int room = (share > bytes() ? std::min(share, limit) : limit) - shape.group_bytes;
+  shape.entries = std::clamp(room / needs.entry_bytes, few, needs.entries);
+  allow_shared(kernel, bytes());
   return shape;
 }
 

@@ -52,6 +52,27 @@ BNB_HD constexpr int search_code(Threshold threshold, float x) {
   return code;
 }
 
+// The order of levels: ascending, NaN last. A table that is not in this order is sorted before it
+// is searched, equal levels in the order of their codes.
+BNB_HD constexpr bool level_before(float a, float b) { return a < b || (!is_nan(a) && is_nan(b)); }
+
+// Stochastic rounding of x, whose nearest level is that of code c: the level on the other side of x
+// with a probability that grows with the way from the nearest one, so that the mean is x. Beyond
+// the ends of the table there is only one side. `r` is uniform in [0, 1); `level(k)` gives the k-th
+// of 256, ascending.
+template <class Level>
+BNB_HD constexpr int round_stochastic(Level level, int c, float x, float r) {
+  const float nearest = level(c);
+  if (x > nearest && c < kCodeLevels - 1) {
+    const float upper = level(c + 1);
+    if (r >= (upper - x) / (upper - nearest)) return c + 1;
+  } else if (x < nearest && c > 0) {
+    const float lower = level(c - 1);
+    if (r >= (x - lower) / (nearest - lower)) return c - 1;
+  }
+  return c;
+}
+
 // Elements are normalized as x * (1 / absmax): one correctly rounded reciprocal for the block, one
 // multiplication for the element. In a block of zeros, and for the infinite elements of a block,
 // the product is NaN and takes code 0.

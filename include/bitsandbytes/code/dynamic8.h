@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+#include "bitsandbytes/code/bins.h"
 #include "bitsandbytes/code/code.h"
 #include "bitsandbytes/config.h"
 #include "bitsandbytes/numeric.h"
@@ -113,68 +114,6 @@ constexpr uint32_t entry(int low, int high, int32_t first, int32_t threshold) {
   return static_cast<uint32_t>(low * Layout::kWidth + carry - first);
 }
 
-// A second way to encode, for processors on which small tables in registers beat one access to
-// memory: find the decade of |x|, then its cell by arithmetic. Rounding leaves values very near a
-// threshold undecided; those go the first way.
-//
-// Regions: 0 zero, 1 to 7 the decades, 8 the level 1.
-inline constexpr int kExponents = 32;  // binades up to [1, 2); all below the first are zero
-inline constexpr int kRegions = 16;    // 9 used
-inline constexpr uint32_t kLeastExponent = 127 - kExponents + 1;
-
-struct DecadeTables {
-  // By the lowest five bits of the exponent: region of the binade's first value, and the threshold
-  // inside the binade where the next region begins.
-  int32_t region[kExponents];
-  float next_region[kExponents];
-  // By region: position = min(|x| * scale + offset, most); its integral part is the level's index
-  // among the positive ones.
-  float scale[kRegions];
-  float offset[kRegions];
-  float most[kRegions];
-};
-
-// A position this close to an integer may lie on either side of the threshold there. Rounding moves
-// thresholds and positions by less than 2^-15.
-inline constexpr float kUndecided = 0x1p-12f;
-
-template <int kCells0>
-constexpr DecadeTables make_decade_tables(const float* thresholds,  // of |x|, ascending
-                                          int count) {
-  DecadeTables t{};
-  int first_of_region[kDecades + 2] = {};  // index of the first level
-  first_of_region[1] = 1;
-  for (int d = 0; d < kDecades; ++d)
-    first_of_region[d + 2] = first_of_region[d + 1] + (kCells0 << d);
-  double low = 1e-7;
-  t.offset[0] = t.most[0] = 0.5f;
-  for (int d = 0; d < kDecades; ++d) {
-    const int cells = kCells0 << d;
-    const double per_cell = cells / (9.0 * low);
-    t.scale[d + 1] = static_cast<float>(per_cell);
-    t.offset[d + 1] = static_cast<float>(first_of_region[d + 1] - low * per_cell);
-    t.most[d + 1] = static_cast<float>(first_of_region[d + 1] + cells) - 0.5f;
-    low *= 10.0;
-  }
-  t.offset[kDecades + 1] = t.most[kDecades + 1] = static_cast<float>(count) + 0.5f;
-
-  int region = 0;
-  for (uint32_t i = 0; i < kExponents; ++i) {
-    const uint32_t exponent = kLeastExponent + i;
-    const float first = bits_float(exponent << 23);
-    const float end = bits_float((exponent + 1) << 23);
-    // Threshold first_of_region[r] - 1 leads into region r.
-    while (region <= kDecades && thresholds[first_of_region[region + 1] - 1] <= first) ++region;
-    t.region[exponent % kExponents] = region;
-    float next = kInfinity;
-    if (region <= kDecades && thresholds[first_of_region[region + 1] - 1] < end) {
-      next = thresholds[first_of_region[region + 1] - 1];
-    }
-    t.next_region[exponent % kExponents] = next;
-  }
-  return t;
-}
-
 }  // namespace detail
 
 // Signed map: 127 negative levels, zero, 128 positive ones. Mirror-symmetric but for +1, which has
@@ -220,9 +159,9 @@ struct SignedDynamic8 {
     return table;
   }
 
-  static constexpr detail::DecadeTables make_decade_tables() {
+  static constexpr BinTables make_bins() {
     const ThresholdTable thresholds = make_thresholds(make_levels());
-    return detail::make_decade_tables<1>(thresholds.values + kZero, 128);
+    return make_bin_tables(thresholds.values + kZero, 128, kZero);
   }
 
   // The code of a finite x with |x| <= 1 (and rounding) in bits 16 to 23.
@@ -270,9 +209,9 @@ struct UnsignedDynamic8 {
     return table;
   }
 
-  static constexpr detail::DecadeTables make_decade_tables() {
+  static constexpr BinTables make_bins() {
     const ThresholdTable thresholds = make_thresholds(make_levels());
-    return detail::make_decade_tables<2>(thresholds.values, kCodeThresholds);
+    return make_bin_tables(thresholds.values, kCodeThresholds, 0);
   }
 
   // The code of a finite x <= 1 (and rounding) in bits 16 to 23. Negative values, smaller than the
@@ -292,6 +231,9 @@ struct UnsignedDynamic8 {
   static constexpr int32_t kFirst = Layout::kOrigin >> Layout::kShift;
 };
 
+static_assert(SignedDynamic8::make_bins().valid && UnsignedDynamic8::make_bins().valid);
+// Where the sign is known, the table is enough.
+static_assert(SignedDynamic8::make_bins().count <= BinTables::kBins);
 static_assert(detail::buckets_hold_one_threshold<SignedDynamic8::Layout>(
     make_thresholds(SignedDynamic8::make_levels()).values + SignedDynamic8::kZero, 128));
 static_assert(detail::buckets_hold_one_threshold<UnsignedDynamic8::Layout>(

@@ -35,18 +35,20 @@ struct OptimizerStep {
   DType dtype;           // of parameters and gradients
   const float* qmap[2];  // [256] each: levels of the 8-bit states; null for 32-bit states
   const int64_t* step;   // steps taken before this one
-  const float* lr;       // learning rate, or null: hyper.lr
+  LearningRate lr;       // or none: hyper.lr
   Hyper hyper;
-  const float* gnorm_scales;  // [tensors]: further factors on the gradients, or null
-  const float* max[2];        // [tensors]: absmax of the states; null unless kTensor8bit
-  float* new_max[2];          // [tensors]: absmax after this step, written by the preview
-  bool stochastic_rounding;   // of bfloat16 parameters
-  uint64_t seed;              // of that rounding
+  const float* gnorm_scales;   // [tensors]: further factors on the gradients, or null
+  const float* update_scales;  // [tensors]: factors on the updates, or null
+  const float* max[2];         // [tensors]: absmax of the states; null unless kTensor8bit
+  float* new_max[2];           // [tensors]: absmax after this step, written by the preview
+  bool stochastic_rounding;    // of bfloat16 parameters
+  uint64_t seed;               // of that rounding
   // The preview: a pass that writes no state and no parameter, and finds what the step needs to
   // know of a whole tensor beforehand. Null pointers where it is not needed.
-  float max_unorm;       // bound on |update| / |parameter|; 0: none
-  float* unorm;          // [tensors]: sum of squares of the update before it is bounded, or null
-  float* update_scales;  // [tensors]: factors that keep to the bound; null without one
+  float max_unorm;           // bound on |update| / |parameter|; 0: none
+  float* param_squares;      // [tensors]: sum of squares of the parameter, or null
+  float* unorm;              // [tensors]: that of the update before it is bounded, or null
+  float* new_update_scales;  // [tensors]: factors that keep to the bound; null without one
 };
 
 // Elements behind one partial sum of the preview and of gradient norms, on every device.

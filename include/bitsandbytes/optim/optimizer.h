@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 #include "bitsandbytes/config.h"
@@ -25,6 +26,23 @@ struct Hyper {
   bool skip_zeros;     // elements whose gradient is zero keep state and parameter
   double t_alpha;      // steps until alpha is reached; 0: from the first on
   double t_beta3;      // steps until beta3 is reached; 0: from the first on
+};
+
+// A learning rate in memory of the device, which replaces Hyper::lr; or none.
+class LearningRate {
+ public:
+  BNB_HD LearningRate(std::nullptr_t = nullptr) : value_(nullptr), wide_(false) {}
+  BNB_HD LearningRate(const float* value) : value_(value), wide_(false) {}
+  BNB_HD LearningRate(const double* value) : value_(value), wide_(true) {}
+
+  BNB_HD double value_or(double lr) const {
+    if (value_ == nullptr) return lr;
+    return wide_ ? *static_cast<const double*>(value_) : *static_cast<const float*>(value_);
+  }
+
+ private:
+  const void* value_;
+  bool wide_;
 };
 
 enum class WeightDecay {

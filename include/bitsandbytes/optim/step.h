@@ -18,9 +18,9 @@ struct Step {
       weight_decay;  // L2: factor on the parameter; decoupled: 1 - lr * weight_decay, so 1 for none
   bool skip_zeros;
 
-  // `step`: number of this step, from 1. `lr` replaces hyper.lr when it is not null.
-  BNB_HD static Step make(Hyper hyper, int64_t step, const float* lr) {
-    if (lr != nullptr) hyper.lr = *lr;
+  // `step`: number of this step, from 1. `lr` replaces hyper.lr where there is one.
+  BNB_HD static Step make(Hyper hyper, int64_t step, LearningRate lr) {
+    hyper.lr = lr.value_or(hyper.lr);
     Step s;
     s.constants = R::constants(hyper, static_cast<double>(step));
     s.gnorm_scale = static_cast<float>(hyper.gnorm_scale);

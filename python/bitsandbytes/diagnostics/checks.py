@@ -12,6 +12,8 @@ __all__ = ["CHECKS", "run"]
 
 # Half the widest gap between two levels of the dynamic map, relative to the block's absmax.
 CODE_ERROR = 0.45 / 64
+# Half the widest gap between two levels of nf4.
+NF4_ERROR = (1 - 0.6961928) / 2
 # Rounding both factors to int8 leaves 1 % of the norm of these products; outliers that are
 # quantized along with the rest leave more than 2 %.
 INT8_ERROR = 0.015
@@ -71,6 +73,14 @@ def quantize_blockwise(device: torch.device) -> str:
     return _require(_code_error(values, decoded, 256), 1.01 * CODE_ERROR, "largest relative error")
 
 
+def quantize_4bit(device: torch.device) -> str:
+    """The same with 4-bit codes, whose scales are quantized as well."""
+    values = _random(0, 64, 128)
+    packed, state = functional.quantize_nf4(values.to(device), compress_statistics=True)
+    decoded = functional.dequantize_4bit(packed, state)
+    return _require(_code_error(values, decoded, 64), 1.02 * NF4_ERROR, "largest relative error")
+
+
 def linear8bit(device: torch.device, threshold: float) -> str:
     """Compares an int8 layer with the float32 layer; with a threshold, outliers are among x."""
     x, weight, bias = _random(0, 32, 128), _random(1, 64, 128), _random(2, 64)
@@ -89,6 +99,7 @@ def linear8bit(device: torch.device, threshold: float) -> str:
 CHECKS: dict[str, Callable[[torch.device], str]] = {
     "Adam8bit update": adam8bit,
     "quantize_blockwise round trip": quantize_blockwise,
+    "quantize_4bit round trip": quantize_4bit,
     "Linear8bitLt, threshold 0.0": lambda device: linear8bit(device, 0.0),
     "Linear8bitLt, threshold 6.0": lambda device: linear8bit(device, 6.0),
 }

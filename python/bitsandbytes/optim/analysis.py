@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from ..plain.optimizer import BLOCK
+from ..plain.states import BLOCK
 from ..quant.codes import create_linear_map, default_code
 
 __all__ = ["AnalysisAdam"]

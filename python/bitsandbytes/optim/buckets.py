@@ -2,16 +2,18 @@
 """Lists of parameters that advance together, and the native call that advances them."""
 
 import itertools
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import paged
+from ..plain.optimizer import bounded_scale
 from . import sharding
+from .lists import all_are, gradients
+from .plan import StepPlan
 
-__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "all_are", "holds_none", "learning_rate"]
+__all__ = ["NORM_HISTORY", "PER_PARAMETER", "Bucket", "learning_rate"]
 
 NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
 
@@ -19,19 +21,9 @@ NORM_HISTORY = 100  # gradient norms that percentile clipping remembers
 PER_PARAMETER = ("max1", "new_max1", "max2", "new_max2", "unorm_vec")
 
 
-def all_are(a: list, b: list) -> bool:
-    """Whether two lists hold the same objects."""
-    return len(a) == len(b) and all(map(operator.is_, a, b))
-
-
 def _is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being recorded on the current stream of `device`."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def holds_none(objects: list) -> bool:
-    """Whether one of them is None."""
-    return any(map(operator.is_, objects, itertools.repeat(None)))
 
 
 def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
@@ -39,7 +31,7 @@ def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tens
     if not isinstance(lr, Tensor):
         return lr, None
     if lr.device == device:
-        return 0.0, lr.to(torch.float32)
+        return 0.0, lr if lr.dtype is torch.float64 else lr.to(torch.float32)
     return float(lr), None
 
 
@@ -63,7 +55,7 @@ class Bucket:
     Args:
         group: The parameter group.
         override: Settings of these parameters that differ from the group's, or None.
-        place: Index of the group, and in it of the first parameter.
+        places: Of each parameter: index of its group, and its index in the group.
         params: The parameters.
         states: The state of each.
     """
@@ -72,15 +64,35 @@ class Bucket:
         self,
         group: dict,
         override: dict | None,
-        place: tuple[int, int],
+        places: list[tuple[int, int]],
         params: list[Tensor],
         states: list[dict[str, Any]],
     ):
         self.group = group
         self.override = override
-        self.place = place
+        self.places = places
+        self.split = sharding.split_of(params[0])
+        self.sharded = any(map(sharding.is_dtensor, params))
+        self.flattened = any(map(sharding.is_flattened, params))
+        self._hold(params, states)
+        self.steps = states[0]["step"]
+        self.step_tensor = torch.full((), self.steps, dtype=torch.int64, device=self.device)
+        self.captured = False
+        self.compiled = False  # compiled code advances the tensor, too
+        self._pending = False
+        self._vectors: dict[str, Tensor] = {}
+        self._histories: list[Tensor] = []
+        self._pages: list[int] | None = None
+        lists = (self.state1, self.state2, self.absmax1, self.absmax2, self.qmap1, self.qmap2)
+        # States with one scale per tensor take new scales in every step.
+        whole = self.eight_bit and not self.absmax1
+        self._plan = None if self.sharded or whole else StepPlan(params, *lists)
+
+    def _hold(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        """Takes parameters, and the lists of what their states hold."""
         self.params = params
         self.states = states
+        self.device = params[0].device
         first = states[0]
         self.eight_bit = first["state1"].dtype == torch.uint8
         self.state1 = self._entries("state1")
@@ -89,25 +101,16 @@ class Bucket:
         self.absmax2 = self._entries("absmax2")
         self.qmap1 = first.get("qmap1")
         self.qmap2 = first.get("qmap2")
-        self.steps = first["step"]
-        self.part = sharding.part_of(params[0])
-        self.sharded = any(map(sharding.is_dtensor, params))
-        self.device = params[0].device
-        self.step_tensor = torch.full((), self.steps, dtype=torch.int64, device=self.device)
-        self.captured = False
-        self._pending = False
-        self._vectors: dict[str, Tensor] = {}
-        self._histories: list[Tensor] = []
-        self._pages: list[int] | None = None
 
     def _entries(self, key: str) -> list[Tensor]:
-        return [sharding.local(s[key]) for s in self.states] if key in self.states[0] else []
+        entries = [state[key] for state in self.states] if key in self.states[0] else []
+        return [sharding.local(entry) for entry in entries] if self.sharded else entries
 
     # ---- What lies beside the states ------------------------------------------------------------
 
     def gradients(self) -> list[Tensor | None]:
         """Returns the gradient of each parameter."""
-        return [p.grad for p in self.params]
+        return gradients(self.params)
 
     def vector(self, key: str) -> Tensor:
         """Returns the numbers of state entry `key` [count]; zeros where a state had none."""
@@ -120,6 +123,10 @@ class Bucket:
                 state[key] = view
             self._vectors[key] = found
         return found
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Returns the vectors of state entries that have been asked for."""
+        return self._vectors
 
     def histories(self) -> list[Tensor]:
         """Returns the squares of past gradient norms, float32 [100] per parameter."""
@@ -135,6 +142,16 @@ class Bucket:
                     )
             self._histories = self._entries("gnorm_vec")
         return self._histories
+
+    def complete(self, config: dict[str, Any]) -> None:
+        """Creates the entries beside the states that steps with these settings need."""
+        if config["percentile_clipping"] < 100:
+            self.histories()
+        if self.eight_bit and not self.absmax1:
+            self._whole_scales("max")
+            self._whole_scales("new_max")
+        if config["max_unorm"] > 0.0:
+            self.vector("unorm_vec")
 
     def _refuse_capture(self, key: str) -> None:
         if _is_capturing(self.device):
@@ -160,14 +177,18 @@ class Bucket:
         if config["percentile_clipping"] < 100:
             percentile = int(config["percentile_clipping"])
             # The norm of a norm is that norm.
-            whole = grads if self.part is None else sharding.gradient_norms(self.params, grads)
+            whole = grads if self.split is None else sharding.gradient_norms(self.split, grads)
             norms = ops.percentile_clipping_step(
                 whole, self.histories(), self.step_tensor, percentile
             )
             gnorm_scales = norms[2]
         lists = (rule, params, grads, self.state1, self.state2)
         options = self._options(config, gnorm_scales)
-        if not self.eight_bit:
+        if config["max_unorm"] > 0.0 and self.split is not None:
+            options = self._bounded_as_wholes(lists, options)
+        if self._plan is not None and self._plan.take(rule, grads, options):
+            pass
+        elif not self.eight_bit:
             ops.optimizer_step_32bit(*lists, *options)
         elif self.absmax1:
             qmaps = (self.qmap1, self.qmap2)
@@ -181,23 +202,40 @@ class Bucket:
 
     def prefetch(self) -> None:
         """Brings paged states to the device, in the order of its current stream."""
-        if torch.compiler.is_compiling():  # a compiled step meets pages where they are
-            return
         if self._pages is None:
             self._pages = paged.pages_of([*self.state1, *self.state2])
         paged.prefetch_pages(self._pages, self.device)
 
     def _step_tensor_wise(self, lists: tuple, options: tuple) -> None:
-        keys = ("1", "2") if self.state2 else ("1",)
-        old = [self.vector(f"max{k}") for k in keys]
-        new = [self.vector(f"new_max{k}") for k in keys]
-        pad = [None] * (2 - len(keys))
+        old, new = self._whole_scales("max"), self._whole_scales("new_max")
         torch.ops.bitsandbytes.optimizer_step_8bit(
-            *lists, *old, *pad, *new, *pad, self.qmap1, self.qmap2, *options
+            *lists, *old, *new, self.qmap1, self.qmap2, *options
         )
         # By value: a captured graph reads and writes the same addresses every time.
         for to, value in zip(old, new, strict=True):
-            to.copy_(value)
+            if to is not None:
+                to.copy_(value)
+
+    def _whole_scales(self, key: str) -> list[Tensor | None]:
+        return [self.vector(f"{key}1"), self.vector(f"{key}2") if self.state2 else None]
+
+    def _bounded_as_wholes(self, lists: tuple, options: tuple) -> tuple:
+        """Returns options with factors that bound whole tensors instead of their parts."""
+        *hyper, max_unorm, seed, gnorm_scales, unorm = options
+        ops, rest = torch.ops.bitsandbytes, (*hyper, gnorm_scales)
+        qmaps = (self.qmap1, self.qmap2)
+        if not self.eight_bit:
+            squares = ops.optimizer_preview_32bit(*lists, *rest)
+        elif self.absmax1:
+            scales = (self.absmax1, self.absmax2)
+            squares = ops.optimizer_preview_8bit_blockwise(*lists, *scales, *qmaps, *rest)
+        else:
+            scales = self._whole_scales("max")
+            squares = ops.optimizer_preview_8bit(*lists, *scales, *qmaps, *rest)
+        param_squares, update_squares = sharding.sum_of_parts(self.split, squares)
+        unorm.copy_(update_squares)
+        factors = bounded_scale(param_squares, update_squares, max_unorm)
+        return (*hyper, 0.0, seed, gnorm_scales, None, factors)
 
     def _options(self, config: dict[str, Any], gnorm_scales: Tensor | None) -> tuple:
         lr, lr_tensor = learning_rate(config["lr"], self.device)
@@ -205,8 +243,9 @@ class Bucket:
         max_unorm = config["max_unorm"]
         seed = config["rounding_seed"]
         if seed is not None and self.params[0].dtype is torch.bfloat16:
-            seed = _derived_seed(seed, *self.place)
-            for coordinate in self.part or ():  # replicas round alike, parts do not
+            seed = _derived_seed(seed, *self.places[0])
+            # Replicas round alike, parts do not.
+            for coordinate in self.split.part() if self.split is not None else ():
                 seed = _derived_seed(seed, 0, coordinate)
         else:
             seed = None
@@ -234,8 +273,8 @@ class Bucket:
 
     def write_steps(self) -> None:
         """Brings ``state["step"]`` of every member up to date."""
-        if self.captured:
-            # Replays of the graph advanced the tensor without this process counting.
+        if self.captured or self.compiled:
+            # A graph advanced the tensor without this process counting.
             steps = int(self.step_tensor.item())
             self._pending = self._pending or steps != self.steps
             self.steps = steps
@@ -249,7 +288,7 @@ class Bucket:
         return (
             self.group is other.group
             and self.override == other.override
-            and self.place == other.place
+            and self.places == other.places
             and self.steps == other.steps
             and all_are(self.params, other.params)
             and all_are(self.states, other.states)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plain.optimizer import BLOCK
 from ..plain.quantize import LEVELS, dequantize_blocks
+from ..plain.states import BLOCK
 from ..quant.codes import default_code
 from . import sharding
 from .buckets import NORM_HISTORY

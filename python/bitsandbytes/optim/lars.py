@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from . import sharding
 from .optimizer import Optimizer1State, warn_ignored
 
 __all__ = ["LARS", "LARS8bit", "LARS32bit", "PytorchLARS"]
@@ -172,6 +173,9 @@ class PytorchLARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            if any(map(sharding.is_flattened, group["params"])):
+                sharding.refuse_bounds(group)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -3,20 +3,24 @@
 
 import functools
 from collections import abc, defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import paged
 from .._checks import warn_user
-from ..plain.optimizer import BLOCK
+from ..plain.states import BLOCK
 from ..quant.codes import default_code
 from . import sharding
-from .buckets import Bucket, all_are, holds_none
+from .buckets import Bucket
 from .checkpoint import QUANT_STATE_KEYS, WRAPPER, StateReader, nested, read_state_dict
+from .lists import all_are, holds_none
 from .overrides import GlobalOptimManager
 from .signature import derived_init
+
+if TYPE_CHECKING:
+    from .compiled import Layout
 
 __all__ = ["MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "warn_ignored"]
 
@@ -115,12 +119,16 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _forget_buckets(self) -> None:
         self._buckets: list[Bucket] | None = None
+        # What compiled steps read, once there was one. It follows `_buckets`.
+        self._layout: Layout | None = None
         # Buckets that replays of a CUDA graph go on using after someone looked at `state`.
         self._captured_buckets: list[Bucket] = []
         self._signature: Any = None
         self._without_grad: list[Tensor] = []
 
     def _release_buckets(self) -> None:
+        if self._layout is not None:
+            self._layout.write_steps(self._state)
         if self._buckets is not None:
             self._captured_buckets = [b for b in self._buckets if b.captured]
             for bucket in self._buckets:
@@ -259,21 +267,45 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.initialized:
-            self.check_overrides()
-            self.to_gpu()
-            self.initialized = True
+        if torch.compiler.is_compiling():
+            from . import compiled
+
+            compiled.step(self)
+            return loss
+        self._initialize()
         ready = [
             (bucket, self._merge_config(bucket.group, bucket.override), grads)
             for bucket, grads in self._prepared_buckets()
         ]
         for bucket, config, _ in ready:
-            sharding.refuse_bounds(bucket.part, config)
+            if bucket.flattened:
+                sharding.refuse_bounds(config)
         for bucket, config, grads in ready:
             if self.is_paged:
                 bucket.prefetch()
             bucket.step(self.optimizer_name, config, grads)
         return loss
+
+    def _initialize(self) -> None:
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+
+    @torch.no_grad()
+    def _lay_out(self, places: abc.Iterable[tuple[int, int]]) -> None:
+        """Creates what a compiled step of the parameters at `places` needs, while it is traced.
+
+        The compiled code does not contain this call (see compiled.py).
+        """
+        from .compiled import Layout
+
+        self._initialize()
+        self._build_buckets(set(places))
+        for bucket in self._buckets:
+            if bucket.flattened:
+                sharding.refuse_bounds(self._merge_config(bucket.group, bucket.override))
+        self._layout = Layout(self)
 
     def _prepared_buckets(self) -> list[tuple[Bucket, list[Tensor]]]:
         if self._buckets is not None and self._still_valid():
@@ -281,7 +313,6 @@ class Optimizer8bit(torch.optim.Optimizer):
             if not any(holds_none(grads) for _, grads in ready):
                 return ready
         self._build_buckets()
-        self._signature = (self.mng.version, [list(g["params"]) for g in self.param_groups])
         return [(bucket, bucket.gradients()) for bucket in self._buckets]
 
     def _still_valid(self) -> bool:
@@ -291,26 +322,27 @@ class Optimizer8bit(torch.optim.Optimizer):
             version == self.mng.version
             and len(members) == len(self.param_groups)
             and all(
-                all_are(known, group["params"])
-                for known, group in zip(members, self.param_groups, strict=True)
+                known_group is group and all_are(known, group["params"])
+                for (known_group, known), group in zip(members, self.param_groups, strict=True)
             )
             and all(p.grad is None for p in self._without_grad)
         )
 
-    def _build_buckets(self) -> None:
+    def _build_buckets(self, chosen: abc.Container[tuple[int, int]] | None = None) -> None:
+        """Sorts parameters into buckets: those at `chosen`, or if None those with gradients."""
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{type(self).__name__}.step: states must exist before a CUDA graph is captured, "
                 "take one step eagerly first"
             )
         self._release_buckets()
-        members: dict[tuple, tuple[list, list]] = {}
-        contexts: dict[tuple, tuple[dict, dict | None, tuple[int, int]]] = {}
+        members: dict[tuple, tuple[list, list, list]] = {}
+        contexts: dict[tuple, tuple[dict, dict | None]] = {}
         self._without_grad = []
         paged_bytes = 0
         for gindex, group in enumerate(self.param_groups):
             for pindex, p in enumerate(group["params"]):
-                if p.grad is None:
+                if p.grad is None if chosen is None else (gindex, pindex) not in chosen:
                     self._without_grad.append(p)
                     continue
                 self._check_gradient(p, gindex, pindex)
@@ -325,8 +357,9 @@ class Optimizer8bit(torch.optim.Optimizer):
                 self._check_state(state, gindex, pindex)
                 override = self.mng.config_of(gindex, pindex, p)
                 if self.is_paged:
-                    held = (sharding.local(state[k]) for k in ("state1", "state2") if k in state)
-                    paged_bytes += sum(entry.nbytes for entry in held)
+                    # The same on every process, so that all exchange norms of the same lists.
+                    held = (state[k] for k in ("state1", "state2") if k in state)
+                    paged_bytes += sum(map(sharding.part_bytes, held))
                 key = (
                     paged_bytes // PAGED_RUN,
                     gindex,
@@ -338,20 +371,24 @@ class Optimizer8bit(torch.optim.Optimizer):
                     id(state.get("qmap1")),
                     id(state.get("qmap2")),
                     state["step"],
-                    sharding.part_of(p),
+                    sharding.split_of(p),
                 )
-                params, states = members.setdefault(key, ([], []))
+                places, params, states = members.setdefault(key, ([], [], []))
+                places.append((gindex, pindex))
                 params.append(p)
                 states.append(state)
-                contexts.setdefault(key, (group, override, (gindex, pindex)))
+                contexts.setdefault(key, (group, override))
         captured, self._captured_buckets = self._captured_buckets, []
         self._buckets = []
-        for key, (params, states) in members.items():
-            new = Bucket(*contexts[key], params, states)
+        for key, lists in members.items():
+            new = Bucket(*contexts[key], *lists)
             self._buckets.append(next((b for b in captured if b.serves(new)), new))
+        self._signature = (self.mng.version, [(g, list(g["params"])) for g in self.param_groups])
+        if self._layout is not None:
+            self._layout = type(self._layout)(self)
 
     def _check_gradient(self, p: Tensor, gindex: int, pindex: int) -> None:
-        if p.grad.layout != torch.strided:
+        if p.grad is not None and p.grad.layout != torch.strided:
             raise RuntimeError(
                 f"{type(self).__name__}.step: gradients must be dense, parameter {pindex} "
                 f"of group {gindex} has a sparse one"
@@ -375,9 +412,10 @@ class Optimizer8bit(torch.optim.Optimizer):
         self._check_gradient(p, gindex, pindex)
         self._check_state(state, gindex, pindex)
         override = self.mng.config_of(gindex, pindex, p)
-        bucket = Bucket(group, override, (gindex, pindex), [p], [state])
+        bucket = Bucket(group, override, [(gindex, pindex)], [p], [state])
         config = self._merge_config(group, override)
-        sharding.refuse_bounds(bucket.part, config)
+        if bucket.flattened:
+            sharding.refuse_bounds(config)
         bucket.step(self.optimizer_name, config, [p.grad])
         bucket.write_steps()
 
@@ -421,7 +459,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             state_dict = state_dict if replaced is None else replaced
         read = self._state_reader(move_to_device)
         states, groups = read_state_dict(state_dict, self.param_groups, read, self.get_config)
+        layout = self._layout
         self.__setstate__({"state": states, "param_groups": groups})
+        if layout is not None:  # compiled code goes on, with the new states
+            self._lay_out(layout.places())
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -433,7 +474,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     # ---- Copies ---------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        prepared = ("_buckets", "_captured_buckets", "_signature", "_without_grad")
+        prepared = ("_buckets", "_captured_buckets", "_layout", "_signature", "_without_grad")
         own = {
             key: value
             for key, value in self.__dict__.items()

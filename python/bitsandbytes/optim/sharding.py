@@ -32,13 +32,13 @@ codes and scales.
 import math
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..plain.optimizer import BLOCK
 from ..plain.quantize import LEVELS, quantize_blocks
+from ..plain.states import BLOCK
 from ..quant.codes import default_code
 
 __all__ = [
@@ -47,16 +47,18 @@ __all__ = [
     "gradient_norms",
     "is_distributed",
     "is_dtensor",
+    "is_flattened",
     "local",
     "local_lists",
-    "part_of",
+    "part_bytes",
     "portable",
     "refuse_bounds",
+    "split_of",
+    "sum_of_parts",
 ]
 
 _MAPS = ("dynamic", "udynamic")  # of state1, state2
 _CHUNK = 2**22  # elements that are quantized at a time; a multiple of BLOCK
-_FLAT = "flattened by FSDP1"
 
 
 # ---- Kinds of parameter -------------------------------------------------------------------------
@@ -69,31 +71,46 @@ def is_dtensor(tensor: Any) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _is_flattened(p: Tensor) -> bool:
+def is_flattened(p: Tensor) -> bool:
+    """Whether FullyShardedDataParallel made `p` of parts of parameters, or a part of one."""
     return getattr(p, "_fsdp_flattened", False)  # the mark of FullyShardedDataParallel
 
 
 def is_distributed(params: Iterable[Tensor]) -> bool:
     """Whether states of any of these parameters are written in the form described above."""
-    return any(is_dtensor(p) or _is_flattened(p) for p in params)
+    return any(is_dtensor(p) or is_flattened(p) for p in params)
 
 
-def part_of(p: Tensor) -> tuple | None:
-    """Returns what tells the local part of `p` from its other parts; None if it is the whole.
+class Split(NamedTuple):
+    """How a DTensor is split: every process has the same parameters in one such class."""
 
-    Replicas of one part have equal values, different parts of one DTensor have different ones.
-    """
-    if _is_flattened(p):
-        return (_FLAT,)
-    if not is_dtensor(p):
+    mesh: Any
+    dims: tuple[int, ...]  # of the mesh, which split it
+
+    def parts(self) -> int:
+        """The number of parts."""
+        return math.prod(self.mesh.size(i) for i in self.dims)
+
+    def part(self) -> tuple[int, ...]:
+        """Returns what tells the local part from the others; replicas of it have the same."""
+        coordinate = self.mesh.get_coordinate()
+        return tuple(coordinate[i] for i in self.dims)
+
+
+def split_of(tensor: Tensor) -> Split | None:
+    """Returns how a DTensor is split; None for whole tensors and parts that know of no whole."""
+    if not is_dtensor(tensor):
         return None
-    mesh = p.device_mesh
-    split = [i for i, place in enumerate(p.placements) if _dim(place) is not None]
-    split = [i for i in split if mesh.size(i) > 1]
-    coordinate = mesh.get_coordinate()
-    if not split or coordinate is None:
-        return None
-    return tuple(coordinate[i] for i in split)
+    mesh = tensor.device_mesh
+    dims = [i for i, place in enumerate(tensor.placements) if _dim(place) is not None]
+    dims = [i for i in dims if mesh.size(i) > 1]
+    return Split(mesh, tuple(dims)) if dims and mesh.get_coordinate() is not None else None
+
+
+def part_bytes(tensor: Tensor) -> int:
+    """Returns the bytes of the local part of `tensor`, on average over the processes."""
+    split = split_of(tensor)
+    return tensor.nbytes if split is None else tensor.nbytes // split.parts()
 
 
 def _dim(placement: Any) -> int | None:
@@ -128,49 +145,47 @@ def _local_gradient(p: Tensor, grad: Tensor) -> Tensor:
     return found.wait() if hasattr(found, "wait") else found  # it may still be on its way
 
 
-def refuse_bounds(part: tuple | None, config: dict[str, Any]) -> None:
-    """Raises ValueError if settings bound whole tensors of which only a part is known here.
+def refuse_bounds(config: dict[str, Any]) -> None:
+    """Raises ValueError if settings of flattened parameters bound what only the whole has.
 
     Args:
-        part: As `part_of` returns it.
-        config: Settings of the parameters, as ``Optimizer8bit.get_config`` returns them.
+        config: The settings, as ``Optimizer8bit.get_config`` returns them.
     """
-    if part is None:
-        return
-    if config["max_unorm"] > 0.0:
-        raise ValueError(
-            "step: max_unorm must be 0 for parameters split among processes, since it bounds the "
-            f"norm of a whole update, got {config['max_unorm']}"
-        )
-    if config["percentile_clipping"] < 100 and part == (_FLAT,):
-        raise ValueError(
-            "step: percentile_clipping must be 100 for parameters flattened by "
-            "FullyShardedDataParallel, since it takes norms of whole gradients (fully_shard knows "
-            f"them), got {config['percentile_clipping']}"
-        )
+    for name, none, what in (
+        ("max_unorm", 0, "bounds norms of whole updates"),
+        ("percentile_clipping", 100, "takes norms of whole gradients"),
+    ):
+        if config.get(name, none) != none:
+            raise ValueError(
+                f"step: {name} must be {none} for parameters flattened by "
+                f"FullyShardedDataParallel, since it {what} (fully_shard knows them), "
+                f"got {config[name]}"
+            )
 
 
-def gradient_norms(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Returns the norm of each whole gradient, float32 [1].
+def sum_of_parts(split: Split, squares: Tensor) -> Tensor:
+    """Adds up sums over the parts of DTensors, in one exchange.
 
     Args:
-        params: The DTensors.
-        grads: Local parts of their gradients.
+        split: How all of them are split.
+        squares: Sums over the local parts, of any shape.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    members: dict[tuple, list[int]] = {}
-    for i, p in enumerate(params):
-        sums = tuple(Replicate() if _dim(place) is None else Partial() for place in p.placements)
-        members.setdefault((p.device_mesh, sums), []).append(i)
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
-    for (mesh, sums), indices in members.items():
-        # One exchange for all parameters that lie alike.
-        squares = torch.stack([norms[i] for i in indices]).square()
-        whole = DTensor.from_local(squares, mesh, sums, run_check=False).full_tensor().sqrt()
-        for i, norm in zip(indices, whole.split(1), strict=True):
-            norms[i] = norm
-    return norms
+    places = [Partial() if i in split.dims else Replicate() for i in range(split.mesh.ndim)]
+    whole = DTensor.from_local(squares, split.mesh, places, run_check=False).full_tensor()
+    return whole.to(squares.device)  # of parts on the host, DTensor adds on the mesh's devices
+
+
+def gradient_norms(split: Split, grads: list[Tensor]) -> list[Tensor]:
+    """Returns the norm of each whole gradient, float32 [1].
+
+    Args:
+        split: How all of the parameters are split.
+        grads: Local parts of the gradients.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads])
+    return list(sum_of_parts(split, norms.square()).sqrt().split(1))
 
 
 # ---- States in memory ---------------------------------------------------------------------------
@@ -228,7 +243,7 @@ def portable(p: Tensor, state: dict[str, Any], state_rows: tuple[int, ...]) -> d
         if f"qmap{i}" in state:
             # Checkpoints are loaded into what is returned, and this table is everybody's.
             written[f"qmap{i}"] = state[f"qmap{i}"].clone()
-    if _is_flattened(p):
+    if is_flattened(p):
         return _flattened_form(p, state, state_rows)
     if is_dtensor(p):
         plain = {**state, **{f"state{i}": local(state[f"state{i}"]) for i in _count(state_rows)}}
@@ -478,7 +493,7 @@ def _read_numbers(
     numbers = state[f"state{i}"]
     # Only numbers of an 8-bit state have a table beside them; FSDP1 cannot carry it.
     qmap, by_blocks = state.get(f"qmap{i}"), f"max{i}" not in state
-    if qmap is None and _is_flattened(p):
+    if qmap is None and is_flattened(p):
         settings = config()
         if settings["optim_bits"] == 8 and p.numel() >= settings["min_8bit_size"]:
             qmap, by_blocks = default_code(_MAPS[i - 1], numbers.device), settings["block_wise"]

@@ -4,19 +4,16 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional
 from torch import Tensor
 
 from .._checks import FLOATS, check, check_device, check_dtype, check_numel
 from .._ops import register_kernel
-from .quantize import LEVELS, dequantize_blocks, quantize_blocks
+from .quantize import LEVELS
 from .rounding import round_stochastic, rounding_bits
 from .rules import RULES, Decay, Hyper, Rule
+from .states import BLOCK, Blocks, Floats, Whole, state_rows, state_tensors
 
-__all__ = ["BLOCK"]
-
-# Elements that share one absmax in 8-bit states; fixed by the checkpoint format.
-BLOCK = 256
+__all__ = ["bounded_scale"]
 
 
 class Options(NamedTuple):
@@ -39,6 +36,13 @@ class Options(NamedTuple):
     rounding_seed: int | None = None
     gnorm_scales: Tensor | None = None
     unorm: Tensor | None = None
+    update_scales: Tensor | None = None
+
+    @classmethod
+    def of_preview(cls, *args, **named) -> "Options":
+        """Returns what a preview takes, which is less."""
+        hyper = cls._fields[: cls._fields.index("max_unorm")]
+        return cls(**dict(zip((*hyper, "gnorm_scales"), args, strict=False)), **named)
 
     def hyper(self) -> Hyper:
         lr = self.lr if self.lr_tensor is None else self.lr_tensor.item()
@@ -101,17 +105,20 @@ def _check_step(
         check_dtype(op, f"params[{i}]", param, params[0].dtype)
         check_device(op, f"params[{i}]", param, "params[0]", params[0])
         _check_member(op, f"grads[{i}]", grads[i], param, params[0].dtype)
-        for k, tensors in enumerate(states[: _tensors(rule)]):
+        for k, tensors in enumerate(states[: state_tensors(rule)]):
             where = f"state{k + 1}[{i}]"
-            _check_member(op, where, tensors[i], param, dtype, _rows(rule, k))
-            _check_rows(op, where, tensors[i], _rows(rule, k))
+            _check_member(op, where, tensors[i], param, dtype, state_rows(rule, k))
+            _check_rows(op, where, tensors[i], state_rows(rule, k))
     check_dtype(op, "step", options.step, torch.int64)
     check_numel(op, "step", options.step, 1, "the number of steps")
     if options.lr_tensor is not None:
-        check_dtype(op, "lr_tensor", options.lr_tensor, torch.float32)
+        check_dtype(op, "lr_tensor", options.lr_tensor, torch.float32, torch.float64)
         check_numel(op, "lr_tensor", options.lr_tensor, 1, "the learning rate")
     check(options.max_unorm >= 0, op, "max_unorm", "zero or positive", options.max_unorm)
-    for argument in ("gnorm_scales", "unorm"):
+    if options.update_scales is not None:
+        expected = "0 where update_scales keep to a bound"
+        check(options.max_unorm == 0, op, "max_unorm", expected, options.max_unorm)
+    for argument in ("gnorm_scales", "unorm", "update_scales"):
         tensor = getattr(options, argument)
         if tensor is not None:
             _check_per_parameter(op, argument, tensor, params)
@@ -119,139 +126,49 @@ def _check_step(
 
 
 def _check_qmaps(op: str, name: str, rule: Rule, qmaps: tuple[Tensor | None, ...]) -> None:
-    for k, qmap in enumerate(qmaps[: _tensors(rule)], 1):
+    for k, qmap in enumerate(qmaps[: state_tensors(rule)], 1):
         check(qmap is not None, op, f"qmap{k}", f"given for rule {name!r}", None)
         check_dtype(op, f"qmap{k}", qmap, torch.float32)
         check_numel(op, f"qmap{k}", qmap, LEVELS, "levels")
 
 
-# --- states -------------------------------------------------------------------------------------
-#
-# Three states lie in two tensors: the first has two rows.
-
-
-def _tensors(rule: Rule) -> int:
-    """Tensors that hold a parameter's states."""
-    return min(rule.states, 2)
-
-
-def _rows(rule: Rule, k: int) -> int:
-    """States in tensor k."""
-    return 2 if rule.states == 3 and k == 0 else 1
-
-
-class _Floats:
-    """States in float32."""
-
-    bad_gradients_are_dropped = False
-
-    def __init__(self, rule: Rule, lists: tuple[list[Tensor], ...]):
-        self.lists = lists[: _tensors(rule)]
-        self.rows = [_rows(rule, k) for k in range(len(self.lists))]
-
-    def read(self, i: int) -> list[Tensor]:
-        return [
-            row.clone()
-            for tensors, rows in zip(self.lists, self.rows, strict=True)
-            for row in tensors[i].reshape(rows, -1)
-        ]
-
-    def write(self, i: int, states: list[Tensor], grad: Tensor | None) -> None:
-        """Stores the states of tensor i; `grad` only if elements of zero gradient stand still."""
-        rest = iter(states)
-        for tensors, rows in zip(self.lists, self.rows, strict=True):
-            joined = torch.stack([next(rest) for _ in range(rows)])
-            tensors[i].copy_(joined.view(tensors[i].shape))
-
-
-class _Blocks:
-    """8-bit codes with one absmax per block."""
-
-    bad_gradients_are_dropped = True
-
-    def __init__(self, rule: Rule, packs: tuple):  # of codes, absmax, qmap
-        self.packs = packs[: _tensors(rule)]
-        self.rows = [_rows(rule, k) for k in range(len(self.packs))]
-
-    def _places(self, i: int):
-        """Yields codes [n], absmax [blocks] and qmap of each state of tensor i."""
-        for (codes, absmax, qmap), rows in zip(self.packs, self.rows, strict=True):
-            for row in range(rows):
-                yield (
-                    codes[i].view(rows, -1)[row] if rows > 1 else codes[i],
-                    absmax[i].view(rows, -1)[row] if rows > 1 else absmax[i],
-                    qmap,
-                )
-
-    def read(self, i: int) -> list[Tensor]:
-        return [
-            dequantize_blocks(codes.reshape(-1), absmax.reshape(-1), qmap, BLOCK)
-            for codes, absmax, qmap in self._places(i)
-        ]
-
-    def write(self, i: int, states: list[Tensor], grad: Tensor | None) -> None:
-        for (codes, absmax, qmap), state in zip(self._places(i), states, strict=True):
-            new, scales = quantize_blocks(state, qmap, BLOCK, keep_sign=True)
-            if grad is not None:
-                # Codes that mean the same numbers again would still lose a little each time.
-                idle = _idle_blocks(grad)
-                scales = torch.where(idle, absmax.reshape(-1), scales)
-                same = idle.repeat_interleave(BLOCK)[: grad.numel()]
-                new = torch.where(same, codes.reshape(-1), new)
-            codes.copy_(new.view(codes.shape))
-            absmax.copy_(scales.view(absmax.shape))
-
-
-class _Whole:
-    """8-bit codes with one absmax per tensor."""
-
-    bad_gradients_are_dropped = True
-
-    def __init__(self, rule: Rule, packs: tuple):  # of codes, max, new max, qmap
-        self.packs = [
-            (codes, most.reshape(-1), new_most.view(-1), qmap)
-            for codes, most, new_most, qmap in packs[: rule.states]
-        ]
-
-    def read(self, i: int) -> list[Tensor]:
-        return [qmap[codes[i].reshape(-1).long()] * most[i] for codes, most, _, qmap in self.packs]
-
-    def write(self, i: int, states: list[Tensor], grad: Tensor | None) -> None:
-        for (codes, most, new_most, qmap), state in zip(self.packs, states, strict=True):
-            n = state.numel()
-            if n == 0:
-                new_most[i] = most[i]
-                continue
-            new, scale = quantize_blocks(state, qmap, n, keep_sign=True)
-            if grad is not None:
-                idle = (grad == 0).all()
-                scale = torch.where(idle, most[i], scale)
-                new = torch.where(idle, codes[i].reshape(-1), new)
-            codes[i].copy_(new.view(codes[i].shape))
-            new_most[i] = scale.squeeze()
-
-
-def _idle_blocks(grad: Tensor) -> Tensor:
-    """Blocks of a flat gradient in which every element is zero."""
-    padded = torch.nn.functional.pad(grad, (0, -grad.numel() % BLOCK))
-    return (padded.view(-1, BLOCK) == 0).all(dim=1)
-
-
 # --- the step -----------------------------------------------------------------------------------
 
 
-def _bounded_scale(param: Tensor, update_squares: Tensor, max_unorm: float) -> Tensor:
-    """Factor that keeps the norm of an update below `max_unorm` times that of the parameter."""
-    bound = param.square().sum().sqrt() * max_unorm
+def bounded_scale(param_squares: Tensor, update_squares: Tensor, max_unorm: float) -> Tensor:
+    """Factor that keeps the norm of an update below `max_unorm` times that of the parameter.
+
+    Args:
+        param_squares: Sum of squares of the parameter.
+        update_squares: That of the update, of the same shape.
+        max_unorm: The bound.
+    """
+    bound = param_squares.sqrt() * max_unorm
     norm = update_squares.sqrt()
     # A parameter of zeros bounds nothing: it would stay so for ever.
     return torch.where((bound > 0) & (norm > bound), bound / norm, torch.ones_like(norm))
 
 
-def _advance(
+class _Change(NamedTuple):
+    """What a step does to one tensor before anything is bounded or written; all flat, float32."""
+
+    param: Tensor
+    grad: Tensor  # with its factors
+    states: list[Tensor]  # after the step
+    still: Tensor  # elements that keep their parameter
+    direction: Tensor  # the parameter moves by -lr * scale * direction
+    scale: float
+
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """Sums of squares of the parameter and of its update."""
+        update = torch.where(self.still, 0.0, self.direction * self.scale)
+        return self.param.square().sum(), update.square().sum()
+
+
+def _change_of(
     i: int, param: Tensor, grad: Tensor, store, rule: Rule, h: Hyper, step: int, options: Options
-) -> None:
-    """The step of tensor i of a list."""
+) -> _Change:
+    """The change of tensor i of a list."""
     factor = options.gnorm_scale
     if options.gnorm_scales is not None:
         factor = options.gnorm_scales.reshape(-1)[i] * factor
@@ -259,13 +176,11 @@ def _advance(
     p = param.reshape(-1).float()
     states = store.read(i)
     before = [state.clone() for state in states]
-    shrink = 1.0 - h.lr * h.weight_decay
-    start = p * shrink if rule.decay is Decay.BEFORE else p
     decayed = g + p * h.weight_decay if rule.decay is Decay.L2 else g
     direction, scale = rule.direction(decayed, states, h, step)
 
     zero = g.new_zeros(())
-    still = torch.zeros_like(g, dtype=torch.bool)  # elements that keep their parameter
+    still = torch.zeros_like(g, dtype=torch.bool)
     if store.bad_gradients_are_dropped:
         # One bad gradient would spoil the scale of many others: that element loses its state.
         still = ~g.isfinite()
@@ -275,15 +190,28 @@ def _advance(
         skip = g == 0
         still = still | skip
         states = [torch.where(skip, old, s) for s, old in zip(states, before, strict=True)]
+    return _Change(p, g, states, still, direction, scale)
 
-    change = direction * (-h.lr * scale)
+
+def _advance(
+    i: int, param: Tensor, grad: Tensor, store, rule: Rule, h: Hyper, step: int, options: Options
+) -> None:
+    """The step of tensor i of a list."""
+    p, g, states, still, direction, scale = change = _change_of(
+        i, param, grad, store, rule, h, step, options
+    )
+    shrink = 1.0 - h.lr * h.weight_decay
+    start = p * shrink if rule.decay is Decay.BEFORE else p
+    moved = direction * (-h.lr * scale)
     if options.max_unorm > 0 or options.unorm is not None:
-        squares = torch.where(still, zero, direction * scale).square().sum()
+        squares = change.squares()
         if options.unorm is not None:
-            options.unorm.view(-1)[i] = squares
+            options.unorm.view(-1)[i] = squares[1]
         if options.max_unorm > 0:
-            change = change * _bounded_scale(p, squares, options.max_unorm)
-    updated = start + change
+            moved = moved * bounded_scale(*squares, options.max_unorm)
+    if options.update_scales is not None:
+        moved = moved * options.update_scales.reshape(-1)[i]
+    updated = start + moved
     if rule.decay is Decay.AFTER:
         updated = updated * shrink
     updated = torch.where(still, p, updated)
@@ -303,6 +231,27 @@ def _advance_all(
         _advance(i, param, grad, store, rule, h, step, options)
 
 
+def _squares_of_all(
+    params: list[Tensor], grads: list[Tensor], store, rule: Rule, options: Options
+) -> Tensor:
+    h = options.hyper()
+    step = int(options.step.item()) + 1
+    columns = [
+        torch.stack(_change_of(i, param, grad, store, rule, h, step, options).squares())
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True))
+    ]
+    return torch.stack(columns, dim=1)
+
+
+# --- the ops ------------------------------------------------------------------------------------
+
+
+def _floats(op: str, rule: str, lists: tuple, options: Options) -> tuple[Floats, Rule]:
+    params, grads, *states = lists
+    found = _check_step(op, rule, params, grads, tuple(states), torch.float32, options)
+    return Floats(found, tuple(states)), found
+
+
 @register_kernel("optimizer_step_32bit", "default")
 @torch.no_grad()
 def optimizer_step_32bit(
@@ -314,11 +263,45 @@ def optimizer_step_32bit(
     *rest,
     **named,
 ) -> None:
-    op = "optimizer_step_32bit"
     options = Options(*rest, **named)
-    lists = (state1, state2)
-    found = _check_step(op, rule, params, grads, lists, torch.float32, options)
-    _advance_all(params, grads, _Floats(found, lists), found, options)
+    lists = (params, grads, state1, state2)
+    store, found = _floats("optimizer_step_32bit", rule, lists, options)
+    _advance_all(params, grads, store, found, options)
+
+
+@register_kernel("optimizer_preview_32bit", "default")
+@torch.no_grad()
+def optimizer_preview_32bit(
+    rule: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    *rest,
+    **named,
+) -> Tensor:
+    options = Options.of_preview(*rest, **named)
+    lists = (params, grads, state1, state2)
+    store, found = _floats("optimizer_preview_32bit", rule, lists, options)
+    return _squares_of_all(params, grads, store, found, options)
+
+
+def _blocks(
+    op: str, rule: str, lists: tuple, absmaxes: tuple, qmaps: tuple, options: Options
+) -> tuple[Blocks, Rule]:
+    params, grads, *states = lists
+    found = _check_step(op, rule, params, grads, tuple(states), torch.uint8, options)
+    _check_qmaps(op, rule, found, qmaps)
+    for k, absmax in enumerate(absmaxes):
+        name = f"absmax{k + 1}"
+        expected = len(params) if k < state_tensors(found) else 0
+        check(len(absmax) == expected, op, name, f"a list of {expected}", len(absmax))
+        for i, scales in enumerate(absmax):
+            check_dtype(op, f"{name}[{i}]", scales, torch.float32)
+            blocks = state_rows(found, k) * -(-params[i].numel() // BLOCK)
+            check_numel(op, f"{name}[{i}]", scales, blocks, "one per block")
+            _check_rows(op, f"{name}[{i}]", scales, state_rows(found, k))
+    return Blocks(found, tuple(zip(states, absmaxes, qmaps, strict=True))), found
 
 
 @register_kernel("optimizer_step_8bit_blockwise", "default")
@@ -336,21 +319,46 @@ def optimizer_step_8bit_blockwise(
     *rest,
     **named,
 ) -> None:
-    op = "optimizer_step_8bit_blockwise"
-    options = Options(*rest, **named)
-    found = _check_step(op, rule, params, grads, (state1, state2), torch.uint8, options)
-    _check_qmaps(op, rule, found, (qmap1, qmap2))
-    for k, absmax in enumerate((absmax1, absmax2)):
-        name = f"absmax{k + 1}"
-        expected = len(params) if k < _tensors(found) else 0
-        check(len(absmax) == expected, op, name, f"a list of {expected}", len(absmax))
-        for i, scales in enumerate(absmax):
-            check_dtype(op, f"{name}[{i}]", scales, torch.float32)
-            blocks = _rows(found, k) * -(-params[i].numel() // BLOCK)
-            check_numel(op, f"{name}[{i}]", scales, blocks, "one per block")
-            _check_rows(op, f"{name}[{i}]", scales, _rows(found, k))
-    packs = ((state1, absmax1, qmap1), (state2, absmax2, qmap2))
-    _advance_all(params, grads, _Blocks(found, packs), found, options)
+    op, options = "optimizer_step_8bit_blockwise", Options(*rest, **named)
+    lists, packs = (params, grads, state1, state2), ((absmax1, absmax2), (qmap1, qmap2))
+    store, found = _blocks(op, rule, lists, *packs, options)
+    _advance_all(params, grads, store, found, options)
+
+
+@register_kernel("optimizer_preview_8bit_blockwise", "default")
+@torch.no_grad()
+def optimizer_preview_8bit_blockwise(
+    rule: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    absmax1: list[Tensor],
+    absmax2: list[Tensor],
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    *rest,
+    **named,
+) -> Tensor:
+    op, options = "optimizer_preview_8bit_blockwise", Options.of_preview(*rest, **named)
+    lists, packs = (params, grads, state1, state2), ((absmax1, absmax2), (qmap1, qmap2))
+    store, found = _blocks(op, rule, lists, *packs, options)
+    return _squares_of_all(params, grads, store, found, options)
+
+
+def _whole(
+    op: str, rule: str, lists: tuple, scales: dict, qmaps: tuple, options: Options
+) -> tuple[Whole, Rule]:
+    params, grads, *states = lists
+    found = _check_step(op, rule, params, grads, tuple(states), torch.uint8, options)
+    check(found.states <= 2, op, "rule", "one with one or two states", repr(rule))
+    _check_qmaps(op, rule, found, qmaps)
+    for name, pair in scales.items():
+        for k, scale in enumerate(pair[: found.states], 1):
+            check(scale is not None, op, f"{name}{k}", f"given for rule {rule!r}", None)
+            _check_per_parameter(op, f"{name}{k}", scale, params)
+    columns = (states, scales["max"], scales.get("new_max", scales["max"]), qmaps)
+    return Whole(found, tuple(zip(*columns, strict=True))), found
 
 
 @register_kernel("optimizer_step_8bit", "default")
@@ -370,14 +378,29 @@ def optimizer_step_8bit(
     *rest,
     **named,
 ) -> None:
-    op = "optimizer_step_8bit"
-    options = Options(*rest, **named)
-    found = _check_step(op, rule, params, grads, (state1, state2), torch.uint8, options)
-    check(found.states <= 2, op, "rule", "one with one or two states", repr(rule))
-    _check_qmaps(op, rule, found, (qmap1, qmap2))
-    packs = ((state1, max1, new_max1, qmap1), (state2, max2, new_max2, qmap2))
-    for k, (_, *scales, _) in enumerate(packs[: found.states], 1):
-        for name, scale in zip((f"max{k}", f"new_max{k}"), scales, strict=True):
-            check(scale is not None, op, name, f"given for rule {rule!r}", None)
-            _check_per_parameter(op, name, scale, params)
-    _advance_all(params, grads, _Whole(found, packs), found, options)
+    op, options = "optimizer_step_8bit", Options(*rest, **named)
+    scales = {"max": (max1, max2), "new_max": (new_max1, new_max2)}
+    lists = (params, grads, state1, state2)
+    store, found = _whole(op, rule, lists, scales, (qmap1, qmap2), options)
+    _advance_all(params, grads, store, found, options)
+
+
+@register_kernel("optimizer_preview_8bit", "default")
+@torch.no_grad()
+def optimizer_preview_8bit(
+    rule: str,
+    params: list[Tensor],
+    grads: list[Tensor],
+    state1: list[Tensor],
+    state2: list[Tensor],
+    max1: Tensor,
+    max2: Tensor | None,
+    qmap1: Tensor,
+    qmap2: Tensor | None,
+    *rest,
+    **named,
+) -> Tensor:
+    op, options = "optimizer_preview_8bit", Options.of_preview(*rest, **named)
+    lists, scales = (params, grads, state1, state2), {"max": (max1, max2)}
+    store, found = _whole(op, rule, lists, scales, (qmap1, qmap2), options)
+    return _squares_of_all(params, grads, store, found, options)

@@ -15,6 +15,8 @@ __all__ = [
     "count_thresholds",
     "decode_scales",
     "dequantize_blocks",
+    "encode",
+    "full_code",
     "quantize_blocks",
     "scale_blocks",
 ]
@@ -51,6 +53,42 @@ def count_thresholds(thresholds: Tensor, x: Tensor) -> Tensor:
     return codes
 
 
+def full_code(code: Tensor) -> Tensor:
+    """Returns a flat code of 256 levels: a shorter one ends in NaN, which no number is near to."""
+    code = code.reshape(-1)
+    return torch.nn.functional.pad(code, (0, LEVELS - code.numel()), value=torch.nan)
+
+
+def encode(values: Tensor, code: Tensor, rand: Tensor | None = None, offset: int = 0) -> Tensor:
+    """Encodes a flat float32 tensor as it is.
+
+    Args:
+        values: float32 ``[n]``.
+        code: float32 ``[256]``, in any order.
+        rand: float32 ``[m]`` in [0, 1) for stochastic rounding; element i takes number
+            ``(i + offset) % m``.
+        offset: See `rand`.
+
+    Returns:
+        uint8 codes ``[n]`` of the nearest levels, or of one of the two that a value lies between.
+    """
+    levels, codes = torch.sort(code, stable=True)  # NaN last
+    found = count_thresholds(code_thresholds(levels), values)
+    if rand is not None:
+        where = (torch.arange(values.numel(), device=values.device) + offset) % rand.numel()
+        found = _round_stochastic(levels, found, values, rand[where])
+    return codes.to(torch.uint8)[found]
+
+
+def _round_stochastic(levels: Tensor, found: Tensor, x: Tensor, r: Tensor) -> Tensor:
+    nearest = levels[found]
+    upper = levels[(found + 1).clamp(max=LEVELS - 1)]
+    lower = levels[(found - 1).clamp(min=0)]
+    up = (x > nearest) & (found < LEVELS - 1) & (r >= (upper - x) / (upper - nearest))
+    down = (x < nearest) & (found > 0) & (r >= (x - lower) / (nearest - lower))
+    return found + up.long() - down.long()
+
+
 def scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """Divides a flat float32 tensor by the absmax of its blocks, as products with reciprocals.
 
@@ -67,7 +105,7 @@ def scale_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 def quantize_blocks(
     values: Tensor, code: Tensor, blocksize: int, keep_sign: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes a flat float32 tensor.
+    """Quantizes a flat float32 tensor with an ascending code.
 
     Args:
         values: float32 ``[n]``.
@@ -92,23 +130,45 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: in
     return code[codes.long()] * scales
 
 
-def _check_common(op: str, A: Tensor, code: Tensor, blocksize: int) -> None:
-    check(blocksize > 0, op, "blocksize", "positive", blocksize)
+def _check_code(op: str, A: Tensor, code: Tensor) -> None:
     check_dtype(op, "code", code, torch.float32)
-    check_numel(op, "code", code, LEVELS, "levels")
+    check(1 <= code.numel() <= LEVELS, op, "code", f"of 1 to {LEVELS} elements", code.numel())
     check_device(op, "code", code, "A", A)
 
 
-def _check_quantize(A: Tensor, code: Tensor, blocksize: int) -> None:
-    check_dtype("quantize_blockwise", "A", A, *FLOATS)
-    _check_common("quantize_blockwise", A, code, blocksize)
+def _check_quantize(op: str, A: Tensor, code: Tensor, blocksize: int) -> None:
+    check_dtype(op, "A", A, *FLOATS)
+    check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check_code(op, A, code)
 
 
 @register_kernel("quantize_blockwise", "default")
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    _check_quantize(A, code, blocksize)
-    codes, absmax = quantize_blocks(A.reshape(-1).float(), code.reshape(-1), blocksize)
-    return codes.view(A.shape), absmax
+    _check_quantize("quantize_blockwise", A, code, blocksize)
+    scaled, absmax = scale_blocks(A.reshape(-1).float(), blocksize)
+    return encode(scaled, full_code(code)).view(A.shape), absmax
+
+
+@register_kernel("quantize_blockwise_stochastic", "default")
+def quantize_blockwise_stochastic(
+    A: Tensor, code: Tensor, blocksize: int, rand: Tensor, offset: int
+) -> tuple[Tensor, Tensor]:
+    op = "quantize_blockwise_stochastic"
+    _check_quantize(op, A, code, blocksize)
+    check_dtype(op, "rand", rand, torch.float32)
+    check(rand.numel() >= 1, op, "rand", "of at least one element", rand.numel())
+    check_device(op, "rand", rand, "A", A)
+    expected = f"0 to {rand.numel() - 1} for a rand of {rand.numel()} elements"
+    check(0 <= offset < rand.numel(), op, "offset", expected, offset)
+    scaled, absmax = scale_blocks(A.reshape(-1).float(), blocksize)
+    return encode(scaled, full_code(code), rand.reshape(-1), offset).view(A.shape), absmax
+
+
+@register_kernel("quantize_no_absmax", "default")
+def quantize_no_absmax(A: Tensor, code: Tensor) -> Tensor:
+    check_dtype("quantize_no_absmax", "A", A, *FLOATS)
+    _check_code("quantize_no_absmax", A, code)
+    return encode(A.reshape(-1).float(), full_code(code)).view(A.shape)
 
 
 @register_kernel("quantize_blockwise.out", "default")
@@ -116,14 +176,14 @@ def quantize_blockwise_out(
     A: Tensor, code: Tensor, blocksize: int, *, out: Tensor, absmax: Tensor
 ) -> None:
     op = "quantize_blockwise"
-    _check_quantize(A, code, blocksize)
+    _check_quantize(op, A, code, blocksize)
     check_dtype(op, "out", out, torch.uint8)
     check_numel(op, "out", out, A.numel(), "as A")
     check_device(op, "out", out, "A", A)
     check_dtype(op, "absmax", absmax, torch.float32)
     check_numel(op, "absmax", absmax, -(-A.numel() // blocksize), "one per block")
     check_device(op, "absmax", absmax, "A", A)
-    codes, scales = quantize_blocks(A.reshape(-1).float(), code.reshape(-1), blocksize)
+    codes, scales = quantize_blockwise(A, code, blocksize)
     out.copy_(codes.view(out.shape))
     absmax.copy_(scales.view(absmax.shape))
 
@@ -181,7 +241,8 @@ def _check_dequantize(
     op: str, A: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype, out: Tensor | None = None
 ) -> None:
     check_dtype(op, "A", A, torch.uint8)
-    _check_common(op, A, code, blocksize)
+    check(blocksize > 0, op, "blocksize", "positive", blocksize)
+    _check_code(op, A, code)
     check(dtype in FLOATS, op, "dtype", "float16, bfloat16 or float32", dtype)
     if out is not None:
         check_dtype(op, "out", out, dtype)
@@ -192,7 +253,7 @@ def _check_dequantize(
 def _dequantize(
     A: Tensor, scales: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype
 ) -> Tensor:
-    values = dequantize_blocks(A.reshape(-1), scales, code.reshape(-1), blocksize)
+    values = dequantize_blocks(A.reshape(-1), scales, full_code(code), blocksize)
     return values.view(A.shape).to(dtype)
 
 

@@ -34,7 +34,7 @@ def _encode(scaled: Tensor, quant_type: str) -> Tensor:
 
 
 def _check_common(op: str, blocksize: int, quant_type: str) -> None:
-    check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {set(BLOCKSIZES)}", blocksize)
+    check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {BLOCKSIZES}", blocksize)
     check(quant_type in QUANT_TYPES, op, "quant_type", "nf4 or fp4", repr(quant_type))
 
 

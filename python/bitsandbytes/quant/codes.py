@@ -7,12 +7,20 @@ processor.
 """
 
 import itertools
+import statistics
 import struct
 
 import torch
 from torch import Tensor
 
-__all__ = ["create_dynamic_map", "create_linear_map", "default_code", "name2qmap"]
+__all__ = [
+    "create_dynamic_map",
+    "create_fp8_map",
+    "create_linear_map",
+    "create_normal_map",
+    "default_code",
+    "name2qmap",
+]
 
 LEVELS = 256
 
@@ -124,6 +132,80 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     return torch.tensor(
         levels[:middle] + padding + levels[middle:], dtype=torch.float32, device="cpu"
     )
+
+
+def _table(levels: list[float]) -> Tensor:
+    """Returns the levels, padded with zeros to 256, in ascending order and divided by the last."""
+    levels = sorted(levels + [0.0] * (LEVELS - len(levels)))
+    return torch.tensor([x / levels[-1] for x in levels], dtype=torch.float32, device="cpu")
+
+
+def create_fp8_map(
+    signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8
+) -> Tensor:
+    """Creates the map of a small floating-point format, scaled to the largest of its numbers.
+
+    Args:
+        signed: The format has a sign bit.
+        exponent_bits: Bits of the exponent, whose bias is ``2 ** (exponent_bits - 1)``; exponent 0
+            is for subnormal numbers.
+        precision_bits: Bits of the fraction.
+        total_bits: All bits; fewer than 8 pad the table with zeros.
+
+    Returns:
+        float32 tensor of 256 levels in [-1, 1] or [0, 1], ascending, on the CPU. A signed map holds
+        zero twice.
+
+    Raises:
+        AssertionError: The parts do not make `total_bits`.
+
+    Example:
+        >>> create_fp8_map()[[0, 1, 255]]
+        tensor([-1.0000, -0.8571,  1.0000])
+    """
+    assert exponent_bits + precision_bits + signed == total_bits, (
+        f"create_fp8_map: exponent_bits + precision_bits must be {total_bits - signed} "
+        f"(total_bits={total_bits}, signed={signed}), got {exponent_bits} + {precision_bits}"
+    )
+    bias = 2 ** (exponent_bits - 1)
+    steps = 2**precision_bits
+    levels: list[float] = []
+    for exponent in range(2**exponent_bits):
+        for i in range(steps):
+            # The public format counts exponents downwards from here, so that 1 is the largest.
+            scale = 2.0**-bias if exponent == 0 else 2.0 ** (bias + 1 - exponent)
+            level = (i / steps + (exponent > 0)) * scale
+            levels += [level, -level] if signed else [level]
+    return _table(levels)
+
+
+def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
+    """Creates the 16 levels of NormalFloat as a table of 256: quantiles of the normal distribution.
+
+    Each level stands for as many normally distributed numbers as any other (Dettmers et al. 2023,
+    arXiv:2305.14314, section 3).
+
+    Args:
+        offset: Probability of the highest level before scaling; the last is at 0.5.
+        use_extra_value: Eight positive levels instead of seven, so 16 with zero; otherwise the map
+            is symmetric.
+
+    Returns:
+        float32 tensor of 256 levels in [-1, 1], ascending, on the CPU: seven negative levels,
+        zeros, and the positive ones.
+
+    Example:
+        >>> create_normal_map()[[0, 1, 7, 255]]
+        tensor([-1.0000, -0.6962,  0.0000,  1.0000])
+    """
+    inverse_cdf = statistics.NormalDist().inv_cdf
+
+    def quantiles(count: int) -> list[float]:
+        points = _linspace32(offset, 0.5, count + 1)[:-1]
+        return [_round32(inverse_cdf(p)) for p in points]
+
+    positive = quantiles(8 if use_extra_value else 7)
+    return _table(positive + [-x for x in quantiles(7)])
 
 
 # The default codes by name, created on first use; kept for code that looks here.

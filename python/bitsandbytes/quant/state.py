@@ -89,7 +89,7 @@ class QuantState:
         """Builds a state from the lists and pairs that stood for it until bitsandbytes 0.41.
 
         Args:
-            fields: One of ``[absmax, code]`` (8 bits, until 0.38, results in float32);
+            fields: One of ``[absmax, code]`` (8 bits, until 0.38, of no dtype);
                 ``[absmax, code, blocksize, nested, dtype, offset, state2]`` (8 bits);
                 ``[absmax, shape, dtype, blocksize, nested, quant_type]``, also with the table
                 behind it (4 bits; ``list(state)`` today), where `nested` is None or ``[offset,
@@ -105,12 +105,12 @@ class QuantState:
         Example:
             >>> state = QuantState.from_list([torch.ones(2), torch.linspace(-1, 1, 256)], 64)
             >>> state.blocksize, state.dtype
-            (64, torch.float32)
+            (64, None)
         """
         code = shape = quant_type = offset = second = None
         if len(fields) == 2:
             absmax, code = fields
-            dtype = torch.float32
+            dtype = None
         elif len(fields) == 7 and isinstance(fields[1], Tensor):
             absmax, code, blocksize, nested, dtype, offset, second = fields
             if not nested:
@@ -127,7 +127,7 @@ class QuantState:
                 f"{len(fields)}"
             )
         if isinstance(second, (list, tuple)):
-            second = cls.from_list(second)
+            second = cls.from_list(second, 256 if quant_type else blocksize)
         return cls(absmax, shape, code, blocksize, quant_type, dtype, offset, second)
 
     @classmethod

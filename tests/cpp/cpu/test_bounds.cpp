@@ -20,13 +20,16 @@ TEST(FinishPreview, AddsTheTilesOfEachTensor) {
                                                 tensor_of(5)};
   ASSERT_EQ(preview_tiles(tensors), 4);
   const std::vector<float> partials = {1, 8, 0, 0, 1, 2, 8, 0, 0, 1, 1, 0, 0, 0, 1, 9, 1, 0, 0, 1};
+  std::vector<float> params(3, -1.0f);
   std::vector<float> unorm(3, -1.0f);
   std::vector<float> scales(3, -1.0f);
   OptimizerStep args{};
   args.max_unorm = 0.5f;
+  args.param_squares = params.data();
   args.unorm = unorm.data();
-  args.update_scales = scales.data();
+  args.new_update_scales = scales.data();
   finish_preview(args, tensors, partials.data());
+  EXPECT_EQ(params, (std::vector<float>{4, 0, 9}));
   EXPECT_EQ(unorm, (std::vector<float>{16, 0, 1}));
   EXPECT_EQ(scales, (std::vector<float>{0.25f, 1, 1}));  // 0.5 * 2 / 4
 }

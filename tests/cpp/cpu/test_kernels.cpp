@@ -3,12 +3,16 @@
 // SPDX-License-Identifier: MIT
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <random>
 #include <string>
 #include <vector>
 
 #include "bitsandbytes/blocks.h"
 #include "cpu/kernel_test.h"
+#include "cpu/quantize.h"
 
 namespace bnb::cpu {
 namespace {
@@ -73,6 +77,53 @@ TYPED_TEST(FloatKernel, QuantizeBlockwiseFollowsTheDefinition) {
     for (int64_t i = 0; i < n; ++i) ASSERT_EQ(out[i], expected[i]) << isa << " " << i;
     for (int64_t b = 0; b < n / block; ++b) {
       ASSERT_TRUE(absmax[b] == scales[b] || (is_nan(absmax[b]) && is_nan(scales[b]))) << isa;
+    }
+  }
+}
+
+// Tables that are searched, with and without scale, to the nearest level and stochastically.
+TYPED_TEST(FloatKernel, QuantizeBlockwiseOptions) {
+  using T = TypeParam;
+  CodeTable shuffled = kSigned;
+  std::mt19937 random(17);
+  std::shuffle(shuffled.values, shuffled.values + kCodeLevels, random);
+  CodeTable shorter = linear_levels();
+  std::fill(shorter.values + 100, shorter.values + kCodeLevels,
+            std::numeric_limits<float>::quiet_NaN());
+  Guarded<float> rand([&] {
+    std::vector<float> values(100);
+    for (float& value : values) value = std::uniform_real_distribution<float>()(random);
+    return values;
+  }());
+  const CodeTable* const tables[] = {&kSigned, &kUnsigned, &shuffled, &shorter};
+  for (const CodeTable* levels : tables) {
+    for (const int64_t n : kSizes) {
+      for (const bool scaled : {false, true}) {
+        for (const bool stochastic : {false, true}) {
+          constexpr int64_t block = 100;
+          const int64_t blocks = ceil_div(n, block);
+          Guarded<T> a(numbers<T>(n, 7, true));
+          this->expect_same_on_all("n " + std::to_string(n), [&](const Kernels&) {
+            Guarded<uint8_t> out(n);
+            Guarded<float> absmax(scaled ? blocks : 0);
+            QuantizeBlockwise args{
+                kDTypeOf<T>, a.data(), levels->values, out.data(), scaled ? absmax.data() : nullptr,
+                n,           block};
+            if (stochastic) {
+              args.rand = rand.data();
+              args.rand_size = 100;
+              args.rand_offset = 99;
+            }
+            const Quantizer quantizer(args);
+            quantizer.run(0, blocks / 2);
+            quantizer.run(blocks / 2, blocks);
+            if (levels == &shorter) {
+              for (const uint8_t code : out.bytes()) EXPECT_LT(code, 100);
+            }
+            return std::vector<Bytes>{out.bytes(), absmax.bytes()};
+          });
+        }
+      }
     }
   }
 }

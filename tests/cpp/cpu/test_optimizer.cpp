@@ -176,7 +176,7 @@ TYPED_TEST(FloatKernel, EveryOptionOfAStep) {
         problem.args.gnorm_scales = gnorm_scales.data();
         problem.args.max_unorm = 1e-3f;
         problem.args.unorm = unorm.data() + 1;
-        problem.args.update_scales = update_scales.data() + 1;
+        problem.args.new_update_scales = update_scales.data() + 1;
         problem.args.stochastic_rounding = true;
         problem.args.seed = 123456789012345;
         problem.preview(k, 1);

@@ -102,6 +102,18 @@ TEST(StepTest, LearningRateOnTheDeviceReplacesTheGivenOne) {
   EXPECT_FLOAT_EQ(step.weight_decay, 1.0f - 0.25f * 0.1f);
 }
 
+TEST(StepTest, LearningRateOnTheDeviceMayBeDouble) {
+  const double lr = 0.1;  // not a float
+  Hyper h = kHyper;
+  h.lr = lr;
+  const Step<Adam> given = Step<Adam>::make(h, 3, nullptr);
+  h.lr = 0;
+  const Step<Adam> read = Step<Adam>::make(h, 3, &lr);
+  EXPECT_EQ(read.constants.step_size, given.constants.step_size);
+  EXPECT_EQ(read.weight_decay, given.weight_decay);
+  EXPECT_EQ(LearningRate(&lr).value_or(0.0), lr);
+}
+
 // A rule that shows what the driver hands it.
 template <WeightDecay kWhen>
 struct Echo {

@@ -26,6 +26,7 @@ __all__ = [
     "implementation",
     "numpy",
     "options",
+    "preview",
 ]
 
 ops = torch.ops.bitsandbytes
@@ -238,25 +239,41 @@ def options(h, taken, device, *, gnorm_scale=1.0, skip_zeros=False, **named):
     return (torch.tensor(taken, device=device), None, h.lr, *rest), named
 
 
+def _arguments(parameters, grads):
+    """Lists of a call, scales of the states, and their levels."""
+    first = parameters[0]
+    lists = [[p.states[k] for p in parameters if k < len(p.states)] for k in range(2)]
+    lists = [first.rule, [p.param for p in parameters], grads, *lists]
+    if first.form == "32bit":
+        return lists, [], []
+    qmaps = list(_maps(first.param.device))
+    scales = [[p.scales[k] for p in parameters if k < len(p.scales)] for k in range(2)]
+    if first.form == "8bit":
+        scales = [torch.cat(list_) if list_ else None for list_ in scales]
+    if len(first.states) == 1:
+        qmaps[1] = None
+    return lists, scales, qmaps
+
+
+def preview(functions, parameters, grads, h, taken, **named):
+    """Sums of squares of a list of Parameters and of their updates."""
+    first = parameters[0]
+    lists, scales, qmaps = _arguments(parameters, grads)
+    tail, named = options(h, taken, first.param.device, **named)
+    op = implementation(functions, f"optimizer_preview_{first.form}")
+    return op(*lists, *scales, *qmaps, *tail, **named)
+
+
 def call(functions, parameters, grads, h, taken, **named):
     """A step of a list of Parameters; `functions` is "dispatched" or "plain"."""
     first = parameters[0]
-    device = first.param.device
-    tail, named = options(h, taken, device, **named)
-    lists = [[p.states[k] for p in parameters if k < len(p.states)] for k in range(2)]
-    args = [first.rule, [p.param for p in parameters], grads, *lists]
-    if first.form != "32bit":
-        qmaps = list(_maps(device))
-        scales = [[p.scales[k] for p in parameters if k < len(p.scales)] for k in range(2)]
-        new = []
-        if first.form == "8bit":
-            old = [torch.cat(list_) if list_ else None for list_ in scales]
-            new = [None if o is None else torch.full_like(o, torch.nan) for o in old]
-            scales = [*old, *new]
-        if len(first.states) == 1:
-            qmaps[1] = None
-        args += [*scales, *qmaps]
-    implementation(functions, f"optimizer_step_{first.form}")(*args, *tail, **named)
+    lists, scales, qmaps = _arguments(parameters, grads)
+    tail, named = options(h, taken, first.param.device, **named)
+    new = []
+    if first.form == "8bit":
+        new = [None if o is None else torch.full_like(o, torch.nan) for o in scales]
+    op = implementation(functions, f"optimizer_step_{first.form}")
+    op(*lists, *scales, *new, *qmaps, *tail, **named)
     if first.form == "8bit":
         for k, values in enumerate(new):
             for i, p in enumerate(parameters):

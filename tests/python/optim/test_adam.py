@@ -869,7 +869,7 @@ BOTH = {
     "step: dtype": replace("step", lambda x: x.float()),
     "step: size": replace("step", lambda x: x.repeat(2)),
     "lr_tensor: size": replace("lr_tensor", lambda _: torch.ones(2)),
-    "lr_tensor: dtype": replace("lr_tensor", lambda _: torch.ones((), dtype=torch.float64)),
+    "lr_tensor: dtype": replace("lr_tensor", lambda _: torch.ones((), dtype=torch.float16)),
 }
 EIGHT = {
     "absmax1: size": swap("absmax1", 0, lambda x: x[:1]),

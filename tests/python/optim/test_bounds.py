@@ -7,6 +7,7 @@ import torch
 from closeness import (
     DTYPES,
     FORMATS,
+    ROUNDING,
     Parameter,
     U,
     assert_step,
@@ -14,6 +15,7 @@ from closeness import (
     gradient,
     implementation,
     numpy,
+    preview,
 )
 from test_rules import CASES, HYPER
 
@@ -111,6 +113,44 @@ def test_unorm_alone_changes_nothing(device, functions, form):
     assert torch.equal(plain.param, watched.param)
     # The first step of Adam goes by 1 in every element.
     torch.testing.assert_close(unorm.item(), 300.0, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rule", "form"), CASES)
+def test_bounds_from_outside_equal_own_ones(device, functions, rule, form, dtype):
+    # As parts of one tensor bound their updates together: a preview, then a step by its factors.
+    h, factors = HYPER[rule], torch.tensor([0.5, 2.0], device=device)
+    own, parts = ([Parameter(rule, form, n, dtype, device) for n in (9000, 33)] for _ in "12")
+    relative, absolute = ROUNDING[dtype]
+    bounded = 0
+    for t in range(3):
+        for a, b in zip(own, parts, strict=True):
+            b.param.copy_(a.param)
+        before = [p.snapshot() for p in parts]
+        grads = [gradient(p.param) for p in own]
+        how = {"gnorm_scales": factors, "skip_zeros": True}
+        squares = preview(functions, parts, grads, h, t, **how)
+        assert squares.shape == (2, 2) and squares.dtype == torch.float32
+        for p, (param, states), known in zip(parts, before, squares[0], strict=True):
+            now, states_now = p.snapshot()
+            assert np.array_equal(now, param)
+            assert all(map(np.array_equal, states_now, states))
+            np.testing.assert_allclose(known.item(), np.sum(np.square(np.float64(param))), 1e-5)
+        unorm = torch.zeros(2, device=device)
+        call(functions, own, grads, h, t, max_unorm=0.3, unorm=unorm, **how)
+        assert torch.equal(squares[1], unorm)
+        lengths = squares.double().sqrt()
+        scales = (0.3 * lengths[0] / lengths[1]).clamp(max=1.0).float()
+        bounded += (scales < 1).sum().item()
+        call(functions, parts, grads, h, t, update_scales=scales, **how)
+        for a, b, (start, _) in zip(own, parts, before, strict=True):
+            for s, u in zip(a.states, b.states, strict=True):
+                assert torch.equal(s, u)
+            # The factors differ by what sums and roots in float32 lose.
+            moved = np.abs(numpy(a.param) - start).max()
+            error = np.abs(numpy(a.param) - numpy(b.param))
+            assert (error <= 2 * relative * np.abs(start) + absolute + 1e-6 * moved).all()
+    assert bounded > 0
 
 
 @pytest.mark.parametrize("form", ["8bit_blockwise", "8bit"])
@@ -288,6 +328,8 @@ def test_steps_check_what_they_hold_per_parameter(functions, form):
         ({"gnorm_scales": torch.ones(2)}, "gnorm_scales must"),
         ({"gnorm_scales": torch.ones(1, dtype=torch.float64)}, "gnorm_scales must"),
         ({"unorm": torch.ones(3)}, "unorm must"),
+        ({"update_scales": torch.ones(2)}, "update_scales must"),
+        ({"update_scales": torch.ones(1), "max_unorm": 0.5}, "max_unorm must be 0 where"),
         ({"unorm": torch.ones(1, dtype=torch.float16)}, "unorm must"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=message):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from sharded_models import SHAPES, Model, assert_same, device_type, make, sharded_model, train
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -19,11 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 import bitsandbytes as bnb
 
 
+def flat_device():
+    rank = torch.distributed.get_rank()
+    return torch.device("cuda", rank) if device_type() == "cuda" else torch.device("cpu")
+
+
 def flat_model(use_orig_params):
-    device = torch.device("cpu")
-    if device_type() == "cuda":
-        device = torch.device("cuda", torch.distributed.get_rank())
-    model = FSDP(Model(), use_orig_params=use_orig_params, device_id=device)
+    model = FSDP(Model(), use_orig_params=use_orig_params, device_id=flat_device())
     # On the CPU, torch moves states "to the CPU" by handing out a buffer that it uses again.
     full = FullOptimStateDictConfig(offload_to_cpu=False)
     FSDP.set_state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(), full)
@@ -100,13 +103,36 @@ def run_flat_bounds():
     warnings.simplefilter("ignore", FutureWarning)
     model = flat_model(True)
     model(0).backward()
-    for name, settings in (("LAMB", {}), ("Adam", {"percentile_clipping": 5})):
-        with pytest.raises(ValueError, match=r"step: .* for parameters"):
+    for name, settings, refused in (
+        ("LAMB", {}, "max_unorm must be 0"),
+        ("PytorchLARS", {}, "max_unorm must be 0"),
+        ("Adam", {"percentile_clipping": 5}, "percentile_clipping must be 100"),
+    ):
+        message = f"step: {refused} for parameters flattened by FullyShardedDataParallel"
+        with pytest.raises(ValueError, match=message):
             make(name, model, **settings).step()
+    assert_same_flat(model, Model(), tuple(SHAPES))
 
 
 def test_bounds_on_whole_tensors_are_refused_for_flattened_parameters(pool, backend):
     pool(2, backend, run_flat_bounds)
+
+
+def run_flat_stochastic_rounding():
+    warnings.simplefilter("ignore", FutureWarning)
+    ones = nn.Linear(64, 128, bias=False, dtype=torch.bfloat16, device=device_type())
+    nn.init.ones_(ones.weight)
+    model = FSDP(ones, use_orig_params=True, device_id=flat_device())
+    model(torch.ones(1, 64, dtype=torch.bfloat16, device=device_type())).sum().backward()
+    settings = {"stochastic_rounding": True, "rounding_seed": 5}
+    bnb.optim.Adam8bit(model.parameters(), lr=1e-3, **settings).step()
+    return [p.detach().float().cpu() for p in model.parameters()]
+
+
+def test_flattened_parameters_round_alike(pool, backend):
+    (first,), (second,) = pool(2, backend, run_flat_stochastic_rounding)
+    assert len(first.unique()) == 2
+    assert torch.equal(first, second)
 
 
 def run_zero():

@@ -3,11 +3,15 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from optim_helpers import assert_continues_alike, assert_same_state, parameter, step
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import bitsandbytes as bnb
 from bitsandbytes.optim import GlobalOptimManager
@@ -58,6 +62,51 @@ def test_copies_of_every_kind(kind, how):
     step(opt, *params)
     other = copy.deepcopy(opt) if how == "deepcopy" else pickle.loads(pickle.dumps(opt))
     assert_continues_alike(opt, params, other, other.param_groups[0]["params"])
+
+
+def small_model():
+    return nn.Sequential(nn.Linear(70, 80), nn.Linear(30, 1))
+
+
+def through_distributed_checkpoint(saver, loader, folder, **how):
+    """Takes model and optimizer of a pair to another pair, as programs with many processes do."""
+    weights, states = get_state_dict(*saver)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no process group
+        dcp.save({"weights": weights, "states": states}, checkpoint_id=folder)
+        # To know what to read, torch takes a step with gradients of zero.
+        weights, states = get_state_dict(*loader)
+        saved = {"weights": weights, "states": states}
+        dcp.load(saved, checkpoint_id=folder, **how)
+    set_state_dict(*loader, model_state_dict=saved["weights"], optim_state_dict=saved["states"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distributed_checkpoint_of_one_process(kind, tmp_path):
+    model, resumed = small_model(), small_model()
+    params, others = list(model.parameters()), list(resumed.parameters())
+    opt, other = KINDS[kind](params), KINDS[kind](others)
+    for _ in range(3):
+        step(opt, *params)
+    through_distributed_checkpoint((model, opt), (resumed, other), tmp_path)
+    assert other.state[others[0]]["step"] == 3
+    assert_continues_alike(opt, params, other, others)
+
+
+def test_distributed_checkpoint_of_an_optimizer_without_histories(tmp_path):
+    model, resumed = small_model(), small_model()
+    params, others = list(model.parameters()), list(resumed.parameters())
+    opt, other = bnb.optim.Adam8bit(params), KINDS["clipped"](others)
+    for _ in range(3):
+        step(opt, *params)
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    through_distributed_checkpoint((model, opt), (resumed, other), tmp_path, planner=planner)
+    step(other, *others)
+    # The first norm fills the history; the step that made it left nothing.
+    for q in others:
+        state, square = other.state[q], q.grad.square().sum()
+        assert state["step"] == 4
+        torch.testing.assert_close(state["gnorm_vec"], square.expand(100), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

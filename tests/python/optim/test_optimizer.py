@@ -176,6 +176,14 @@ def test_state_changed_by_hand_is_seen():
     assert (opt.state[p]["step"], opt.state[q]["step"]) == (102, 4)
 
 
+def test_groups_replaced_by_hand_are_seen():
+    opt, (p, q) = trained()
+    before = p.detach().clone()
+    opt.param_groups = [{**group, "lr": 0.0} for group in opt.param_groups]
+    step(opt, p, q)
+    assert torch.equal(p, before)
+
+
 def test_state_can_be_cleared():
     opt, (p, q) = trained()
     opt.state.clear()

@@ -370,6 +370,22 @@ def test_learning_rate_on_the_device(device, name, bits):
         torch.testing.assert_close(p, twin, rtol=4 * U, atol=1e-7)
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+def test_double_learning_rate_on_the_device_counts_like_a_number(device, bits):
+    lr = 0.1  # neither a float32 nor halfway between two
+    params = [parameter(*shape, device=device) for shape in SHAPES]
+    twins = copy.deepcopy(params)
+    opt = make("Adam", params, bits, lr=torch.tensor(lr, dtype=torch.float64, device=device))
+    plain = make("Adam", twins, bits, lr=lr)
+    for _ in range(3):
+        set_gradients(params)
+        follow(params, twins)
+        opt.step()
+        plain.step()
+    for p, twin in zip(params, twins, strict=True):
+        assert torch.equal(p, twin)
+
+
 def test_loaded_learning_rate_stays_a_tensor():
     p = parameter(50)
     opt = bnb.optim.Adam([p], lr=torch.tensor(0.25))

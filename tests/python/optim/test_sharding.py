@@ -8,7 +8,6 @@ from sharded_models import (
     SHAPES,
     WHOLE,
     Model,
-    Parallel,
     assert_same,
     device_type,
     exact_names,
@@ -39,6 +38,24 @@ def test_training_equals_one_process(pool, backend, name):
     pool(2, backend, run_training, name)
 
 
+def run_compiled():
+    models = [sharded_model(), sharded_model()]
+    optimizers = [make("LAMB8bit", model) for model in models]
+    steps = [torch.compile(optimizers[0].step, backend="eager", fullgraph=True)]
+    steps.append(optimizers[1].step)
+    for number in range(3):
+        for model, step in zip(models, steps, strict=True):
+            model.zero_grad()
+            model(number).backward()
+            step()
+    assert_same(*models, tuple(SHAPES))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_steps_equal_eager_ones(pool, backend):
+    pool(2, backend, run_compiled)
+
+
 def run_fresh(name):
     model, untouched = sharded_model(), Model()
     optimizer = make(name, model, weight_decay=0.1)
@@ -63,40 +80,7 @@ def test_asking_for_states_changes_no_parameter(pool, backend, name):
     pool(2, backend, run_fresh, name)
 
 
-# ---- Settings that look at whole tensors ---------------------------------------------------------
-
-
-def run_percentile_clipping():
-    model, alone = sharded_model(), Model()
-    settings = {"momentum": 0.9, "percentile_clipping": 5}
-    train(model, make("SGD", model, **settings), range(6))
-    train(alone, make("SGD", alone, **settings), range(6))
-    free = Model()
-    train(free, make("SGD", free, momentum=0.9), range(6))
-    for p, q, r in zip(*(m.parameters() for m in (model, alone, free)), strict=True):
-        torch.testing.assert_close(whole(p), whole(q), rtol=0, atol=1e-6)
-        assert (q - r).abs().max() > 1e-5
-
-
-def test_percentile_clipping_uses_norms_of_whole_gradients(pool, backend):
-    pool(2, backend, run_percentile_clipping)
-
-
-def run_max_unorm():
-    model = sharded_model()
-    optimizer = make("LAMB8bit", model)
-    model(0).backward()
-    with pytest.raises(ValueError, match="max_unorm must be 0 for parameters split"):
-        optimizer.step()
-    assert_same(model, Model(), tuple(SHAPES))
-    replicas = Parallel("own")
-    kept = [p for p in replicas.parameters() if p.placements == (Replicate(),)]
-    replicas.set_gradients(0)
-    bnb.optim.LAMB8bit(kept, lr=1e-2).step()
-
-
-def test_bounds_on_whole_updates_are_refused_for_parts(pool, backend):
-    pool(2, backend, run_max_unorm)
+# ---- Settings of parts ---------------------------------------------------------------------------
 
 
 def run_tensor_wise(folder):
@@ -160,9 +144,9 @@ def test_plain_parameters_beside_sharded_ones(pool, backend):
     pool(2, backend, run_mixed)
 
 
-def run_without_synchronisation():
+def run_without_synchronisation(name):
     model = sharded_model()
-    optimizer = make("Adam8bit", model)
+    optimizer = make(name, model)
     train(model, optimizer, range(2))
     model(2).backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -170,7 +154,8 @@ def run_without_synchronisation():
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_step_does_not_synchronise(pool, backend):
+@pytest.mark.parametrize("name", ["Adam8bit", "LAMB8bit"])
+def test_step_does_not_synchronise(pool, backend, name):
     if backend == "gloo":
         pytest.skip("needs two GPUs")
-    pool(2, backend, run_without_synchronisation)
+    pool(2, backend, run_without_synchronisation, name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Inputs of the quantization tests: dtypes, layouts, shapes and values that are easily forgotten."""
+"""Inputs of the quantization tests: dtypes, layouts, shapes, and values easily forgotten."""
 
 import torch
 from hypothesis import strategies as st

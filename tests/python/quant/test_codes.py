@@ -2,6 +2,7 @@
 """The tables of levels: published hashes, their definition, and the native copies."""
 
 import hashlib
+import sys
 
 import numpy as np
 import pytest
@@ -40,6 +41,36 @@ PUBLISHED = [
         {"signed": False},
         "7cb9ea560989533d101f5082aa194366c6fd5d82a305f2994cc39312a65f7962",
     ),
+    (
+        F.create_normal_map,
+        {},
+        "695151d62a023d258f8c1b6d9eb7c67501d612a09af2473b5a046db7cf3436be",
+    ),
+    (
+        F.create_normal_map,
+        {"use_extra_value": False},
+        "a1dc1a106736730497a824543972384d24dfa942cdfa1829073351e16d2c5568",
+    ),
+]
+PUBLISHED_FP8 = {
+    (True, 5, 2): "0da7c4e2990b",
+    (True, 4, 3): "f3c007a4cafc",
+    (True, 3, 4): "1087860d2249",
+    (True, 2, 5): "eb219908101c",
+    (True, 1, 6): "a0bae7214cf2",
+    (True, 6, 1): "1a59f9be06b2",
+    (True, 7, 0): "80befa45053c",
+    (False, 5, 3): "81bae5b06de8",
+    (False, 4, 4): "421a507fa7f1",
+    (False, 3, 5): "acd2afaea69e",
+    (False, 2, 6): "222bf5660de8",
+    (False, 1, 7): "746dbabd7348",
+    (False, 6, 2): "e10f4f2c8df0",
+    (False, 7, 1): "f9b0b62a2a37",
+}
+PUBLISHED += [
+    (F.create_fp8_map, {"signed": signed, "exponent_bits": e, "precision_bits": p}, digest)
+    for (signed, e, p), digest in PUBLISHED_FP8.items()
 ]
 
 
@@ -63,13 +94,55 @@ def test_maps_take_positional_arguments():
     assert torch.equal(F.create_linear_map(True, 8, False), F.create_linear_map(add_zero=False))
 
 
+def test_maps_do_not_need_scipy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert F.create_normal_map()[255] == 1
+
+
+def test_maps_do_not_use_linspace(monkeypatch):
+    # Its last bit depends on the processor.
+    monkeypatch.delattr(torch, "linspace")
+    for create in (F.create_dynamic_map, F.create_linear_map, F.create_normal_map):
+        assert create()[255] == 1
+
+
+def test_levels_of_small_floating_point_formats():
+    code = F.create_fp8_map()
+    assert code[:2].tolist() == [-1, np.float32(-0.85714287)]
+    assert (code[127] == 0) and (code[128] == 0) and code.unique().numel() == 255
+    magnitudes = F.create_fp8_map(True, 2, 1, 4).abs().unique()
+    sixteenths = [0, 1 / 48, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1]
+    np.testing.assert_array_equal(magnitudes.numpy(), np.array(sixteenths, np.float32))
+    for exponent_bits in range(1, 9):
+        wide = F.create_fp8_map(False, exponent_bits, 8 - exponent_bits)
+        assert_table(wide)
+        assert (wide.diff() >= 0).all() and wide[255] == 1 and wide[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [(True, 5, 3), (False, 5, 2), (True, 2, 2, 4)])
+def test_parts_of_a_floating_point_format_must_add_up(arguments):
+    with pytest.raises(AssertionError, match=r"create_fp8_map: .* must be \d .*, got \d \+ \d"):
+        F.create_fp8_map(*arguments)
+
+
+def test_normal_map_is_nf4():
+    code = F.create_normal_map()
+    assert_table(code)
+    assert code.unique().numel() == 16 and (code == 0).sum() == 241
+    nf4 = [-1, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
+    assert code[:4].tolist() == nf4
+    symmetric = F.create_normal_map(use_extra_value=False)
+    assert torch.equal(symmetric, -symmetric.flip(0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_maps_do_not_depend_on_the_default_dtype(dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         assert sha256(F.create_dynamic_map()) == SIGNED
-        assert F.create_linear_map().dtype == torch.float32
+        for create in (F.create_linear_map, F.create_fp8_map, F.create_normal_map):
+            assert create().dtype == torch.float32
     finally:
         torch.set_default_dtype(before)
 

@@ -12,7 +12,7 @@ import torch
 import bitsandbytes.functional as F
 from bitsandbytes.functional import QuantState
 
-NF4 = torch.linspace(-1, 1, 16)
+NF4 = F.get_4bit_type("nf4", "cpu")
 
 
 def eight_bit(device="cpu", nested=False, dtype=torch.float16):
@@ -21,29 +21,11 @@ def eight_bit(device="cpu", nested=False, dtype=torch.float16):
 
 
 def four_bit(device="cpu", nested=False, quant_type="nf4"):
-    """A state as the 4-bit functions make it."""
-    parts = {"offset": None, "state2": None, "absmax": torch.rand(64, device=device)}
+    a = torch.randn(64, 64, dtype=torch.bfloat16, device=device)
+    state = F.quantize_4bit(a, quant_type=quant_type, compress_statistics=nested)[1]
     if nested:
-        second = QuantState(
-            torch.rand(1, device=device),
-            code=F.create_dynamic_map().to(device),
-            blocksize=256,
-            dtype=torch.float32,
-        )
-        codes = torch.randint(0, 256, (64,), dtype=torch.uint8, device=device)
-        parts = {
-            "absmax": codes,
-            "offset": torch.tensor(2.6123046875, device=device),
-            "state2": second,
-        }
-    return QuantState(
-        shape=torch.Size([64, 64]),
-        code=NF4.to(device),
-        blocksize=64,
-        quant_type=quant_type,
-        dtype=torch.bfloat16,
-        **parts,
-    )
+        state.offset.fill_(2.6123046875)  # known to the tests of the JSON
+    return state
 
 
 STATES = {
@@ -285,6 +267,38 @@ def test_legacy_list(nested):
         state[6]
     with pytest.raises(TypeError):
         len(state)
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_from_the_lists_of_old_releases(name):
+    state = STATES[name]()
+    second = state.state2
+    if second is not None:
+        second = [second.absmax, second.code, second.blocksize, False, second.dtype, None, None]
+    if state.quant_type is None:
+        fields = [state.absmax, state.code, 64, state.nested, state.dtype, state.offset, second]
+    else:
+        nested = [state.offset, second] if state.nested else None
+        fields = [state.absmax, [64, 64], state.dtype, 64, nested, state.quant_type, state.code]
+    for form in (fields, tuple(fields)):
+        assert_same(QuantState.from_list(form), state)
+    if state.quant_type is not None:
+        today = QuantState.from_list(list(state))
+        today.code = state.code  # is not in it
+        assert_same(today, state)
+
+
+def test_from_a_pair():
+    absmax, code = torch.ones(2), F.create_dynamic_map()
+    state = QuantState.from_list((absmax, code), 64)
+    assert state.absmax is absmax and state.code is code
+    assert (state.blocksize, state.dtype, state.shape) == (64, None, None)
+    assert QuantState.from_list((absmax, code)).blocksize == 4096
+
+
+def test_from_a_list_of_another_length():
+    with pytest.raises(ValueError, match=r"from_list: .* 2, 6 or 7 entries, got 3"):
+        QuantState.from_list([1, 2, 3])
 
 
 def test_packed_form_as_attribute():

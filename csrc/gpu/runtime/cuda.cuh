@@ -1,0 +1,186 @@
+// What CUDA has beyond its own names. Included by runtime.cuh, which says what each function does.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "bitsandbytes/numeric.h"
+
+#define BNB_GRID_CONSTANT __grid_constant__
+// Threads of a block, and blocks that shall fit a multiprocessor.
+#define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+// What CUDA 12.1 and later take from compute capability 7.0 on.
+#define BNB_KERNEL_ARGUMENT_BYTES 32764
+#define BNB_NOINLINE __noinline__
+// Shared memory beyond the static one, as much as the launch asked for.
+#define BNB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+
+namespace bnb::gpu {
+
+inline constexpr int kDlpackDeviceType = 2;
+
+#if CUDART_VERSION >= 13000
+
+inline cudaError_t prefetch_to_device(const void* start, size_t bytes, int device,
+                                      cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, {cudaMemLocationTypeDevice, device}, 0, stream);
+}
+
+inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, {cudaMemLocationTypeHost, 0}, 0, stream);
+}
+
+#else
+
+inline cudaError_t prefetch_to_device(const void* start, size_t bytes, int device,
+                                      cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, device, stream);
+}
+
+inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_t stream) {
+  return cudaMemPrefetchAsync(start, bytes, cudaCpuDeviceId, stream);
+}
+
+#endif
+
+inline constexpr int kWarp = 32;
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask, kWarp);
+}
+
+__device__ __forceinline__ uint32_t warp_max(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, value);
+#else
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const uint32_t other = shuffle_xor(value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+#endif
+}
+
+__device__ __forceinline__ bool warp_all(bool condition) {
+  return __all_sync(0xffffffffu, condition) != 0;
+}
+
+__device__ __forceinline__ uint32_t warp_ballot(bool condition) {
+  return __ballot_sync(0xffffffffu, condition);
+}
+
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
+__device__ __forceinline__ int dot4(int a, int b, int acc) { return __dp4a(a, b, acc); }
+
+__device__ __forceinline__ int bits_set(uint32_t x) { return __popc(x); }
+
+// The same pointer, of which the compiler no longer knows what it points to.
+template <class T>
+__device__ __forceinline__ const T* hide_origin(const T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float approximate_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// max(most, |x|) in which NaN wins.
+__device__ __forceinline__ float absmax_step(float most, float x) {
+#if __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(most), "f"(fabsf(x)));
+  return y;
+#else
+  return absmax_of(most, x);
+#endif
+}
+
+__device__ __forceinline__ uint16_t to_bfloat16_bits(float x) {
+#if __CUDA_ARCH__ >= 800
+  uint16_t y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+#else
+  return from_float<BFloat16>(x).bits;
+#endif
+}
+
+__device__ __forceinline__ uint32_t to_bfloat16_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  return to_bfloat16_bits(low) | (static_cast<uint32_t>(to_bfloat16_bits(high)) << 16);
+#endif
+}
+
+// Copies to shared memory that run while the thread goes on: start_copy() adds to the open group,
+// close_copy_group() closes it, wait_copies<n>() waits for all closed groups but the last n. Only
+// what the same thread copied is then sure to be there.
+template <int kBytes>
+__device__ __forceinline__ void start_copy(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes)
+                 : "memory");
+  }
+#else
+  struct alignas(kBytes) Bytes {
+    unsigned char bytes[kBytes];
+  };
+  *static_cast<Bytes*>(shared) = *static_cast<const Bytes*>(global);
+#endif
+}
+
+__device__ __forceinline__ void close_copy_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int kOpen>
+__device__ __forceinline__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+#endif
+}
+
+__device__ __forceinline__ bool block_all(bool condition) {
+  return __syncthreads_and(condition) != 0;
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+
+__device__ __forceinline__ uint16_t float_to_half(float x) {
+  return __half_as_ushort(__float2half_rn(x));
+}
+
+template <class... Parameters, class... Arguments>
+void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
+                  cudaStream_t stream, const Arguments&... arguments) {
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+}
+
+}  // namespace bnb::gpu

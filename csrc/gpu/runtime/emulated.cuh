@@ -1,0 +1,76 @@
+// CUDA's names for a GPU made of fibers (emulated.h). Included by runtime.cuh.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "gpu/runtime/emulated.h"
+#include "gpu/runtime/portable.cuh"
+
+#define BNB_GRID_CONSTANT
+#define BNB_LAUNCH_BOUNDS(threads, blocks)
+#define BNB_NOINLINE __attribute__((noinline))
+#define BNB_DYNAMIC_SHARED(name) char* const name = ::bnb::gpu::emulated::dynamic_shared()
+// Few tensors a launch, so that lists take several.
+#define BNB_KERNEL_ARGUMENT_BYTES 1024
+
+namespace bnb::gpu {
+
+inline constexpr int kWarp = 32;
+
+template <class T>
+T shuffle_xor(T value, int lane_mask) {
+  return emulated::Lanes<T>(value).values[emulated::lane() ^ lane_mask];
+}
+
+inline uint32_t warp_max(uint32_t value) {
+  const emulated::Lanes<uint32_t> lanes(value);
+  return *std::max_element(lanes.values, lanes.values + kWarp);
+}
+
+inline uint32_t warp_ballot(bool condition) {
+  const emulated::Lanes<bool> lanes(condition);
+  uint32_t bits = 0;
+  for (int i = 0; i < kWarp; ++i) bits |= static_cast<uint32_t>(lanes.values[i]) << i;
+  return bits;
+}
+
+inline bool warp_all(bool condition) { return warp_ballot(!condition) == 0; }
+
+inline bool block_all(bool condition) { return emulated::block_all(condition); }
+
+inline int bits_set(uint32_t x) { return __builtin_popcount(x); }
+
+template <class T>
+const T* hide_origin(const T* p) {
+  return p;
+}
+
+inline float approximate_reciprocal(float x) { return 1.0f / x; }
+inline float approximate_sqrt(float x) { return std::sqrt(x); }
+
+template <int kBytes>
+void start_copy(void* shared, const void* global) {
+  emulated::start_copy(shared, global, kBytes);
+}
+inline void close_copy_group() { emulated::close_copy_group(); }
+template <int kOpen>
+void wait_copies() {
+  emulated::wait_copies(kOpen);
+}
+
+inline float half_to_float(uint16_t bits) { return to_float(Half{bits}); }
+inline uint16_t float_to_half(float x) { return from_float<Half>(x).bits; }
+
+template <class... Parameters, class... Arguments>
+void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
+                  cudaStream_t, const Arguments&... arguments) {
+  emulated::run([&] { kernel(arguments...); }, grid, block, shared_bytes);
+}
+
+using std::max;
+using std::min;
+
+}  // namespace bnb::gpu

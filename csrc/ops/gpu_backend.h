@@ -1,0 +1,94 @@
+// The ops on a GPU, or on what takes its place: kernels of csrc/gpu on the stream of a scope.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <array>
+#include <limits>
+
+#include "ops/registration.h"
+
+namespace bnb::ops {
+
+// `ScopeOf`: makes the device of a tensor current for the length of one op, and names its stream.
+template <class ScopeOf>
+struct GpuBackend {
+  using Scope = ScopeOf;
+
+  static void check_quantize_block_size(const char* op, int64_t block_size) {
+    const bool power_of_two = (block_size & (block_size - 1)) == 0;
+    require(power_of_two && block_size >= kLeastBlock && block_size <= kLargestBlock, op,
+            ": blocksize must be one of {32, 64, 128, 256, 512, 1024, 2048, 4096} on this device, "
+            "got ",
+            block_size);
+  }
+
+  static void quantize_blockwise(const QuantizeBlockwise& args, const Scope& scope) {
+    gpu::quantize_blockwise(args, scope.stream());
+  }
+  static void dequantize_blockwise(const DequantizeBlockwise& args, const Scope& scope) {
+    gpu::dequantize_blockwise(args, scope.stream());
+  }
+  static void quantize_4bit(const Quantize4bit& args, const Scope& scope) {
+    gpu::quantize_4bit(args, scope.stream());
+  }
+  static void dequantize_4bit(const Dequantize4bit& args, const Scope& scope) {
+    gpu::dequantize_4bit(args, scope.stream());
+  }
+  static int64_t quantile_workspace_bytes(DType dtype) {
+    return gpu::quantile_workspace_bytes(dtype);
+  }
+  static void estimate_quantiles(const EstimateQuantiles& args, void* workspace,
+                                 const Scope& scope) {
+    gpu::estimate_quantiles(args, workspace, scope.stream());
+  }
+  static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope& scope) {
+    gpu::int8_vectorwise_quant(args, scope.stream());
+  }
+
+  // out = a b^T through torch's binding of the vendor's library, where that takes the shape.
+  static bool library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out, int64_t m) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    const int64_t n = b.size(0);
+    const int64_t k = b.size(1);
+    if (m <= 16 || m > kMost || n > kMost || k > kMost || n % 8 != 0 || k % 8 != 0) return false;
+    std::array<StableIValue, 3> stack{
+        torch::stable::detail::from(torch::stable::view(a, {m, k})),
+        torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
+        torch::stable::detail::from(torch::stable::view(out, {m, n}))};
+    call_torch("aten::_int_mm", "out", stack.data());
+    torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+    return true;
+  }
+
+  static void int8_linear_matmul(const Int8Matmul& args, const Scope& scope) {
+    gpu::int8_linear_matmul(args, scope.stream());
+  }
+  static void int8_mm_dequant(const Int8MmDequant& args, const Scope& scope) {
+    gpu::int8_mm_dequant(args, scope.stream());
+  }
+  static void optimizer_step_32bit(const OptimizerStep& args,
+                                   std::span<const OptimizerTensor> tensors, const Scope& scope) {
+    gpu::optimizer_step_32bit(args, tensors, scope.stream());
+  }
+  static void optimizer_step_8bit_blockwise(const OptimizerStep& args,
+                                            std::span<const OptimizerTensor> tensors,
+                                            const Scope& scope) {
+    gpu::optimizer_step_8bit_blockwise(args, tensors, scope.stream());
+  }
+  static void optimizer_step_8bit(const OptimizerStep& args,
+                                  std::span<const OptimizerTensor> tensors, const Scope& scope) {
+    gpu::optimizer_step_8bit(args, tensors, scope.stream());
+  }
+  static void optimizer_preview(const OptimizerStep& args, StateFormat format,
+                                std::span<const OptimizerTensor> tensors, float* partials,
+                                const Scope& scope) {
+    gpu::optimizer_preview(args, format, tensors, partials, scope.stream());
+  }
+  static void percentile_clipping(const PercentileClipping& args,
+                                  std::span<const GradientTensor> tensors, float* partials,
+                                  const Scope& scope) {
+    gpu::percentile_clipping(args, tensors, partials, scope.stream());
+  }
+};
+
+}  // namespace bnb::ops
