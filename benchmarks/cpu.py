@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on the CPU, each beside PyTorch's own part in the same run.
 
-python benchmarks/cpu.py [--out FILE] [--only optimizer,host,quantize,quantize_4bit,quantiles]
+python benchmarks/cpu.py [--out FILE] [--only optimizer,host,quantize,quantize_4bit,gemm_4bit,...]
 """
 
 import argparse
@@ -14,6 +14,7 @@ from torch import nn
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
+from bitsandbytes.quant.scales import weight_arguments
 
 
 def parameters(n: int, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -132,11 +133,43 @@ def quantize_4bit(record: Record) -> None:
                     record.add(f"{verb}_4bit/{name}", ms, copy_ms=copy, times_copy=copy / ms)
 
 
+def gemm_4bit(record: Record) -> None:
+    """Products with an NF4 weight, forward and for the gradient, against bfloat16 weights."""
+    n, k = 14336, 4096
+    weight = torch.randn(n, k) * k**-0.5
+    for dtype in (torch.bfloat16, torch.float16):
+        linear = nn.Linear(k, n, bias=False).to(dtype)
+        for nested in (False, True):
+            packed, state = F.quantize_4bit(
+                weight.to(dtype), quant_type="nf4", compress_statistics=nested
+            )
+            arguments, scales = weight_arguments(state, packed.device)
+            for rows in (1, 4, 16, 64, 256):
+                x, grad = torch.randn(rows, k).to(dtype), torch.randn(rows, n).to(dtype)
+                ops = torch.ops.bitsandbytes
+                works = {
+                    "gemm_4bit": (
+                        functools.partial(ops.gemm_4bit, x, packed, *arguments, None, *scales),
+                        functools.partial(nn.functional.linear, x, linear.weight.detach()),
+                    ),
+                    "gemm_4bit_dgrad": (
+                        functools.partial(ops.gemm_4bit_dgrad, grad, packed, *arguments, *scales),
+                        functools.partial(torch.mm, grad, linear.weight.detach()),
+                    ),
+                }
+                for verb, (work, dense) in works.items():
+                    ms, dense_ms = time_cpu(work, dense)
+                    kind = "nested" if nested else "plain"
+                    name = f"{verb}/{str(dtype)[6:]}/{kind}/{n}x{k}/rows{rows}"
+                    record.add(name, ms, dense_ms=dense_ms, times_dense=dense_ms / ms)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "cpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--only", default="optimizer,host,quantize,quantize_4bit,quantiles")
+    everything = "optimizer,host,quantize,quantize_4bit,gemm_4bit,quantiles"
+    parser.add_argument("--only", default=everything)
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record("cpu")
@@ -147,6 +180,7 @@ def main() -> None:
             "quantize": quantize,
             "quantize_4bit": quantize_4bit,
             "quantiles": quantiles,
+            "gemm_4bit": gemm_4bit,
         }
         parts[name](record)
     record.write(args.out)

@@ -1,11 +1,10 @@
 // Products with a 4-bit weight on the CPU.
 // SPDX-License-Identifier: MIT
 //
-// out[i, j] = sum over k of a[i, k] w[j, k]: dot products along k, in which a byte of codes gives
-// two neighbouring weights. The lookup of a group of codes returns the weights at its even places
-// in one vector and those at its odd places in another; so that nothing has to be woven together,
-// the other operand is *staged* once: converted, with each group in the same order, and the rows of
-// a tile side by side.
+// out[i, j] = sum over k of a[i, k] w[j, k]: dot products along k. A word of codes holds
+// neighbouring weights, but lookups give them to different vectors: a *group* of weights comes in
+// the order of those vectors. So that nothing has to be woven together, the other operand is
+// *staged* once: converted, with each group in the same order, and the rows of a tile side by side.
 //
 //     for a panel of kGemmPanel rows of w                 one thread
 //       for a chunk of k                                  the panel's weights stay in L2
@@ -40,22 +39,35 @@ struct FloatOperand {
   using Element = float;
   using Vector = Float;
   static constexpr int kVector = kWidth;
+  static constexpr int kParts = 2;  // vectors of a group
   static constexpr int kTileHeight = kWidth == 16 ? 6 : 2;
   static constexpr int kLookupHeight = kWidth == 16 ? 4 : 2;
 
+  // Where in its group an element of a vector belongs.
+  static constexpr int place_of(int part, int lane) { return 2 * lane + part; }
+
+  // A table serves a span of kSpan elements, of which kAlign share a scale.
+  static constexpr int kSpan = kLeastBlock;
+  static constexpr int kAlign = kLeastBlock;
+  template <bool kSmallBlocks>
   struct Table {
     Float parts[kCode4Levels / kWidth];
-  };
-  static BNB_HD Table make_table(const float* levels, float scale) {
-    Table table;
-    for (int i = 0; i < kCode4Levels / kWidth; ++i) {
-      table.parts[i] = round_to(load(levels + i * kWidth) * Float(scale), T{});
+
+    template <class ScaleAt>
+    BNB_HD Table(const float* levels, const ScaleAt& scale_at) {
+      const Float scale(scale_at(0));
+      for (int i = 0; i < kCode4Levels / kWidth; ++i) {
+        parts[i] = round_to(load(levels + i * kWidth) * scale, T{});
+      }
     }
-    return table;
-  }
-  static BNB_HD void lookup(const Table& table, const uint8_t* bytes, Vector& even, Vector& odd) {
-    lookup_pairs(table.parts, bytes, even, odd);
-  }
+    template <int kPart>
+    BNB_HD Vector lookup(Int codes) const {
+      return lookup_code(parts, shift_right<kPart == 0 ? 4 : 0>(codes));
+    }
+  };
+
+  static BNB_HD Int load_group(const uint8_t* codes) { return load_codes(codes); }
+
   static BNB_HD Vector load_vector(const Element* p) { return load(p); }
   static BNB_HD void store_vector(Element* p, Vector x) { store(p, x); }
   static BNB_HD Float add_products(Float sum, Vector a, Vector b) {
@@ -63,16 +75,13 @@ struct FloatOperand {
   }
   static BNB_HD Element element(T x) { return to_float(x); }
 
-  // For sums over rows of the weight: rows to a product, how their groups are woven, and the
-  // column of a group that a place in it then holds.
+  // For sums over rows of the weight: how many make one product, how their parts are woven, and
+  // where in its group a woven element belongs.
   static constexpr int kDepth = 1;
   static BNB_HD void weave(const Element* const (&rows)[kDepth], Element* out) {
     store_vector(out, load_vector(rows[0]));
-    store_vector(out + kVector, load_vector(rows[0] + kVector));
   }
-  static constexpr int column_of(int place) {
-    return place < kVector ? 2 * place : 2 * (place - kVector) + 1;
-  }
+  static constexpr int woven_place_of(int i) { return place_of(i / kVector, i % kVector); }
   static BNB_HD Vector broadcast(const Element* p) { return Float(*p); }
 };
 
@@ -87,13 +96,27 @@ struct OperandOf<T, void> {
 };
 
 template <class Op>
-constexpr int64_t kGroup = 2 * Op::kVector;  // elements that one lookup gives
+constexpr int64_t kGroup = Op::kParts * Op::kVector;  // elements that one lookup gives
 template <class Op>
 constexpr int64_t kChunk = kChunkBytes / int64_t{sizeof(typename Op::Element)};
 
 template <class Op>
 constexpr int64_t staged_length(int64_t k) {
   return ceil_div(k, kGroup<Op>) * kGroup<Op>;
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls body with the constants 0 to kCount - 1.
+template <int kCount, class Body>
+BNB_HD void for_each_constant(const Body& body) {
+  if constexpr (kCount > 0) {
+    for_each_constant<kCount - 1>(body);
+    body(Constant<kCount - 1>{});
+  }
 }
 
 // Rows are cut into blocks, and those into tiles: the first one, whose products are made while the
@@ -119,24 +142,22 @@ BNB_HD Tile tile_of(int64_t row, int64_t rows) {
   return {begin + taller + (i - taller) / least * least, least};
 }
 
-// Puts `count` elements into groups: those at even places, then those at odd places. Zeros fill up
-// the last group. Vectors lie `stride` vectors apart.
+// Puts `count` elements into the order of groups; zeros fill up the last one. Vectors lie `stride`
+// vectors apart.
 template <class Op, class T>
 void stage(const T* from, int64_t count, typename Op::Element* to, int64_t stride) {
-  constexpr int64_t vector = Op::kVector;
   for (int64_t i = 0; i < count; i += kGroup<Op>) {
-    typename Op::Element* even = to + i * stride;
-    typename Op::Element* odd = even + vector * stride;
-    if (i + kGroup<Op> <= count) {
-      for (int64_t j = 0; j < vector; ++j) {
-        even[j] = Op::element(from[i + 2 * j]);
-        odd[j] = Op::element(from[i + 2 * j + 1]);
-      }
-    } else {
-      for (int64_t j = 0; j < vector; ++j) {
-        const int64_t at = i + 2 * j;
-        even[j] = at < count ? Op::element(from[at]) : typename Op::Element{};
-        odd[j] = at + 1 < count ? Op::element(from[at + 1]) : typename Op::Element{};
+    for (int part = 0; part < Op::kParts; ++part) {
+      typename Op::Element* vector = to + (i + part * Op::kVector) * stride;
+      if (i + kGroup<Op> <= count) {
+        for (int lane = 0; lane < Op::kVector; ++lane) {
+          vector[lane] = Op::element(from[i + Op::place_of(part, lane)]);
+        }
+      } else {
+        for (int lane = 0; lane < Op::kVector; ++lane) {
+          const int64_t at = i + Op::place_of(part, lane);
+          vector[lane] = at < count ? Op::element(from[at]) : typename Op::Element{};
+        }
       }
     }
   }
@@ -155,13 +176,13 @@ void stage_rows(const Gemm4bit& args, void* staged, int64_t first_row, int64_t l
 
 // ---- Tiles --------------------------------------------------------------------------------------
 
-// kDotCols rows of a weight whose groups begin where bytes do and whose blocks begin together.
+// kDotCols rows of a weight, each beginning where no scale serves elements on both sides.
 struct CodeRows {
   const uint8_t* codes[kDotCols];  // at the beginning of the chunk
   const float* scales[kDotCols];   // of the block in which the chunk begins
+  int64_t phase[kDotCols];         // elements of that block before the chunk
   const float* levels;
-  int64_t block_size;
-  int64_t phase;  // elements of that block before the chunk
+  int log2_block;
   int64_t ahead;  // bytes from a row's codes to those that the next tile needs
 };
 
@@ -176,60 +197,72 @@ BNB_HD void add_sums(const Float (&sums)[kRows][kDotCols], float* out) {
 }
 
 // Adds to sums [kRows, kDotCols] the products over a chunk of codes. With kKeep the weights are
-// left in `panel` as well, in the order in which multiply_tile reads them. kSplit: a group lies in
-// two blocks.
-template <class Op, int kRows, bool kKeep, bool kSplit>
+// left in `panel` as well, in the order in which multiply_tile reads them.
+template <class Op, int kRows, bool kKeep, bool kSmallBlocks>
 [[gnu::noinline]] void lookup_tile(const CodeRows& w, int64_t count, const typename Op::Element* a,
                                    typename Op::Element* panel, float* out) {
   using Vector = typename Op::Vector;
   constexpr int64_t vector = Op::kVector;
+  constexpr int kPair = 2;  // columns that share what is read of `a`
   Float sums[kRows][kDotCols];
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kDotCols; ++j) sums[i][j] = Float(0.0f);
   }
-  int64_t block = 0;
-  int64_t block_end = kSplit ? kGroup<Op> : w.block_size - w.phase;
-  int64_t k = 0;
-  while (k < count) {
-    typename Op::Table tables[kDotCols];
-    for (int j = 0; j < kDotCols; ++j) {
-      if constexpr (kSplit) {
-        tables[j] = Op::make_table(w.levels, w.scales[j][block], w.scales[j][block + 1]);
-      } else {
-        tables[j] = Op::make_table(w.levels, w.scales[j][block]);
+  using Table = typename Op::template Table<kSmallBlocks>;
+  const auto multiply_span = [&](int64_t k, const auto& codes_of, const auto& scale_at) {
+#pragma GCC unroll 4  // as in add_sums
+    for (int j = 0; j < kDotCols; j += kPair) {
+      const Table tables[kPair] = {{w.levels, [&](int64_t i) { return scale_at(j, i); }},
+                                   {w.levels, [&](int64_t i) { return scale_at(j + 1, i); }}};
+      for (int64_t g = 0; g < Op::kSpan; g += kGroup<Op>) {
+        const auto first = Op::load_group(codes_of(j) + g / 2);
+        const auto second = Op::load_group(codes_of(j + 1) + g / 2);
+        for_each_constant<Op::kParts>([&](auto part) {
+          constexpr int p = decltype(part)::value;
+          const Vector weights[kPair] = {tables[0].template lookup<p>(first),
+                                         tables[1].template lookup<p>(second)};
+          if constexpr (kKeep) {
+            typename Op::Element* to = panel + (k + g + p * vector) * kDotCols + j * vector;
+            for (int c = 0; c < kPair; ++c) Op::store_vector(to + c * vector, weights[c]);
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) {
+            const Vector row = Op::load_vector(a + (k + g + p * vector) * kRows + i * vector);
+            for (int c = 0; c < kPair; ++c) {
+              sums[i][j + c] = Op::add_products(sums[i][j + c], row, weights[c]);
+            }
+          }
+        });
       }
     }
-    const int64_t end = block_end < count ? block_end : count;
-    do {
-      // Two columns at a time share what is read of `a`.
-      for (int j = 0; j < kDotCols; j += 2) {
-        Vector even[2], odd[2];
-        for (int c = 0; c < 2; ++c) {
-          const uint8_t* codes = w.codes[j + c] + k / 2;
+  };
+  const auto scale_of_block = [&](int j, int64_t i) {
+    return w.scales[j][(w.phase[j] + i) >> w.log2_block];
+  };
+  const int64_t whole = count - count % Op::kSpan;
+  for (int64_t k = 0; k < whole; k += Op::kSpan) {
+    multiply_span(
+        k,
+        [&](int j) {
+          const uint8_t* codes = w.codes[j] + k / 2;
           __builtin_prefetch(codes + w.ahead);
-          if constexpr (kSplit) {
-            Op::lookup_halves(tables[j + c], codes, even[c], odd[c]);
-          } else {
-            Op::lookup(tables[j + c], codes, even[c], odd[c]);
-          }
-          if constexpr (kKeep) {
-            Op::store_vector(panel + k * kDotCols + (j + c) * vector, even[c]);
-            Op::store_vector(panel + k * kDotCols + (kDotCols + j + c) * vector, odd[c]);
-          }
-        }
-        for (int i = 0; i < kRows; ++i) {
-          const Vector first = Op::load_vector(a + k * kRows + i * vector);
-          const Vector second = Op::load_vector(a + (k + vector) * kRows + i * vector);
-          for (int c = 0; c < 2; ++c) {
-            sums[i][j + c] = Op::add_products(sums[i][j + c], first, even[c]);
-            sums[i][j + c] = Op::add_products(sums[i][j + c], second, odd[c]);
-          }
-        }
+          return codes;
+        },
+        [&](int j, int64_t i) { return scale_of_block(j, k + i); });
+  }
+  if constexpr (Op::kSpan > Op::kAlign) {
+    if (whole < count) {
+      // A part of a span: nothing is read behind it, and the weights of its rest are zero.
+      uint8_t part[kDotCols][Op::kSpan / 2] = {};
+      for (int j = 0; j < kDotCols; ++j) {
+        __builtin_memcpy(part[j], w.codes[j] + whole / 2, static_cast<size_t>(count - whole) / 2);
       }
-      k += kGroup<Op>;
-    } while (k < end);
-    block_end += kSplit ? kGroup<Op> : w.block_size;
-    block += kSplit ? 2 : 1;
+      multiply_span(
+          whole, [&](int j) { return part[j]; },
+          [&](int j, int64_t i) {
+            return whole + i < count ? scale_of_block(j, whole + i) : 0.0f;
+          });
+    }
   }
   add_sums(sums, out);
 }
@@ -254,11 +287,6 @@ template <class Op, int kRows>
   add_sums(sums, out);
 }
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 // Calls body with a constant in place of rows, 1 to kMost.
 template <int kMost, class Body>
 BNB_HD void by_rows(int64_t rows, const Body& body) {
@@ -279,39 +307,63 @@ struct Panel {
   alignas(64) typename Op::Element weights[kGemmPanel * kChunk<Op>];
 };
 
-// True where no group of codes and no row lies in parts of two blocks.
+// True where every row of the weight begins where scales and lookups may begin.
 template <class Op>
 bool is_aligned(const Weight4bit& w) {
-  return w.k % (w.block_size > kGroup<Op> ? w.block_size : kGroup<Op>) == 0;
+  return w.k % Op::kAlign == 0;
 }
 
 // The scales of `count` blocks, as numbers.
 inline const float* scales_from(const Scales& scales, int64_t first, int64_t count, float* space) {
   if (!scales.nested()) return scales.absmax + first;
-  for (int64_t i = 0; i < count; ++i) space[i] = scale_of(scales, first + i);
+  int64_t i = 0;
+  while (i < count) {
+    const int64_t outer = (first + i) / scales.block_size;
+    const int64_t outer_end = (outer + 1) * scales.block_size - first;
+    const int64_t end = outer_end < count ? outer_end : count;
+    const Float absmax(scales.absmax[outer]);
+    const Float offset(*scales.offset);
+    for (; i + kLanes <= end; i += kLanes) {
+      const Float level = gather(scales.code, load_codes(scales.codes + first + i));
+      store(space + i, level * absmax + offset);
+    }
+    for (; i < end; ++i) space[i] = scale_of(scales, first + i);
+  }
   return space;
+}
+
+template <class Op, bool kSmallBlocks>
+void unpack_aligned(const Weight4bit& w, int64_t begin, int64_t count, typename Op::Element* out) {
+  const int log2_block = __builtin_ctzll(static_cast<uint64_t>(w.block_size));
+  for (int64_t i = 0; i < count; i += Op::kSpan) {
+    const auto scale_at = [&](int64_t at) {
+      const bool there = Op::kSpan == Op::kAlign || i + at < count;
+      return there ? scale_of(w.scales, (begin + i + at) >> log2_block) : 0.0f;
+    };
+    const typename Op::template Table<kSmallBlocks> table(w.levels, scale_at);
+    const uint8_t* codes = w.codes + (begin + i) / 2;
+    uint8_t part[Op::kSpan / 2] = {};
+    if (Op::kSpan > Op::kAlign && count - i < Op::kSpan) {
+      __builtin_memcpy(part, codes, static_cast<size_t>(count - i) / 2);
+      codes = part;
+    }
+    for (int64_t g = 0; g < Op::kSpan; g += kGroup<Op>) {
+      const auto group = Op::load_group(codes + g / 2);
+      for_each_constant<Op::kParts>([&](auto part) {
+        constexpr int p = decltype(part)::value;
+        Op::store_vector(out + i + g + p * Op::kVector, table.template lookup<p>(group));
+      });
+    }
+  }
 }
 
 // Elements [begin, begin + count) of the flattened weight, in groups from `begin` on; zeros fill up
 // the last group. At most kChunk of them.
 template <class Op, class T>
 void unpack(const Weight4bit& w, int64_t begin, int64_t count, typename Op::Element* out) {
-  constexpr int64_t vector = Op::kVector;
-  if (begin % kGroup<Op> == 0 && count % kGroup<Op> == 0 && w.block_size >= kGroup<Op>) {
-    int64_t i = 0;
-    while (i < count) {
-      const int64_t block = (begin + i) / w.block_size;
-      const auto table = Op::make_table(w.levels, scale_of(w.scales, block));
-      const int64_t block_end = (block + 1) * w.block_size - begin;
-      const int64_t stop = block_end < count ? block_end : count;
-      for (; i < stop; i += kGroup<Op>) {
-        typename Op::Vector even, odd;
-        Op::lookup(table, w.codes + (begin + i) / 2, even, odd);
-        Op::store_vector(out + i, even);
-        Op::store_vector(out + i + vector, odd);
-      }
-    }
-    return;
+  if (begin % Op::kAlign == 0 && count % Op::kAlign == 0) {
+    return w.block_size < Op::kAlign ? unpack_aligned<Op, true>(w, begin, count, out)
+                                     : unpack_aligned<Op, false>(w, begin, count, out);
   }
   T values[kChunk<Op> + 1];
   const int64_t even = begin - begin % 2;
@@ -323,19 +375,23 @@ void unpack(const Weight4bit& w, int64_t begin, int64_t count, typename Op::Elem
 template <class Op, int kRows, bool kKeep>
 void lookup_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_t first,
                   int64_t count, const typename Op::Element* a, Panel<Op>& panel) {
-  constexpr bool kMaySplit = kGroup<Op> > kLeastBlock;
   for (int64_t j = 0; j < cols; j += kDotCols) {
-    CodeRows codes{{}, {}, w.levels, w.block_size, first % w.block_size, kDotCols * w.k / 2};
+    CodeRows codes{};
+    codes.levels = w.levels;
+    codes.log2_block = __builtin_ctzll(static_cast<uint64_t>(w.block_size));
+    codes.ahead = kDotCols * w.k / 2;
     for (int i = 0; i < kDotCols; ++i) {
       const int64_t col = first_col + (j + i < cols ? j + i : cols - 1);
       const int64_t begin = col * w.k + first;
       codes.codes[i] = w.codes + begin / 2;
-      codes.scales[i] = scales_from(w.scales, begin / w.block_size,
-                                    ceil_div(codes.phase + count, w.block_size), panel.scales[i]);
+      codes.phase[i] = begin % w.block_size;
+      codes.scales[i] =
+          scales_from(w.scales, begin / w.block_size,
+                      ceil_div(codes.phase[i] + count, w.block_size), panel.scales[i]);
     }
-    typename Op::Element* weights = panel.weights + j * count;
-    if (kMaySplit && w.block_size < kGroup<Op>) {
-      lookup_tile<Op, kRows, kKeep, kMaySplit>(codes, count, a, weights, panel.sums + j);
+    typename Op::Element* weights = panel.weights + j * staged_length<Op>(count);
+    if (w.block_size < Op::kAlign) {
+      lookup_tile<Op, kRows, kKeep, true>(codes, count, a, weights, panel.sums + j);
     } else {
       lookup_tile<Op, kRows, kKeep, false>(codes, count, a, weights, panel.sums + j);
     }

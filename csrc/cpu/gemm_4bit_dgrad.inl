@@ -60,7 +60,7 @@ void unpack_panel(const Weight4bit& w, int64_t first_row, int64_t last_row, int6
       }
     }
     typename Op::Element* out = weights + (row - first_row) * kDgradPanel;
-    for (int64_t i = 0; i < staged_length<Op>(cols); i += kGroup<Op>) {
+    for (int64_t i = 0; i < staged_length<Op>(cols); i += Op::kVector) {
       for (int d = 0; d < Op::kDepth; ++d) rows[d] = unpacked[d] + i;
       Op::weave(rows, out + i * Op::kDepth);
     }
@@ -98,7 +98,7 @@ void finish_grads(const Gemm4bitDgrad& args, int64_t first_row, int64_t rows, in
     float ordered[kDgradPanel];
     for (int64_t k = 0; k < kDgradPanel; k += kGroup<Op>) {
       for (int place = 0; place < kGroup<Op>; ++place) {
-        ordered[k + Op::column_of(place)] = sums[i * kDgradPanel + k + place];
+        ordered[k + Op::woven_place_of(place)] = sums[i * kDgradPanel + k + place];
       }
     }
     for_each_vector(0, cols, [&](int64_t k, int64_t count) {

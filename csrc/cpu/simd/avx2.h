@@ -248,16 +248,10 @@ BNB_HD Float round_to(Float x, BFloat16) {
 BNB_HD Float multiply_add(Float a, Float b, Float sum) { return fma(a, b, sum); }
 
 // Either half of the table is permuted by the lowest three bits of a code; the fourth chooses.
-BNB_HD Float lookup16_halves(const Float (&table)[2], __m256i code) {
-  const __m256 in_second = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
-  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(table[0].v, code),
-                           _mm256_permutevar8x32_ps(table[1].v, code), in_second)};
-}
-BNB_HD void lookup_pairs(const Float (&table)[2], const uint8_t* bytes, Float& even, Float& odd) {
-  const __m256i pairs =
-      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
-  even = lookup16_halves(table, _mm256_srli_epi32(pairs, 4));
-  odd = lookup16_halves(table, pairs);
+BNB_HD Float lookup_code(const Float (&table)[2], Int code) {
+  const __m256 in_second = _mm256_castsi256_ps(_mm256_slli_epi32(code.v, 28));
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(table[0].v, code.v),
+                           _mm256_permutevar8x32_ps(table[1].v, code.v), in_second)};
 }
 
 BNB_HD void reduce_add4(const Float (&x)[4], float* out) {

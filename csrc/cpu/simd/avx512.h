@@ -316,11 +316,8 @@ BNB_HD Float round_to(Float x, BFloat16) {
 BNB_HD Float multiply_add(Float a, Float b, Float sum) { return fma(a, b, sum); }
 
 // The permutation heeds the lowest four bits of a lane alone.
-BNB_HD void lookup_pairs(const Float (&table)[1], const uint8_t* bytes, Float& even, Float& odd) {
-  const __m512i pairs =
-      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-  even = {_mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table[0].v)};
-  odd = {_mm512_permutexvar_ps(pairs, table[0].v)};
+BNB_HD Float lookup_code(const Float (&table)[1], Int code) {
+  return {_mm512_permutexvar_ps(code.v, table[0].v)};
 }
 
 BNB_HD void reduce_add4(const Float (&x)[4], float* out) {

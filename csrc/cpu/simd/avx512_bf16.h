@@ -14,42 +14,58 @@ struct PairOperand {
   using Element = BFloat16;
   using Vector = __m512i;
   static constexpr int kVector = 32;
+  static constexpr int kParts = 4;
   static constexpr int kTileHeight = 6;
   static constexpr int kLookupHeight = 4;
 
+  // A 16-bit word holds four codes, and part p has those in its bits 4 p and up.
+  static constexpr int place_of(int part, int lane) { return 4 * lane + (part ^ 1); }
+
+  // The words of the first and of the second half of a span have tables, and with small blocks
+  // scales for each quarter. Results are those of permutations, whose index takes bits of a code
+  // and of the place of its word.
+  static constexpr int kSpan = 128;
+  static constexpr int kAlign = 64;
+  template <bool kSmallBlocks>
   struct Table {
-    __m512i low;   // for the first half of a vector, the sixteen entries twice
-    __m512i high;  // for its second half; read where it has a scale of its own
+    __m512i halves[kSmallBlocks ? 2 : 1];
+
+    template <class ScaleAt>
+    BNB_HD Table(const float* levels, const ScaleAt& scale_at) {
+      const __m512 entries = _mm512_loadu_ps(levels);
+      for (int half = 0; half < (kSmallBlocks ? 2 : 1); ++half) {
+        const __m512 first = _mm512_set1_ps(scale_at(half * 64));
+        const __m512 second = _mm512_set1_ps(scale_at(half * 64 + (kSmallBlocks ? 32 : 64)));
+        halves[half] = reinterpret_cast<__m512i>(
+            _mm512_cvtne2ps_pbh(_mm512_mul_ps(entries, second), _mm512_mul_ps(entries, first)));
+      }
+    }
+    template <int kPart>
+    BNB_HD Vector lookup(__m512i words) const {
+      // Bits of the code where the mask is set, beside them the place: (x & mask) | place.
+      const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * kPart),
+                                                      _mm512_set1_epi16(15), places(), 0xea);
+      if constexpr (kSmallBlocks) {
+        return _mm512_permutex2var_epi16(halves[0], index, halves[1]);
+      } else {
+        return _mm512_permutexvar_epi16(index, halves[0]);
+      }
+    }
+    // 16 times the number of the table that serves a word; the permutation of one register heeds
+    // the lowest five bits, that of two the lowest six.
+    static BNB_HD __m512i places() {
+      const __m256i even = _mm256_set_m128i(_mm_set1_epi16(16), _mm_setzero_si128());
+      if constexpr (kSmallBlocks) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(even),
+                                  _mm256_add_epi16(even, _mm256_set1_epi16(32)), 1);
+      } else {
+        return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+      }
+    }
   };
-  static BNB_HD __m512i entries(const float* levels, float scale) {
-    const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
-    return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
-  }
-  static BNB_HD Table make_table(const float* levels, float scale) {
-    const __m512i both = entries(levels, scale);
-    return {both, both};
-  }
-  static BNB_HD Table make_table(const float* levels, float first, float second) {
-    return {entries(levels, first), entries(levels, second)};
-  }
-  // The permutation heeds the lowest five bits of a lane, and the fifth changes nothing.
-  static BNB_HD void lookup(const Table& table, const uint8_t* bytes, Vector& even, Vector& odd) {
-    const __m512i pairs =
-        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    even = _mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table.low);
-    odd = _mm512_permutexvar_epi16(pairs, table.low);
-  }
-  static BNB_HD void lookup_halves(const Table& table, const uint8_t* bytes, Vector& even,
-                                   Vector& odd) {
-    constexpr __mmask32 kSecond = 0xffff0000;
-    const __m512i pairs =
-        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    const __m512i upper = _mm512_srli_epi16(pairs, 4);
-    even = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(upper, table.low), kSecond, upper,
-                                         table.high);
-    odd = _mm512_mask_permutexvar_epi16(_mm512_permutexvar_epi16(pairs, table.low), kSecond, pairs,
-                                        table.high);
-  }
+
+  static BNB_HD __m512i load_group(const uint8_t* codes) { return _mm512_loadu_si512(codes); }
+
   static BNB_HD Vector load_vector(const Element* p) { return _mm512_loadu_si512(p); }
   static BNB_HD void store_vector(Element* p, Vector x) { _mm512_storeu_si512(p, x); }
   static BNB_HD Float add_products(Float sum, Vector a, Vector b) {
@@ -60,17 +76,15 @@ struct PairOperand {
   // Two rows of the weight to a product: their neighbours are woven within sixteen bytes.
   static constexpr int kDepth = 2;
   static BNB_HD void weave(const Element* const (&rows)[kDepth], Element* out) {
-    for (int half = 0; half < 2; ++half) {
-      const Vector first = load_vector(rows[0] + half * kVector);
-      const Vector second = load_vector(rows[1] + half * kVector);
-      store_vector(out + 2 * half * kVector, _mm512_unpacklo_epi16(first, second));
-      store_vector(out + (2 * half + 1) * kVector, _mm512_unpackhi_epi16(first, second));
-    }
+    const Vector first = load_vector(rows[0]);
+    const Vector second = load_vector(rows[1]);
+    store_vector(out, _mm512_unpacklo_epi16(first, second));
+    store_vector(out + kVector, _mm512_unpackhi_epi16(first, second));
   }
-  static constexpr int column_of(int place) {
-    const int vector = place / kWidth;
-    const int lane = place % kWidth;
-    return 2 * (lane / 4 * 8 + vector % 2 * 4 + lane % 4) + vector / 2;
+  static constexpr int woven_place_of(int i) {
+    const int in_part = i % kVector;
+    const int lane = in_part % kWidth;
+    return place_of(i / kVector, lane / 4 * 8 + in_part / kWidth * 4 + lane % 4);
   }
   static BNB_HD Vector broadcast(const Element* p) {
     int32_t pair;

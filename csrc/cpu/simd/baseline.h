@@ -149,12 +149,8 @@ BNB_HD Float round_to(Float x, T) {
 // A product and a sum, rounded once or twice.
 BNB_HD Float multiply_add(Float a, Float b, Float sum) { return sum + a * b; }
 
-// Entries of a table of 16 for the codes in kWidth bytes: those at even places, the upper halves,
-// and those at odd places.
-BNB_HD void lookup_pairs(const Float (&table)[16], const uint8_t* bytes, Float& even, Float& odd) {
-  even = table[*bytes >> 4];
-  odd = table[*bytes & 15];
-}
+// Entries of a table of 16. Only the lowest four bits of a code count.
+BNB_HD Float lookup_code(const Float (&table)[16], Int code) { return table[code.v & 15]; }
 
 // The sums of the lanes of four vectors.
 BNB_HD void reduce_add4(const Float (&x)[4], float* out) {
