@@ -69,7 +69,8 @@ class Params4bit(nn.Parameter):
     Example:
         >>> import torch
         >>> import bitsandbytes as bnb
-        >>> weight = bnb.nn.Params4bit(torch.tensor([[1.0, -1.0, 0.5, 0.0]]), quant_type="nf4")
+        >>> weight = torch.tensor([[1.0, -1.0, 0.5, 0.0]])
+        >>> weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=False)
         >>> weight = weight.to("cpu")
         >>> weight.data.flatten().tolist(), weight.absmax.tolist()
         ([240, 199], [1.0])

@@ -20,6 +20,9 @@ __all__ = [
     "target_of",
 ]
 
+TENSORS = ("absmax", "code", "offset")
+SETTINGS = ("shape", "dtype", "blocksize", "quant_type", "nested")
+
 
 def read_state(entries: dict[str, Any], device: torch.device | str | int) -> QuantState:
     """Builds the state of a weight from what a checkpoint has for it, which stays as it is.
@@ -48,10 +51,6 @@ def read_state(entries: dict[str, Any], device: torch.device | str | int) -> Qua
     return state
 
 
-def _tensors(state: QuantState) -> dict[str, Tensor]:
-    return {key: value for key, value in vars(state).items() if isinstance(value, Tensor)}
-
-
 def move_state(state: QuantState, device: torch.device) -> QuantState:
     """Returns `state` on `device`: itself, moved in place, unless values go or come.
 
@@ -62,8 +61,10 @@ def move_state(state: QuantState, device: torch.device) -> QuantState:
         return state
     if state.absmax.is_meta or device.type == "meta":
         state = copy.copy(state)
-        for key, value in _tensors(state).items():
-            setattr(state, key, torch.empty_like(value, device=device))
+        for name in TENSORS:
+            value = getattr(state, name)
+            if value is not None:
+                setattr(state, name, torch.empty_like(value, device=device))
         if state.state2 is not None:
             state.state2 = move_state(state.state2, device)
     else:
@@ -78,16 +79,22 @@ def target_of(fn, device: torch.device) -> torch.device:
 
 def copy_state(state: QuantState, source: QuantState) -> None:
     """Gives `state` the values of `source`, in the memory that it has where they fit."""
-    mine = _tensors(state)
-    for key, value in vars(source).items():
-        own = mine.get(key)
-        fits = own is not None and isinstance(value, Tensor)
-        if fits and (own.shape, own.dtype, own.device) == (value.shape, value.dtype, value.device):
+    for name in TENSORS:
+        own, value = getattr(state, name), getattr(source, name)
+        if own is not None and value is not None and _alike(own, value):
             own.copy_(value)
-        elif isinstance(value, QuantState) and state.state2 is not None:
-            copy_state(state.state2, value)
         else:
-            setattr(state, key, value)
+            setattr(state, name, value)
+    for name in SETTINGS:
+        setattr(state, name, getattr(source, name))
+    if state.state2 is None or source.state2 is None:
+        state.state2 = source.state2
+    else:
+        copy_state(state.state2, source.state2)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def copied(entries: dict[str, Any]) -> dict[str, Any]:

@@ -176,6 +176,19 @@ def test_loading_in_place(device):
     assert_same_state(layer.state_dict(), own)
 
 
+def test_loading_changes_no_table_of_others(device):
+    layer, other = quantized(device), quantized(device)
+    state = layer.state_dict()
+    for key in ("weight.quant_map", "weight.nested_quant_map"):
+        state[key] = state[key] / 2
+    layer.load_state_dict(state)
+    assert torch.equal(layer.quant_state.state2.code, state["weight.nested_quant_map"])
+    table = bnb.functional.create_dynamic_map().to(device)
+    for untouched in (other, quantized(device)):
+        assert torch.equal(untouched.quant_state.state2.code, table)
+        assert untouched.quant_state.code.max() == 1
+
+
 @pytest.mark.parametrize("target", STORAGES)
 @pytest.mark.parametrize("source", STORAGES)
 def test_storages_are_converted(source, target):
