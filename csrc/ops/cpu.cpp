@@ -117,118 +117,121 @@ struct Cpu {
         [&](void* panel, int64_t first, int64_t last) {
           kernels.gemm_4bit_dgrad(args, memory, panel, first, last);
         });
-    static int64_t quantile_workspace_bytes(DType) { return 0; }
+  }
 
-    static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {
-      const int64_t threads = torch::stable::get_num_threads();
-      cpu::QuantileSearch search(args, std::clamp<int64_t>(args.n / kGrain, 1, threads));
-      for (int pass = 0; pass < search.passes(); ++pass) {
-        torch::stable::parallel_for(0, search.pieces(), 1, [&](int64_t first, int64_t last) {
-          for (int64_t piece = first; piece < last; ++piece) search.count(pass, piece);
-        });
-        search.locate(pass);
+  static int64_t quantile_workspace_bytes(DType) { return 0; }
+
+  static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {
+    const int64_t threads = torch::stable::get_num_threads();
+    cpu::QuantileSearch search(args, std::clamp<int64_t>(args.n / kGrain, 1, threads));
+    for (int pass = 0; pass < search.passes(); ++pass) {
+      torch::stable::parallel_for(0, search.pieces(), 1, [&](int64_t first, int64_t last) {
+        for (int64_t piece = first; piece < last; ++piece) search.count(pass, piece);
+      });
+      search.locate(pass);
+    }
+  }
+
+  static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_row_stats(args, first, last); });
+    // A row needs the outlier columns of all rows.
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_quantize_rows(args, first, last); });
+  }
+
+  static bool library_int8_matmul(const Tensor&, const Tensor&, const Tensor&, int64_t) {
+    return false;
+  }
+
+  static void int8_linear_matmul(const Int8Matmul& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.n, args.m * args.k,
+             [&](int64_t first, int64_t last) { kernels.int8_linear_matmul(args, first, last); });
+  }
+
+  static void int8_mm_dequant(const Int8MmDequant& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_mm_dequant(args, first, last); });
+  }
+
+  // Runs body(i, first, last, starts[i]) over the pieces of `size` elements of a whole list,
+  // where [first, last) are pieces of tensor i and starts[i] pieces lie in front of it. Threads
+  // are cut without regard to where one tensor ends.
+  template <class List, class Body>
+  static void over_pieces(const List& tensors, int64_t size, const Body& body) {
+    std::vector<int64_t> starts(tensors.size() + 1, 0);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      starts[i + 1] = starts[i] + ceil_div(tensors[i].n, size);
+    }
+    parallel(starts.back(), size, [&](int64_t first, int64_t last) {
+      size_t i = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
+      while (first < last) {
+        const int64_t end = std::min(last, starts[i + 1]);
+        if (first < end) body(i, first - starts[i], end - starts[i], starts[i]);
+        first = std::max(first, end);
+        ++i;
       }
-    }
+    });
+  }
 
-    static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
-      const cpu::Kernels& kernels = cpu::kernels();
-      parallel(args.rows, args.cols,
-               [&](int64_t first, int64_t last) { kernels.int8_row_stats(args, first, last); });
-      // A row needs the outlier columns of all rows.
-      parallel(args.rows, args.cols,
-               [&](int64_t first, int64_t last) { kernels.int8_quantize_rows(args, first, last); });
-    }
-
-    static bool library_int8_matmul(const Tensor&, const Tensor&, const Tensor&, int64_t) {
-      return false;
-    }
-
-    static void int8_linear_matmul(const Int8Matmul& args, const Scope&) {
-      const cpu::Kernels& kernels = cpu::kernels();
-      parallel(args.n, args.m * args.k,
-               [&](int64_t first, int64_t last) { kernels.int8_linear_matmul(args, first, last); });
-    }
-
-    static void int8_mm_dequant(const Int8MmDequant& args, const Scope&) {
-      const cpu::Kernels& kernels = cpu::kernels();
-      parallel(args.rows, args.cols,
-               [&](int64_t first, int64_t last) { kernels.int8_mm_dequant(args, first, last); });
-    }
-
-    // Runs body(i, first, last, starts[i]) over the pieces of `size` elements of a whole list,
-    // where [first, last) are pieces of tensor i and starts[i] pieces lie in front of it. Threads
-    // are cut without regard to where one tensor ends.
-    template <class List, class Body>
-    static void over_pieces(const List& tensors, int64_t size, const Body& body) {
-      std::vector<int64_t> starts(tensors.size() + 1, 0);
-      for (size_t i = 0; i < tensors.size(); ++i) {
-        starts[i + 1] = starts[i] + ceil_div(tensors[i].n, size);
+  struct Codes {
+    cpu::Code values[2] = {};
+    explicit Codes(const OptimizerStep& args) {
+      for (int k = 0; k < 2; ++k) {
+        if (args.qmap[k] != nullptr) values[k] = cpu::prepare_code(args.qmap[k]);
       }
-      parallel(starts.back(), size, [&](int64_t first, int64_t last) {
-        size_t i = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
-        while (first < last) {
-          const int64_t end = std::min(last, starts[i + 1]);
-          if (first < end) body(i, first - starts[i], end - starts[i], starts[i]);
-          first = std::max(first, end);
-          ++i;
-        }
-      });
-    }
-
-    struct Codes {
-      cpu::Code values[2] = {};
-      explicit Codes(const OptimizerStep& args) {
-        for (int k = 0; k < 2; ++k) {
-          if (args.qmap[k] != nullptr) values[k] = cpu::prepare_code(args.qmap[k]);
-        }
-      }
-    };
-
-    static void step(const OptimizerStep& args, StateFormat format,
-                     std::span<const OptimizerTensor> tensors) {
-      const cpu::Kernels& kernels = cpu::kernels();
-      const Codes codes(args);
-      over_pieces(tensors, kOptimizerBlock, [&](size_t i, int64_t first, int64_t last, int64_t) {
-        kernels.optimizer_step(args, format, tensors[i], static_cast<int64_t>(i), codes.values,
-                               first, last);
-      });
-    }
-
-    static void optimizer_step_32bit(const OptimizerStep& args,
-                                     std::span<const OptimizerTensor> tensors, const Scope&) {
-      step(args, StateFormat::kFloat32, tensors);
-    }
-    static void optimizer_step_8bit_blockwise(
-        const OptimizerStep& args, std::span<const OptimizerTensor> tensors, const Scope&) {
-      step(args, StateFormat::kBlockwise8bit, tensors);
-    }
-    static void optimizer_step_8bit(const OptimizerStep& args,
-                                    std::span<const OptimizerTensor> tensors, const Scope&) {
-      step(args, StateFormat::kTensor8bit, tensors);
-    }
-
-    static void optimizer_preview(const OptimizerStep& args, StateFormat format,
-                                  std::span<const OptimizerTensor> tensors, float* partials,
-                                  const Scope&) {
-      const cpu::Kernels& kernels = cpu::kernels();
-      const Codes codes(args);
-      over_pieces(tensors, kPreviewTile, [&](size_t i, int64_t first, int64_t last, int64_t start) {
-        kernels.optimizer_preview(args, format, tensors[i], static_cast<int64_t>(i), codes.values,
-                                  first, last, partials + start * kPreviewNumbers);
-      });
-      cpu::finish_preview(args, tensors, partials);
-    }
-
-    static void percentile_clipping(const PercentileClipping& args,
-                                    std::span<const GradientTensor> tensors, float* partials,
-                                    const Scope&) {
-      const cpu::Kernels& kernels = cpu::kernels();
-      over_pieces(tensors, kPreviewTile, [&](size_t i, int64_t first, int64_t last, int64_t start) {
-        kernels.gradient_squares(args.dtype, tensors[i], first, last, partials + start);
-      });
-      cpu::finish_percentile_clipping(args, tensors, partials);
     }
   };
+
+  static void step(const OptimizerStep& args, StateFormat format,
+                   std::span<const OptimizerTensor> tensors) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    const Codes codes(args);
+    over_pieces(tensors, kOptimizerBlock, [&](size_t i, int64_t first, int64_t last, int64_t) {
+      kernels.optimizer_step(args, format, tensors[i], static_cast<int64_t>(i), codes.values, first,
+                             last);
+    });
+  }
+
+  static void optimizer_step_32bit(const OptimizerStep& args,
+                                   std::span<const OptimizerTensor> tensors, const Scope&) {
+    step(args, StateFormat::kFloat32, tensors);
+  }
+  static void optimizer_step_8bit_blockwise(const OptimizerStep& args,
+                                            std::span<const OptimizerTensor> tensors,
+                                            const Scope&) {
+    step(args, StateFormat::kBlockwise8bit, tensors);
+  }
+  static void optimizer_step_8bit(const OptimizerStep& args,
+                                  std::span<const OptimizerTensor> tensors, const Scope&) {
+    step(args, StateFormat::kTensor8bit, tensors);
+  }
+
+  static void optimizer_preview(const OptimizerStep& args, StateFormat format,
+                                std::span<const OptimizerTensor> tensors, float* partials,
+                                const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    const Codes codes(args);
+    over_pieces(tensors, kPreviewTile, [&](size_t i, int64_t first, int64_t last, int64_t start) {
+      kernels.optimizer_preview(args, format, tensors[i], static_cast<int64_t>(i), codes.values,
+                                first, last, partials + start * kPreviewNumbers);
+    });
+    cpu::finish_preview(args, tensors, partials);
+  }
+
+  static void percentile_clipping(const PercentileClipping& args,
+                                  std::span<const GradientTensor> tensors, float* partials,
+                                  const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    over_pieces(tensors, kPreviewTile, [&](size_t i, int64_t first, int64_t last, int64_t start) {
+      kernels.gradient_squares(args.dtype, tensors[i], first, last, partials + start);
+    });
+    cpu::finish_percentile_clipping(args, tensors, partials);
+  }
+};
 
 }  // namespace
 }  // namespace bnb::ops
