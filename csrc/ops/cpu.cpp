@@ -56,19 +56,6 @@ struct Cpu {
              [&](int64_t first, int64_t last) { kernels.dequantize_4bit(args, first, last); });
   }
 
-  static int64_t quantile_workspace_bytes(DType) { return 0; }
-
-  static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {
-    const int64_t threads = torch::stable::get_num_threads();
-    cpu::QuantileSearch search(args, std::clamp<int64_t>(args.n / kGrain, 1, threads));
-    for (int pass = 0; pass < search.passes(); ++pass) {
-      torch::stable::parallel_for(0, search.pieces(), 1, [&](int64_t first, int64_t last) {
-        for (int64_t piece = first; piece < last; ++piece) search.count(pass, piece);
-      });
-      search.locate(pass);
-    }
-  }
-
   static const float* levels(Code4 code) { return kCodes4[static_cast<int>(code)].levels.values; }
 
   // Where the parts of a product's memory begin.
@@ -132,6 +119,19 @@ struct Cpu {
         });
   }
 
+  static int64_t quantile_workspace_bytes(DType) { return 0; }
+
+  static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {
+    const int64_t threads = torch::stable::get_num_threads();
+    cpu::QuantileSearch search(args, std::clamp<int64_t>(args.n / kGrain, 1, threads));
+    for (int pass = 0; pass < search.passes(); ++pass) {
+      torch::stable::parallel_for(0, search.pieces(), 1, [&](int64_t first, int64_t last) {
+        for (int64_t piece = first; piece < last; ++piece) search.count(pass, piece);
+      });
+      search.locate(pass);
+    }
+  }
+
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
     const cpu::Kernels& kernels = cpu::kernels();
     parallel(args.rows, args.cols,
@@ -157,9 +157,9 @@ struct Cpu {
              [&](int64_t first, int64_t last) { kernels.int8_mm_dequant(args, first, last); });
   }
 
-  // Runs body(i, first, last, starts[i]) over the pieces of `size` elements of a whole list, where
-  // [first, last) are pieces of tensor i and starts[i] pieces lie in front of it. Threads are cut
-  // without regard to where one tensor ends.
+  // Runs body(i, first, last, starts[i]) over the pieces of `size` elements of a whole list,
+  // where [first, last) are pieces of tensor i and starts[i] pieces lie in front of it. Threads
+  // are cut without regard to where one tensor ends.
   template <class List, class Body>
   static void over_pieces(const List& tensors, int64_t size, const Body& body) {
     std::vector<int64_t> starts(tensors.size() + 1, 0);
@@ -240,5 +240,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) {
   bnb::ops::register_ops<bnb::ops::Cpu>(m);
   bnb::ops::register_gemm_4bit_ops<bnb::ops::Cpu>(m);
 }
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Cpu>(m); }
 
 BNB_EXPORT_STEP_PLANS(bnb::ops::Cpu)
