@@ -240,6 +240,5 @@ STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) {
   bnb::ops::register_ops<bnb::ops::Cpu>(m);
   bnb::ops::register_gemm_4bit_ops<bnb::ops::Cpu>(m);
 }
-STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Cpu>(m); }
 
 BNB_EXPORT_STEP_PLANS(bnb::ops::Cpu)
