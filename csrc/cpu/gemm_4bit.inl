@@ -307,6 +307,10 @@ struct Panel {
   alignas(64) typename Op::Element weights[kGemmPanel * kChunk<Op>];
 };
 
+BNB_HD int log2_of_block(const Weight4bit& w) {
+  return __builtin_ctzll(static_cast<uint64_t>(w.block_size));
+}
+
 // True where every row of the weight begins where scales and lookups may begin.
 template <class Op>
 bool is_aligned(const Weight4bit& w) {
@@ -334,7 +338,7 @@ inline const float* scales_from(const Scales& scales, int64_t first, int64_t cou
 
 template <class Op, bool kSmallBlocks>
 void unpack_aligned(const Weight4bit& w, int64_t begin, int64_t count, typename Op::Element* out) {
-  const int log2_block = __builtin_ctzll(static_cast<uint64_t>(w.block_size));
+  const int log2_block = log2_of_block(w);
   for (int64_t i = 0; i < count; i += Op::kSpan) {
     const auto scale_at = [&](int64_t at) {
       const bool there = Op::kSpan == Op::kAlign || i + at < count;
@@ -378,7 +382,7 @@ void lookup_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_t 
   for (int64_t j = 0; j < cols; j += kDotCols) {
     CodeRows codes{};
     codes.levels = w.levels;
-    codes.log2_block = __builtin_ctzll(static_cast<uint64_t>(w.block_size));
+    codes.log2_block = log2_of_block(w);
     codes.ahead = kDotCols * w.k / 2;
     for (int i = 0; i < kDotCols; ++i) {
       const int64_t col = first_col + (j + i < cols ? j + i : cols - 1);

@@ -14,8 +14,11 @@ namespace bnb::cpu::BNB_ISA {
 namespace {
 
 constexpr int kTileVectors = 4;  // of columns
+constexpr int64_t kTileColumns = kTileVectors * kWidth;
+// Rows of the weight whose part in a tile of columns fits into L1.
 template <class Op>
-constexpr int64_t kDgradRows = 32768 / (kDgradPanel * int64_t{sizeof(typename Op::Element)});
+constexpr int64_t kDgradRows =
+    32768 / (kWidth == 1 ? kDgradPanel : kTileColumns) / int64_t{sizeof(typename Op::Element)};
 
 template <class Op>
 struct DgradPanel {
@@ -44,25 +47,40 @@ void stage_grads(const Gemm4bitDgrad& args, void* staged, int64_t first_row, int
   }
 }
 
+BNB_HD void prefetch_weights(const Weight4bit& w, int64_t i) {
+  const int64_t block = i >> log2_of_block(w);
+  __builtin_prefetch(w.codes + i / 2);
+  if (w.scales.nested()) {
+    __builtin_prefetch(w.scales.codes + block);
+  } else {
+    __builtin_prefetch(w.scales.absmax + block);
+  }
+}
+
 // Leaves columns [first_col, first_col + cols) of rows [first_row, last_row) of the weight in the
-// panel, woven; zeros where a product takes more rows than there are.
+// panel, woven, tile of columns by tile of columns; zeros where a product takes more rows than
+// there are.
 template <class Op, class T>
 void unpack_panel(const Weight4bit& w, int64_t first_row, int64_t last_row, int64_t first_col,
                   int64_t cols, typename Op::Element* weights) {
+  // Rows lie so far apart that the processor does not see which memory comes next.
+  constexpr int64_t kAhead = 16;
   alignas(64) typename Op::Element unpacked[Op::kDepth][kDgradPanel];
   for (int64_t row = first_row; row < last_row; row += Op::kDepth) {
     const typename Op::Element* rows[Op::kDepth];
     for (int d = 0; d < Op::kDepth; ++d) {
       if (row + d < last_row) {
+        prefetch_weights(w, (row + d + kAhead) * w.k + first_col);
         unpack<Op, T>(w, (row + d) * w.k + first_col, cols, unpacked[d]);
       } else {
         __builtin_memset(unpacked[d], 0, sizeof(unpacked[d]));
       }
     }
-    typename Op::Element* out = weights + (row - first_row) * kDgradPanel;
     for (int64_t i = 0; i < staged_length<Op>(cols); i += Op::kVector) {
       for (int d = 0; d < Op::kDepth; ++d) rows[d] = unpacked[d] + i;
-      Op::weave(rows, out + i * Op::kDepth);
+      const int64_t in_tile = i % kTileColumns;
+      Op::weave(rows, weights + (i - in_tile) * kDgradRows<Op> + (row - first_row) * kTileColumns +
+                          in_tile * Op::kDepth);
     }
   }
 }
@@ -78,7 +96,7 @@ template <class Op, int kRows>
   for (int64_t j = 0; j < count; j += Op::kDepth) {
     typename Op::Vector w[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {
-      w[v] = Op::load_vector(weights + j * kDgradPanel + v * Op::kVector);
+      w[v] = Op::load_vector(weights + j * kTileColumns + v * Op::kVector);
     }
     for (int i = 0; i < kRows; ++i) {
       const typename Op::Vector grad = Op::broadcast(grads + j * kRows + i * Op::kDepth);
@@ -124,17 +142,17 @@ void dgrad_panels(const Gemm4bitDgrad& args, const void* staged, DgradPanel<Op>&
       for (int64_t j = 0; j < w.n; j += kDgradRows<Op>) {
         const int64_t end = w.n - j < kDgradRows<Op> ? w.n : j + kDgradRows<Op>;
         unpack_panel<Op, T>(w, j, end, first_col, cols, panel.weights);
-        for (int64_t i = 0; i < rows;) {
-          const Tile tile = tile_of<Op>(i, rows);
-          by_rows<Op::kTileHeight>(tile.height, [&](auto constant) {
-            constexpr int kRows = decltype(constant)::value;
-            for (int64_t k = 0; k < kDgradPanel; k += kTileVectors * kWidth) {
-              outer_tile<Op, kRows>(panel.weights + k * Op::kDepth, end - j,
+        for (int64_t k = 0; k < staged_length<Op>(cols); k += kTileColumns) {
+          for (int64_t i = 0; i < rows;) {
+            const Tile tile = tile_of<Op>(i, rows);
+            by_rows<Op::kTileHeight>(tile.height, [&](auto constant) {
+              constexpr int kRows = decltype(constant)::value;
+              outer_tile<Op, kRows>(panel.weights + k * kDgradRows<Op>, end - j,
                                     grads + (row + i) * stride + j * kRows,
                                     panel.sums + i * kDgradPanel + k);
-            }
-          });
-          i += tile.height;
+            });
+            i += tile.height;
+          }
         }
       }
       finish_grads<Op, T>(args, row, rows, first_col, cols, panel.sums);

@@ -77,7 +77,8 @@ struct Cpu {
                           int64_t panels, int64_t panel_work, const Stage& stage,
                           const Multiply& multiply) {
     parallel(rows, row_work, stage);
-    const int64_t busy = ceil_div(panels * panel_work, kGrain);
+    // Without terms to add there still are results to write.
+    const int64_t busy = ceil_div(panels * std::max<int64_t>(panel_work, 1), kGrain);
     const int64_t threads = std::min({panels, busy, int64_t{torch::stable::get_num_threads()}});
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {

@@ -18,6 +18,8 @@ COMPOSED = {
     "optimizer_update_32bit",
     "optimizer_update_8bit_blockwise",
 }
+# Not yet written for GPUs: the implementation for any device serves there.
+WITHOUT_GPU_KERNELS = {"gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "gemv_4bit.out"}
 # Schemas of the public package, to the letter: they mark what is only read as written.
 OVERSTATED = {"optimizer_update_32bit", "optimizer_update_8bit_blockwise"}
 
@@ -63,7 +65,8 @@ def test_every_op_has_a_native_kernel(device, name):
     library = _library.libraries["_cuda" if device == "cuda" else "_ops"]
     if not library.loaded:
         pytest.skip(f"{library.name} is not loaded: {library.reason}")
-    assert has_kernel(name, device.upper()) != (name in COMPOSED)
+    without = COMPOSED | WITHOUT_GPU_KERNELS if device == "cuda" else COMPOSED
+    assert has_kernel(name, device.upper()) != (name in without)
 
 
 @pytest.mark.parametrize("name", NAMES)

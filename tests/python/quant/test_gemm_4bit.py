@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: MIT
+"""Products with a 4-bit weight: against their specification, and against products of bfloat16."""
+
+import numpy as np
+import pytest
+import torch
+from quant_inputs import DTYPES, LAYOUTS, name_of, numpy
+
+import bitsandbytes.functional as F
+from bitsandbytes.plain import gemm_4bit as plain
+from bitsandbytes.quant.scales import weight_arguments
+from reference import gemm4 as reference
+
+ops = torch.ops.bitsandbytes
+TYPES = ("nf4", "fp4")
+# N, K and blocksize: rows that begin in the middle of bytes, of blocks and of what kernels read at
+# once; blocks longer than rows; more rows than a thread takes at a time.
+SHAPES = (
+    (1, 1, 32),
+    (7, 33, 32),
+    (2, 7, 64),
+    (33, 65, 64),
+    (5, 96, 64),
+    (65, 64, 32),
+    (66, 192, 4096),
+    (4, 320, 128),
+    (130, 160, 32),
+    (3, 2048, 64),
+    (9, 4097, 256),
+    (6, 4224, 128),
+)
+ROWS = (1, 2, 4, 5, 11, 20)
+
+
+@pytest.fixture(params=["dispatched", "plain"])
+def products(request):
+    """What the dispatcher runs on a device, and what runs where nothing is compiled."""
+    return plain if request.param == "plain" else ops
+
+
+def make_weight(shape, blocksize, quant_type, nested=False, dtype=torch.float32, device="cpu"):
+    """Packed codes, the state, and the weight float64 [N, K] for activations of `dtype`."""
+    values = torch.randn(shape).to(device)
+    packed, state = F.quantize_4bit(
+        values, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
+    )
+    scales = numpy(state.absmax)
+    if nested:
+        inner = state.state2
+        scales = reference.nested_scales(
+            scales, numpy(inner.code), numpy(inner.absmax), numpy(state.offset)
+        )
+    codes = numpy(packed)
+    weight = reference.weight(quant_type, codes, scales, blocksize, shape, name_of(dtype))
+    return packed, state, weight
+
+
+def assert_product(result, a, b, bias=None):
+    """That a result of float32 sums, rounded once, is the product of two matrices."""
+    want, size = reference.product(a, b, None if bias is None else numpy(bias))
+    got = numpy(result).reshape(want.shape)
+    bound = reference.closeness(want, size, b.shape[0], name_of(result.dtype))
+    assert (np.abs(got - want) <= bound).all(), np.abs((got - want) / bound).max()
+
+
+def gemm(products, a, packed, state, bias=None):
+    weight, nested = weight_arguments(state, packed.device)
+    return products.gemm_4bit(a, packed, *weight, bias, *nested)
+
+
+def dgrad(products, grad, packed, state):
+    weight, nested = weight_arguments(state, packed.device)
+    return products.gemm_4bit_dgrad(grad, packed, *weight, *nested)
+
+
+def check_both(products, shape, blocksize, quant_type, nested, dtype, device, rows=ROWS):
+    n, k = shape
+    packed, state, weight = make_weight(shape, blocksize, quant_type, nested, dtype, device)
+    for m in rows:
+        a = torch.randn(m, k).to(device, dtype)
+        grad = torch.randn(m, n).to(device, dtype)
+        bias = torch.randn(n).to(device, dtype) if m % 2 else None
+        result = gemm(products, a, packed, state, bias)
+        assert result.shape == (m, n) and result.dtype == dtype and result.device == a.device
+        assert_product(result, numpy(a), weight.T, bias)
+        result = dgrad(products, grad, packed, state)
+        assert result.shape == (m, k) and result.dtype == dtype and result.device == a.device
+        assert_product(result, numpy(grad), weight)
+
+
+# --- against the specification ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+@pytest.mark.parametrize(("n", "k", "blocksize"), SHAPES)
+def test_products(device, n, k, blocksize, nested, dtype):
+    check_both(ops, (n, k), blocksize, TYPES[n % 2], nested, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(("n", "k", "blocksize"), SHAPES)
+def test_products_on_every_instruction_set(cpu_isa, n, k, blocksize, dtype):
+    check_both(ops, (n, k), blocksize, TYPES[k % 2], n % 2 == 0, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_products_of_many_rows_on_every_instruction_set(cpu_isa, dtype):
+    """More rows than one block of sums, and a block that is cut in tiles of two heights."""
+    for shape, blocksize in (((3, 128), 64), ((5, 65), 32)):
+        check_both(ops, shape, blocksize, "nf4", False, dtype, "cpu", (64, 255, 257, 519))
+
+
+@pytest.mark.parametrize("piece", [1, 500])
+def test_plain_products_in_pieces(device, monkeypatch, piece):
+    """As of a weight that is too large to be dequantized at once."""
+    monkeypatch.setattr(plain, "PIECE", piece)
+    for dtype in DTYPES:
+        for n, k, blocksize in SHAPES[:9]:
+            check_both(plain, (n, k), blocksize, "nf4", n % 2 == 0, dtype, device, (1, 3))
+
+
+@pytest.mark.parametrize("m", [*range(1, 21), 64, 257])
+def test_bfloat16_error_is_at_most_that_of_a_bfloat16_product(device, m):
+    """The rounding of the result is all there is; torch's own sums are no better."""
+    shape = (257, 1152)
+    packed, state, weight = make_weight(shape, 64, "nf4", False, torch.bfloat16, device)
+    values = torch.from_numpy(weight).to(device)
+    a, grad = (torch.randn(m, size, device=device).bfloat16() for size in reversed(shape))
+    for result, dense, exact in (
+        (gemm(ops, a, packed, state), a @ values.bfloat16().t(), a.double() @ values.t()),
+        (dgrad(ops, grad, packed, state), grad @ values.bfloat16(), grad.double() @ values),
+    ):
+        error, dense_error = ((r.double() - exact).square().mean().sqrt() for r in (result, dense))
+        assert error <= dense_error * 1.001
+
+
+def test_results_are_those_of_any_number_of_threads(cpu_isa):
+    packed, state, _ = make_weight((389, 640), 64, "nf4")
+    a, grad = torch.randn(37, 640).bfloat16(), torch.randn(37, 389).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append((gemm(ops, a, packed, state), dgrad(ops, grad, packed, state)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
+
+
+def test_rows_are_the_same_alone_and_among_others(cpu_isa):
+    """How many rows there are does not change the order of a sum."""
+    packed, state, _ = make_weight((70, 2112), 64, "nf4")
+    a = torch.randn(23, 2112).half()
+    together = gemm(ops, a, packed, state)
+    for i in range(23):
+        assert torch.equal(gemm(ops, a[i], packed, state), together[i])
+
+
+@pytest.mark.parametrize("k", [7, 32, 96, 128, 160, 192, 1000, 2080])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_row(device, products, k, value):
+    n = 7
+    for dtype in DTYPES:
+        packed, state, _ = make_weight((n, k), 32, "nf4")
+        packed = packed.fill_(0x00).to(device)  # every code is that of -1
+        for row in (0, 3, n - 1):
+            absmax = torch.ones_like(state.absmax).to(device)
+            first, last = -(-row * k // 32), -(-(row + 1) * k // 32)  # blocks that begin in the row
+            absmax[first:last] = value
+            a = torch.ones(2, k, dtype=dtype, device=device)
+            result = products.gemm_4bit(a, packed, (n, k), absmax, 32, "nf4")
+            scales = absmax.repeat_interleave(32)[: n * k].view(n, k)
+            assert torch.equal(result.isfinite(), scales.isfinite().all(1).expand(2, n))
+
+
+# --- layouts, storages, scales ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operands_in_any_strides_and_shape(device, products, layout):
+    packed, state, weight = make_weight((6, 96), 64, "nf4", device=device)
+    a = LAYOUTS[layout](torch.randn(2, 3, 96, device=device))
+    grad = LAYOUTS[layout](torch.randn(2, 3, 6, device=device))
+    bias = torch.randn(12, device=device)[::2]
+    result = gemm(products, a, packed, state, bias)
+    assert result.shape == (2, 3, 6) and result.is_contiguous()
+    assert_product(result, numpy(a).reshape(6, 96), weight.T, bias)
+    result = dgrad(products, grad, packed, state)
+    assert result.shape == (2, 3, 96) and result.is_contiguous()
+    assert_product(result, numpy(grad).reshape(6, 6), weight)
+
+
+@pytest.mark.parametrize(
+    "storage", [torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32], ids=name_of
+)
+def test_codes_in_any_storage(device, products, storage):
+    packed, state, weight = make_weight((6, 96), 64, "fp4", device=device)
+    a = torch.randn(4, 96, device=device)
+    stored = packed.flatten().view(storage).view(-1, 1)
+    assert_product(gemm(products, a, stored, state), numpy(a), weight.T)
+    assert_product(gemm(products, a, stored.t(), state), numpy(a), weight.T)
+    assert_product(products.gemv_4bit(a, stored, *gemv_arguments(state)), numpy(a), weight.T)
+
+
+def gemv_arguments(state):
+    return state.shape, state.absmax, state.code, state.blocksize
+
+
+def test_gemv_takes_any_table(device, products):
+    for k in (7, 192):
+        packed, state, _ = make_weight((5, k), 64, "nf4", device=device)
+        code = torch.linspace(2, -1, 16, device=device)
+        codes = numpy(packed).reshape(-1)
+        scales = np.repeat(numpy(state.absmax), 64)[: 5 * k]
+        nibbles = np.stack([codes >> 4, codes & 15], 1).reshape(-1)[: 5 * k]
+        weight = (numpy(code)[nibbles] * scales).reshape(5, k)
+        a = torch.randn(3, k, device=device)
+        shape, absmax, _, blocksize = gemv_arguments(state)
+        result = products.gemv_4bit(a, packed, shape, absmax, code, blocksize)
+        assert_product(result, numpy(a), weight.T)
+        out = torch.full((3, 5), -1.0, device=device)
+        arguments = (a, packed, shape, absmax, code, blocksize, out)
+        (plain.gemv_4bit_out if products is plain else ops.gemv_4bit.out)(*arguments)
+        assert torch.equal(out, result)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=name_of)
+def test_offset_of_another_dtype(device, products, dtype):
+    packed, state, _ = make_weight((4, 64), 64, "nf4", True, device=device)
+    state.offset = state.offset.to(dtype)
+    (shape, absmax, blocksize, quant_type), (codes, code, _) = weight_arguments(state, device)
+    a = torch.randn(2, 64, device=device)
+    result = products.gemm_4bit(
+        a, packed, shape, absmax, blocksize, quant_type, None, codes, code, state.offset
+    )
+    assert torch.equal(result, gemm(products, a, packed, state))
+
+
+def test_identity_is_exact(device, products):
+    for dtype in DTYPES:
+        packed, state = F.quantize_4bit(torch.eye(256, device=device).to(dtype), quant_type="nf4")
+        a = torch.randn(3, 256, device=device).to(dtype)
+        assert torch.equal(gemm(products, a, packed, state), a)
+        assert torch.equal(dgrad(products, a, packed, state), a)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 5, 64), (3, 0, 64), (3, 5, 0), (0, 0, 0)])
+def test_empty_operands(device, products, m, n, k):
+    packed, state = F.quantize_4bit(torch.zeros(n, k, device=device), quant_type="nf4")
+    bias = torch.arange(float(n), device=device)
+    result = gemm(products, torch.ones(m, k, device=device), packed, state, bias)
+    assert torch.equal(result, bias.expand(m, n))
+    result = dgrad(products, torch.ones(m, n, device=device), packed, state)
+    assert torch.equal(result, torch.zeros(m, k, device=device))
+    code = state.code
+    a = torch.ones(m, k, device=device)
+    result = products.gemv_4bit(a, packed, (n, k), state.absmax, code, 64)
+    assert torch.equal(result, torch.zeros(m, n, device=device))
+
+
+def test_autocast_changes_nothing(device, products):
+    packed, state, weight = make_weight((5, 96), 64, "nf4", device=device)
+    a, grad = torch.randn(2, 96, device=device), torch.randn(2, 5, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        result, grads = gemm(products, a, packed, state), dgrad(products, grad, packed, state)
+    assert result.dtype == grads.dtype == torch.float32
+    assert_product(result, numpy(a), weight.T)
+    assert_product(grads, numpy(grad), weight)
+
+
+# --- functional.gemv_4bit -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_functional_gemv(device, nested):
+    for dtype in DTYPES:
+        packed, state, weight = make_weight((5, 96), 32, "fp4", nested, dtype, device)
+        a = torch.randn(2, 3, 96).to(device, dtype)
+        result = F.gemv_4bit(a, packed.t(), state=state)
+        assert result.shape == (2, 3, 5) and result.dtype == dtype
+        assert_product(result, numpy(a).reshape(6, 96), weight.T)
+        out = torch.empty(2, 5, 3, dtype=dtype, device=device).transpose(1, 2)
+        assert F.gemv_4bit(a, packed, out, state=state) is out
+        assert torch.equal(out, result)
+
+
+def test_functional_gemv_takes_scales_in_blocks_of_another_size(device):
+    packed, state, _ = make_weight((40, 96), 32, "nf4", device=device)
+    a = torch.randn(2, 96, device=device)
+    offset = state.absmax.mean()
+    codes, inner = F.quantize_blockwise(state.absmax - offset, blocksize=64)
+    scales = F.dequantize_blockwise(codes, inner) + offset
+    nested = F.QuantState(
+        codes, state.shape, state.code, 32, "nf4", torch.float32, offset=offset, state2=inner
+    )
+    want = ops.gemm_4bit(a, packed, state.shape, scales, 32, "nf4")
+    assert torch.equal(F.gemv_4bit(a, packed, state=nested), want)
+
+
+def test_functional_gemv_errors():
+    packed, state, _ = make_weight((5, 96), 32, "fp4")
+    a = torch.randn(2, 96)
+    with pytest.raises(ValueError, match="gemv_4bit: state must be given, got None"):
+        F.gemv_4bit(a, packed)
+    flat = F.QuantState(state.absmax, torch.Size([480]), state.code, 32, "fp4", torch.float32)
+    with pytest.raises(ValueError, match=r"state must be of a matrix \[N, K\], got \(480,\)"):
+        F.gemv_4bit(a, packed, state=flat)
+    for out in (torch.zeros(2, 4), torch.zeros(2, 5).half()):
+        with pytest.raises(ValueError, match=r"out must be torch.float32 of shape \(2, 5\), got"):
+            F.gemv_4bit(a, packed, out, state=state)
+
+
+# --- compilation --------------------------------------------------------------------------------
+
+
+def test_compiles_in_one_graph(device, compile_fresh):
+    packed, state, _ = make_weight((5, 96), 32, "nf4", True, device=device)
+    weight, nested = weight_arguments(state, torch.device(device))
+
+    def run(a, grad):
+        forward = ops.gemm_4bit(a * 2, packed, *weight, None, *nested)
+        return forward + 1, ops.gemm_4bit_dgrad(grad, packed, *weight, *nested)
+
+    compiled = compile_fresh(run, fullgraph=True, backend="aot_eager")
+    for m in (3, 4, 5):  # the second size makes the number of rows a symbol
+        a, grad = torch.randn(m, 96, device=device), torch.randn(m, 5, device=device)
+        for got, want in zip(compiled(a, grad), run(a, grad), strict=True):
+            assert torch.equal(got, want)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+GOOD = {
+    "A": torch.zeros(2, 96),
+    "B": torch.zeros(240, 1, dtype=torch.uint8),
+    "shapeB": (5, 96),
+    "absmax": torch.zeros(8),
+    "blocksize": 64,
+    "quant_type": "nf4",
+}
+NESTED = {
+    "absmax": torch.zeros(1),
+    "absmax_8bit": torch.zeros(8, dtype=torch.uint8),
+    "absmax_code": torch.zeros(256),
+    "absmax_offset": torch.tensor(0.0),
+}
+MISTAKES = {
+    "dtype": ({"A": torch.zeros(2, 96).double()}, "A must be"),
+    "integers": ({"A": torch.zeros(2, 96).int()}, "A must be"),
+    "scalar": ({"A": torch.tensor(0.0)}, "A must"),
+    "terms": ({"A": torch.zeros(2, 95)}, r"A must be \[\.\.\., 96\]"),
+    "dimensions": ({"shapeB": (480,)}, "shapeB must be two sizes"),
+    "negative": ({"shapeB": (-5, 96)}, "shapeB must be two sizes"),
+    "codes": ({"B": torch.zeros(239, 1, dtype=torch.uint8)}, "B must"),
+    "storage": ({"B": torch.zeros(240, 1, dtype=torch.bool)}, "B must be an integer"),
+    "blocksize": ({"blocksize": 48}, "blocksize must be one of"),
+    "type": ({"quant_type": "int4"}, "quant_type must be"),
+    "scales": ({"absmax": torch.zeros(7)}, "absmax must"),
+    "scale dtype": ({"absmax": torch.zeros(8).half()}, "absmax must"),
+    "bias": ({"bias": torch.zeros(4)}, "bias must"),
+    "bias dtype": ({"bias": torch.zeros(5).half()}, "bias must"),
+    "bias shape": ({"bias": torch.zeros(5, 1)}, "bias must"),
+    "no code": (NESTED | {"absmax_code": None}, "absmax_code must be given with absmax_8bit"),
+    "no offset": (NESTED | {"absmax_offset": None}, "absmax_offset must be given with absmax_8bit"),
+    "short codes": (NESTED | {"absmax_8bit": torch.zeros(7).byte()}, "absmax_8bit must"),
+    "short table": (NESTED | {"absmax_code": torch.zeros(255)}, "absmax_code must"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_name_the_argument(products, mistake):
+    changes, message = MISTAKES[mistake]
+    arguments = {k: v for k, v in (GOOD | changes).items()}
+    with pytest.raises((RuntimeError, ValueError), match="gemm_4bit: " + message):
+        products.gemm_4bit(**arguments)
+
+
+def test_mistakes_of_the_backward_product(products):
+    arguments = {k: v for k, v in GOOD.items() if k != "A"} | {"grad": torch.zeros(2, 96)}
+    with pytest.raises((RuntimeError, ValueError), match=r"grad must be \[\.\.\., 5\]"):
+        products.gemm_4bit_dgrad(**arguments)
+
+
+def test_mistakes_of_gemv(products):
+    a, b, shape, absmax, blocksize = (v for k, v in GOOD.items() if k != "quant_type")
+    with pytest.raises((RuntimeError, ValueError), match="gemv_4bit: code must"):
+        products.gemv_4bit(a, b, shape, absmax, torch.zeros(15), blocksize)
+    out = torch.zeros(2, 4)
+    gemv_out = plain.gemv_4bit_out if products is plain else ops.gemv_4bit.out
+    with pytest.raises((RuntimeError, ValueError), match="gemv_4bit: out must"):
+        gemv_out(a, b, shape, absmax, torch.zeros(16), blocksize, out)
+
+
+@pytest.mark.parametrize("mistake", ["terms", "dimensions", "blocksize", "type", "bias", "no code"])
+def test_mistakes_are_found_while_tracing(mistake):
+    changes, _ = MISTAKES[mistake]
+    arguments = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in (GOOD | changes).items()}
+    with pytest.raises(RuntimeError, match="gemm_4bit: "):
+        ops.gemm_4bit(**arguments)

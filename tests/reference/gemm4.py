@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""Executable specification of products with a 4-bit weight, in NumPy and without bitsandbytes.
+
+The weight is defined to the last bit; products and sums are computed in float64.
+"""
+
+import numpy as np
+
+from . import codes4
+
+__all__ = ["closeness", "nested_scales", "product", "weight"]
+
+SIGNIFICAND = {"float32": 24, "float16": 11, "bfloat16": 8}
+
+
+def nested_scales(codes, code, absmax, offset, blocksize: int = 256) -> np.ndarray:
+    """Returns code[codes] * absmax + offset float32 [blocks], with two roundings."""
+    codes = np.asarray(codes).reshape(-1)
+    scales = np.repeat(np.asarray(absmax, np.float32), blocksize)[: codes.size]
+    return np.asarray(code, np.float32)[codes] * scales + np.float32(offset)
+
+
+def weight(name: str, packed, absmax, blocksize: int, shape, dtype: str) -> np.ndarray:
+    """Returns the weight float64 [N, K]: level * absmax, rounded to `dtype`."""
+    packed = np.asarray(packed).reshape(-1)
+    n = shape[0] * shape[1]
+    values = codes4.dequantize(name, packed, absmax, blocksize, n, dtype)
+    return values.reshape(shape).astype(np.float64)
+
+
+def product(a, b, bias=None):
+    """Returns a b + bias for matrices, and the sums of the magnitudes of its terms."""
+    a, b = np.float64(a), np.float64(b)
+    result, size = a @ b, np.abs(a) @ np.abs(b)
+    if bias is not None:
+        result, size = result + np.float64(bias), size + np.abs(np.float64(bias))
+    return result, size
+
+
+def closeness(result, size, terms: int, dtype: str) -> np.ndarray:
+    """Returns how far a sum of `terms`, made in float32 and rounded to `dtype`, may be off.
+
+    Half a unit in the last place of the result, or of float16's smallest numbers (2^-24), and
+    roundings of partial sums, which add up as a random walk does.
+    """
+    rounding = np.abs(result) * 2.0 ** -SIGNIFICAND[dtype] + 2.0**-25
+    return rounding + size * 2.0**-24 * (2 + 4 * np.sqrt(terms))
