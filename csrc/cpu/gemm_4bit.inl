@@ -209,15 +209,19 @@ template <class Op, int kRows, bool kKeep, bool kSmallBlocks>
     for (int j = 0; j < kDotCols; ++j) sums[i][j] = Float(0.0f);
   }
   using Table = typename Op::template Table<kSmallBlocks>;
-  const auto multiply_span = [&](int64_t k, const auto& codes_of, const auto& scale_at) {
-#pragma GCC unroll 4  // as in add_sums
-    for (int j = 0; j < kDotCols; j += kPair) {
+  // All of it must be inlined and unrolled: a loop over columns would index the sums, which would
+  // then have to lie in memory.
+  const auto multiply_span = [&](int64_t k, const auto& codes_of,
+                                 const auto& scale_at) __attribute__((always_inline)) {
+    for_each_constant<kDotCols / kPair>([&](auto pair) __attribute__((always_inline)) {
+      constexpr int j = decltype(pair)::value * kPair;
       const Table tables[kPair] = {{w.levels, [&](int64_t i) { return scale_at(j, i); }},
                                    {w.levels, [&](int64_t i) { return scale_at(j + 1, i); }}};
+      const uint8_t* const codes[kPair] = {codes_of(j), codes_of(j + 1)};
       for (int64_t g = 0; g < Op::kSpan; g += kGroup<Op>) {
-        const auto first = Op::load_group(codes_of(j) + g / 2);
-        const auto second = Op::load_group(codes_of(j + 1) + g / 2);
-        for_each_constant<Op::kParts>([&](auto part) {
+        const auto first = Op::load_group(codes[0] + g / 2);
+        const auto second = Op::load_group(codes[1] + g / 2);
+        for_each_constant<Op::kParts>([&](auto part) __attribute__((always_inline)) {
           constexpr int p = decltype(part)::value;
           const Vector weights[kPair] = {tables[0].template lookup<p>(first),
                                          tables[1].template lookup<p>(second)};
@@ -225,16 +229,15 @@ template <class Op, int kRows, bool kKeep, bool kSmallBlocks>
             typename Op::Element* to = panel + (k + g + p * vector) * kDotCols + j * vector;
             for (int c = 0; c < kPair; ++c) Op::store_vector(to + c * vector, weights[c]);
           }
-#pragma GCC unroll 8
-          for (int i = 0; i < kRows; ++i) {
-            const Vector row = Op::load_vector(a + (k + g + p * vector) * kRows + i * vector);
-            for (int c = 0; c < kPair; ++c) {
-              sums[i][j + c] = Op::add_products(sums[i][j + c], row, weights[c]);
-            }
-          }
+          for_each_constant<kRows>([&](auto row) __attribute__((always_inline)) {
+            constexpr int i = decltype(row)::value;
+            const Vector x = Op::load_vector(a + (k + g + p * vector) * kRows + i * vector);
+            sums[i][j] = Op::add_products(sums[i][j], x, weights[0]);
+            sums[i][j + 1] = Op::add_products(sums[i][j + 1], x, weights[1]);
+          });
         });
       }
-    }
+    });
   };
   const auto scale_of_block = [&](int j, int64_t i) {
     return w.scales[j][(w.phase[j] + i) >> w.log2_block];
