@@ -81,9 +81,8 @@ def main() -> int:
 
     learning = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     print(f"\n{format_table([full, qlora])}\n")
-    print(
-        f"adapters: {learning:,} numbers; all weights: {sum(p.numel() for p in model.parameters()):,}"
-    )
+    total = sum(p.numel() for p in model.parameters())
+    print(f"adapters: {learning:,} numbers; all weights: {total:,}")
     if qlora.after < full.after - MAX_GAP / 100:
         print(
             f"promise broken: {qlora.name} scores {qlora.after:.1%}, more than {MAX_GAP:.0f} "
