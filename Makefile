@@ -19,7 +19,7 @@ else
 endif
 
 BUILD := build/dev
-NATIVE := $(shell find CMakeLists.txt cmake csrc include tests/cpp pyproject.toml -type f)
+NATIVE := $(shell find CMakeLists.txt cmake csrc examples/cpp include tests/cpp pyproject.toml -type f)
 # The C++ tests are built where GoogleTest is; `make cpp-test` sees to it.
 HAVE_GTEST = $(shell scripts/ensure_gtest.sh --check)
 PIP := $(PY) -m pip --disable-pip-version-check

@@ -40,3 +40,14 @@ function(bnb_gpu_target target)
     target_link_libraries(${target} PRIVATE hip::host)
   endif()
 endfunction()
+
+# bnb_public_target(<target>): a library that C++ programs link to, as bitsandbytes::<name> where
+# <target> is bitsandbytes_<name>. Its functions are visible, and bring their headers.
+function(bnb_public_target target)
+  string(REPLACE "bitsandbytes_" "" name ${target})
+  add_library(bitsandbytes::${name} ALIAS ${target})
+  set_target_properties(${target} PROPERTIES EXPORT_NAME ${name} CXX_VISIBILITY_PRESET default)
+  target_compile_features(${target} INTERFACE cxx_std_20)
+  target_include_directories(${target} INTERFACE $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
+                                                 $<INSTALL_INTERFACE:include>)
+endfunction()
