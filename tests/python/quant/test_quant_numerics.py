@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The rules of docs/numerics.md on quantization, each quoted beside the test of what it says.
-
-A rule reaches from its anchor on the page to the next anchor or heading. The page must have the
-quoted words there, every rule must have a test, and every row of the tables of special values must
-be a rule.
-"""
+"""What docs/numerics.md says of quantization: each rule, quoted beside the test of what it says."""
 
 import math
 import random
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numerics_page import Rules
 
 import bitsandbytes as bnb
 import bitsandbytes.functional as F
@@ -26,47 +20,17 @@ INF, NAN = float("inf"), float("nan")
 BLOCK = 64
 SIGNED, UNSIGNED = reference.dynamic_map(True), reference.dynamic_map(False)
 
-# --- the page -------------------------------------------------------------------------------------
-
-PAGE = Path(__file__).parents[3] / "docs" / "numerics.md"
-if not PAGE.is_file():
-    pytest.skip("the documentation is not here", allow_module_level=True)
-# The sections on quantization, which end where those on optimizers begin.
-SECTIONS = PAGE.read_text().partition("\n## Adam and AdamW\n")[0]
-RULE = re.compile(r'<a id="([^"]*)"></a>(.*?)(?=<a id=|\n##|\Z)', re.DOTALL)
-RULES = {name: " ".join(text.split()) for name, text in RULE.findall(SECTIONS)}
-QUOTES = {}
-
-
-def rule(name, *quotes):
-    """Marks a test of a rule, which holds `quotes`."""
-    QUOTES.setdefault(name, []).extend(quotes)
-    return lambda test: test
+rule = Rules("8-bit blockwise codes", "Adam and AdamW")
 
 
 def test_every_rule_has_a_test_and_every_test_a_rule():
-    assert len(RULE.findall(SECTIONS)) == len(RULES), "two rules have the same name"
-    assert set(RULES) == set(QUOTES)
+    rule.assert_tested()
+    rule.assert_marked("Special values", "int8")
 
 
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name", rule.names)
 def test_page_has_the_words_that_are_tested(name):
-    assert QUOTES.get(name)
-    for quote in QUOTES[name]:
-        assert quote in RULES[name]
-
-
-def test_every_section_and_every_row_of_special_values_holds_rules():
-    headings = re.split(r"\n##+ ", SECTIONS)[1:]
-    for section in headings:
-        title = section.split("\n")[0]
-        rows = re.findall(r"^\|(.*)\|$", section, re.MULTILINE)
-        if title in ("Special values", "int8"):
-            assert len(rows) > 2
-            for row in rows[2:]:  # below the titles of the columns
-                assert row.startswith(' <a id="'), f"{title}: no rule: {row}"
-        # A section that only holds sections has formulas which they explain.
-        assert "<a id=" in section or section.startswith("4-bit blockwise"), title
+    rule.assert_quoted(name)
 
 
 # --- helpers --------------------------------------------------------------------------------------
