@@ -19,7 +19,8 @@ function(bnb_target target)
   if(BNB_SANITIZE)
     set(flags -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${flags}>)
-    target_link_options(${target} PRIVATE -fsanitize=address,undefined)
+    # Programs must load the sanitizers before this library does.
+    target_link_options(${target} PUBLIC -fsanitize=address,undefined)
   endif()
 endfunction()
 

@@ -93,6 +93,7 @@ void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Threads& threa
   const Kernels& isa = kernels();
   parallel(threads, args.rows, args.cols,
            [&](int64_t first, int64_t last) { isa.int8_row_stats(args, first, last); });
+  if (args.cols == 0) return;
   // A row needs the outlier columns of all rows.
   parallel(threads, args.rows, args.cols,
            [&](int64_t first, int64_t last) { isa.int8_quantize_rows(args, first, last); });
