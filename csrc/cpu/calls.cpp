@@ -88,29 +88,4 @@ void estimate_quantiles(const EstimateQuantiles& args, const Threads& threads) {
   }
 }
 
-void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Threads& threads) {
-  check_arguments(args);
-  const Kernels& isa = kernels();
-  parallel(threads, args.rows, args.cols,
-           [&](int64_t first, int64_t last) { isa.int8_row_stats(args, first, last); });
-  if (args.cols == 0) return;
-  // A row needs the outlier columns of all rows.
-  parallel(threads, args.rows, args.cols,
-           [&](int64_t first, int64_t last) { isa.int8_quantize_rows(args, first, last); });
-}
-
-void int8_linear_matmul(const Int8Matmul& args, const Threads& threads) {
-  check_arguments(args);
-  const Kernels& isa = kernels();
-  parallel(threads, args.n, args.m * args.k,
-           [&](int64_t first, int64_t last) { isa.int8_linear_matmul(args, first, last); });
-}
-
-void int8_mm_dequant(const Int8MmDequant& args, const Threads& threads) {
-  check_arguments(args);
-  const Kernels& isa = kernels();
-  parallel(threads, args.rows, args.cols,
-           [&](int64_t first, int64_t last) { isa.int8_mm_dequant(args, first, last); });
-}
-
 }  // namespace bnb::cpu

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "bitsandbytes/blocks.h"
-#include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/int8.h"
 #include "gpu/device/code8.cuh"
 #include "gpu/device/vector_io.cuh"
@@ -174,8 +173,6 @@ void mm_dequant(const Int8MmDequant& args, Stream stream) {
 }  // namespace
 
 void int8_vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
-  check_arguments(args);
-  if (args.rows == 0) return;
   switch (args.dtype) {
     case DType::kFloat16:
       return vectorwise_quant<Half>(args, stream);
@@ -187,8 +184,6 @@ void int8_vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
 }
 
 void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
-  check_arguments(args);
-  if (args.n == 0) return;
   // The grid's second dimension ends at 65535.
   constexpr int64_t kMostRows = int64_t{65535} * kTileM;
   for (int64_t row = 0; row < args.m; row += kMostRows) {
@@ -201,8 +196,6 @@ void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
 }
 
 void int8_mm_dequant(const Int8MmDequant& args, Stream stream) {
-  check_arguments(args);
-  if (args.rows == 0 || args.cols == 0) return;
   switch (args.dtype) {
     case DType::kFloat16:
       return mm_dequant<Half>(args, stream);

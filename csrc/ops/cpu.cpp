@@ -45,22 +45,6 @@ struct Cpu {
   static void dequantize_4bit(const Dequantize4bit& args, const Scope&) {
     cpu::dequantize_4bit(args, threads());
   }
-  static int64_t quantile_workspace_bytes(DType) { return 0; }
-  static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {
-    cpu::estimate_quantiles(args, threads());
-  }
-  static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
-    cpu::int8_vectorwise_quant(args, threads());
-  }
-  static bool library_int8_matmul(const Tensor&, const Tensor&, const Tensor&, int64_t) {
-    return false;
-  }
-  static void int8_linear_matmul(const Int8Matmul& args, const Scope&) {
-    cpu::int8_linear_matmul(args, threads());
-  }
-  static void int8_mm_dequant(const Int8MmDequant& args, const Scope&) {
-    cpu::int8_mm_dequant(args, threads());
-  }
 
   static const float* levels(Code4 code) { return kCodes4[static_cast<int>(code)].levels.values; }
 
@@ -124,6 +108,37 @@ struct Cpu {
         [&](void* panel, int64_t first, int64_t last) {
           kernels.gemm_4bit_dgrad(args, memory, panel, first, last);
         });
+  }
+
+  static int64_t quantile_workspace_bytes(DType) { return 0; }
+
+  static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {
+    cpu::estimate_quantiles(args, threads());
+  }
+
+  static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_row_stats(args, first, last); });
+    // A row needs the outlier columns of all rows.
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_quantize_rows(args, first, last); });
+  }
+
+  static bool library_int8_matmul(const Tensor&, const Tensor&, const Tensor&, int64_t) {
+    return false;
+  }
+
+  static void int8_linear_matmul(const Int8Matmul& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.n, args.m * args.k,
+             [&](int64_t first, int64_t last) { kernels.int8_linear_matmul(args, first, last); });
+  }
+
+  static void int8_mm_dequant(const Int8MmDequant& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.rows, args.cols,
+             [&](int64_t first, int64_t last) { kernels.int8_mm_dequant(args, first, last); });
   }
 
   // Runs body(i, first, last, starts[i]) over the pieces of `size` elements of a whole list,

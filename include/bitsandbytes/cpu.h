@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <functional>
 
-#include "bitsandbytes/kernels/int8.h"
 #include "bitsandbytes/kernels/quantiles.h"
 #include "bitsandbytes/kernels/quantize.h"
 #include "bitsandbytes/kernels/quantize_4bit.h"
@@ -63,15 +62,5 @@ void dequantize_4bit(const Dequantize4bit& args, const Threads& threads = {});
 
 // 256 quantiles, each of them an element of the tensor.
 void estimate_quantiles(const EstimateQuantiles& args, const Threads& threads = {});
-
-// row_stats[i] = max |a[i, :]| without outliers; out = round(a * (127 / row_stats)), zero in every
-// column that holds an outlier (Dettmers et al. 2022, arXiv:2208.07339).
-void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Threads& threads = {});
-
-// out = a b^T, the exact 32-bit integer product.
-void int8_linear_matmul(const Int8Matmul& args, const Threads& threads = {});
-
-// out = a * row_stats * col_stats / 127^2 + bias, rounded once to dtype.
-void int8_mm_dequant(const Int8MmDequant& args, const Threads& threads = {});
 
 }  // namespace bnb::cpu

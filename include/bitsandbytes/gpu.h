@@ -4,7 +4,6 @@
 //   quantize_blockwise     dequantize_blockwise     kernels/quantize.h
 //   quantize_4bit          dequantize_4bit          kernels/quantize_4bit.h
 //   estimate_quantiles                              kernels/quantiles.h
-//   int8_vectorwise_quant  int8_linear_matmul  int8_mm_dequant    kernels/int8.h
 //
 // They start kernels on `stream`, of the current device, and return at once; a capturing stream
 // captures them. Each checks sizes, and pointers for null and alignment, and throws
@@ -16,7 +15,6 @@
 #pragma once
 
 #include "bitsandbytes/kernels/common.h"
-#include "bitsandbytes/kernels/int8.h"
 #include "bitsandbytes/kernels/quantiles.h"
 #include "bitsandbytes/kernels/quantize.h"
 #include "bitsandbytes/kernels/quantize_4bit.h"

@@ -10,7 +10,6 @@
 
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/code/code.h"
-#include "bitsandbytes/kernels/int8.h"
 #include "bitsandbytes/kernels/quantiles.h"
 #include "bitsandbytes/kernels/quantize.h"
 #include "bitsandbytes/kernels/quantize_4bit.h"
@@ -30,16 +29,6 @@ class ArgumentCheck {
   }
 
   void size(const char* argument, int64_t n) const { require(n >= 0, argument, "0 or more", n); }
-
-  // Returns the number of elements of a matrix.
-  int64_t matrix(const char* first, int64_t rows, const char* second, int64_t cols) const {
-    size(first, rows);
-    size(second, cols);
-    int64_t elements = 0;
-    require(!__builtin_mul_overflow(rows, cols, &elements), first,
-            "few enough for less than 2^63 elements", rows);
-    return elements;
-  }
 
   void dtype(const char* argument, DType type) const {
     const int value = static_cast<int>(type);
@@ -158,38 +147,6 @@ inline void check_arguments(const EstimateQuantiles& args) {
   check.require(args.offset >= 0.0 && args.offset <= 0.5, "offset", "0 to 0.5", args.offset);
   check.pointer("a", args.a, args.n, args.dtype);
   check.pointer("out", args.out, kQuantiles);
-}
-
-inline void check_arguments(const Int8VectorwiseQuant& args) {
-  const ArgumentCheck check("int8_vectorwise_quant");
-  check.dtype("dtype", args.dtype);
-  const int64_t elements = check.matrix("rows", args.rows, "cols", args.cols);
-  check.require(args.threshold >= 0.0f, "threshold", "0 or more", args.threshold);
-  check.require(args.threshold > 0.0f || args.outlier_mask == nullptr, "threshold",
-                "above 0 where there is an outlier_mask", args.threshold);
-  check.pointer("a", args.a, elements, args.dtype);
-  check.pointer("out", args.out, elements);
-  check.pointer("row_stats", args.row_stats, args.rows);
-  check.pointer("outlier_mask", args.outlier_mask, args.threshold > 0.0f ? args.cols : 0);
-}
-
-inline void check_arguments(const Int8Matmul& args) {
-  const ArgumentCheck check("int8_linear_matmul");
-  check.pointer("a", args.a, check.matrix("m", args.m, "k", args.k));
-  check.pointer("b", args.b, check.matrix("n", args.n, "k", args.k));
-  check.pointer("out", args.out, check.matrix("m", args.m, "n", args.n));
-}
-
-inline void check_arguments(const Int8MmDequant& args) {
-  const ArgumentCheck check("int8_mm_dequant");
-  check.dtype("dtype", args.dtype);
-  check.dtype("bias_dtype", args.bias_dtype);
-  const int64_t elements = check.matrix("rows", args.rows, "cols", args.cols);
-  check.pointer("a", args.a, elements);
-  check.pointer("row_stats", args.row_stats, args.rows);
-  check.pointer("col_stats", args.col_stats, args.cols);
-  check.pointer("bias", args.bias, 0, args.bias_dtype);  // may be null
-  check.pointer("out", args.out, elements, args.dtype);
 }
 
 }  // namespace bnb

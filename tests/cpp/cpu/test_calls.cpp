@@ -58,9 +58,7 @@ TEST(Threads, RefuseNone) {
 
 // ---- Results do not depend on threads -----------------------------------------------------------
 
-constexpr int64_t kRows = 37;
-constexpr int64_t kCols = 5001;  // work for several threads
-constexpr int64_t kN = kRows * kCols;
+constexpr int64_t kN = 185'037;  // work for several threads
 constexpr int64_t kBlock = 64;
 
 // One index after the other, from the last to the first, by the threads of a program.
@@ -146,28 +144,6 @@ TEST(Calls, EstimateQuantiles) {
   });
 }
 
-TEST(Calls, Int8) {
-  const std::vector<float> a = numbers<float>(kN, 3);
-  const std::vector<int8_t> b = integers<int8_t>(3 * kCols, 4);
-  const std::vector<float> col_stats = {1.0f, 2.0f, 3.0f};
-  expect_same_for_all_threads([&](const Threads& threads) {
-    Guarded<int8_t> codes(kN);
-    Guarded<float> stats(kRows);
-    Guarded<uint8_t> mask(std::vector<uint8_t>(kCols, 0));
-    Guarded<int32_t> product(kRows * 3);
-    Guarded<float> y(kRows * 3);
-    int8_vectorwise_quant(
-        {DType::kFloat32, a.data(), codes.data(), stats.data(), mask.data(), kRows, kCols, 100.0f},
-        threads);
-    int8_linear_matmul({codes.data(), b.data(), product.data(), kRows, 3, kCols}, threads);
-    int8_mm_dequant({DType::kFloat32, DType::kFloat32, product.data(), stats.data(),
-                     col_stats.data(), nullptr, y.data(), kRows, 3},
-                    threads);
-    return std::vector<Bytes>{codes.bytes(), stats.bytes(), mask.bytes(), product.bytes(),
-                              y.bytes()};
-  });
-}
-
 TEST(Calls, OfNothing) {
   constexpr DType kFloat = DType::kFloat32;
   const float* const map = signed_dynamic_map();
@@ -175,15 +151,6 @@ TEST(Calls, OfNothing) {
   dequantize_blockwise({kFloat, nullptr, nullptr, map, nullptr, 0, 64});
   quantize_4bit({kFloat, Code4::kNf4, nullptr, nullptr, nullptr, 0, 64});
   dequantize_4bit({kFloat, Code4::kNf4, nullptr, nullptr, nullptr, 0, 64});
-  int8_vectorwise_quant({});
-  int8_linear_matmul({});
-  int8_mm_dequant({});
-  float stat = 1.0f;  // of a row without elements
-  int8_vectorwise_quant({kFloat, nullptr, nullptr, &stat, nullptr, 1, 0, 0.0f});
-  EXPECT_EQ(stat, 0.0f);
-  int32_t product = 1;  // a sum without terms
-  int8_linear_matmul({nullptr, nullptr, &product, 1, 1, 0});
-  EXPECT_EQ(product, 0);
 }
 
 // ---- What is refused ----------------------------------------------------------------------------
@@ -193,9 +160,7 @@ constexpr int64_t kFew = 64;
 // Arguments that are right, and places for what they lead to.
 struct Right {
   std::vector<float> a = std::vector<float>(kFew, 1.0f);
-  std::vector<int8_t> codes = std::vector<int8_t>(kFew);
   std::vector<uint8_t> bytes = std::vector<uint8_t>(kFew);
-  std::vector<int32_t> sums = std::vector<int32_t>(kFew);
   std::vector<float> numbers = std::vector<float>(kCodeLevels);
   const float* map = signed_dynamic_map();
 
@@ -208,11 +173,6 @@ struct Right {
   Dequantize4bit dequantize4{
       DType::kFloat32, Code4::kFp4, bytes.data(), a.data(), numbers.data(), kFew, 64};
   EstimateQuantiles quantiles{DType::kFloat32, a.data(), numbers.data(), kFew, 0.1};
-  Int8VectorwiseQuant rows{
-      DType::kFloat32, a.data(), codes.data(), numbers.data(), nullptr, 8, 8, 0.0f};
-  Int8Matmul matmul{codes.data(), codes.data(), sums.data(), 8, 8, 8};
-  Int8MmDequant dequant{DType::kFloat32, DType::kFloat32, sums.data(), a.data(), a.data(),
-                        nullptr,         numbers.data(),  8,           8};
 };
 
 // Changes one member of `arguments` of Right, and expects the sentence.
@@ -224,8 +184,6 @@ struct Right {
     change;                                                   \
     EXPECT_EQ(refusal([&] { function(args); }), sentence);    \
   }
-
-constexpr int64_t kHuge = int64_t{1} << 40;
 
 TEST(Refused, QuantizeBlockwise) {
   EXPECT_REFUSED(quantize_blockwise, quantize, args.n = -1,
@@ -299,25 +257,6 @@ TEST(Refused, EstimateQuantiles) {
   EXPECT_REFUSED(estimate_quantiles, quantiles,
                  args.offset = std::numeric_limits<double>::quiet_NaN(),
                  "estimate_quantiles: offset must be 0 to 0.5, got nan");
-}
-
-TEST(Refused, Int8) {
-  EXPECT_REFUSED(int8_vectorwise_quant, rows, args.threshold = -1.0f,
-                 "int8_vectorwise_quant: threshold must be 0 or more, got -1.000000");
-  EXPECT_REFUSED(int8_vectorwise_quant, rows, args.threshold = 6.0f,
-                 "int8_vectorwise_quant: outlier_mask must be a pointer to its elements, got null");
-  EXPECT_REFUSED(int8_vectorwise_quant, rows, args.outlier_mask = right.bytes.data(),
-                 "int8_vectorwise_quant: threshold must be above 0 where there is an outlier_mask, "
-                 "got 0.000000");
-  EXPECT_REFUSED(int8_vectorwise_quant, rows, args.rows = args.cols = kHuge,
-                 "int8_vectorwise_quant: rows must be few enough for less than 2^63 elements, got "
-                 "1099511627776");
-  EXPECT_REFUSED(int8_linear_matmul, matmul, args.k = -8,
-                 "int8_linear_matmul: k must be 0 or more, got -8");
-  EXPECT_REFUSED(int8_mm_dequant, dequant, args.bias_dtype = DType::kCount,
-                 "int8_mm_dequant: bias_dtype must be kFloat32, kFloat16 or kBFloat16, got 3");
-  EXPECT_REFUSED(int8_mm_dequant, dequant, args.out = nullptr,
-                 "int8_mm_dequant: out must be a pointer to its elements, got null");
 }
 
 }  // namespace
