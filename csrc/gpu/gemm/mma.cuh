@@ -14,9 +14,15 @@
 // sums are multiplied by the scales of its rows and added up in float. Levels are multiplied by
 // level_multiple() before they are rounded to 16 bits, and the whole sum is divided by it.
 //
-// The warps of a block of threads form teams. A team makes an item, some rows of the weight: warp w
-// of W takes the steps of 128 k number w, w + W, ..., and has asked for the next step's codes and
-// scales before it multiplies this one's. In the end sums are added across the team, in order.
+// A unit is 4 blocks of 16 rows: 128 bytes of each. Rows often lie a multiple of 128 bytes apart,
+// and 8 of them read at once would meet in the same banks of the first-level cache: so row g reads
+// its blocks in the order 0 ^ g, 1 ^ g, 2 ^ g, 3 ^ g (of g its last two bits), and puts them in
+// order when they are there.
+//
+// The warps of a block of threads form teams. A team makes an item, 16 rows of the weight: warp w
+// of W takes units w, w + W, ..., and has asked for the next two when it multiplies one. These are
+// the same k in every item, so its activations stay in shared memory as its lanes need them. In the
+// end sums are added across the team, in order.
 #pragma once
 
 #include <algorithm>
@@ -31,40 +37,43 @@ namespace bnb::gpu {
 inline constexpr int kMmaWarps = 16;
 inline constexpr int kMmaThreads = kMmaWarps * kWarp;
 inline constexpr int kMmaBlock = 64;  // k that share a scale
-inline constexpr int kMmaBlocks = 2;  // of a step
-inline constexpr int kMmaStep = kMmaBlock * kMmaBlocks;
-inline constexpr int kMmaTileRows = 16;  // of the weight
-inline constexpr int kMmaTileCols = 8;   // rows of activations
+inline constexpr int kMmaBlocks = 4;  // of a unit
+inline constexpr int kMmaUnit = kMmaBlock * kMmaBlocks;
+inline constexpr int kMmaRows = 16;  // of the weight, in an item
+inline constexpr int kMmaCols = 8;   // rows of activations in a tile
 
-// What a lane holds of a step: codes and scales of two rows of each tile.
-template <int kTiles, bool kNested>
-struct MmaStep {
-  uint2 codes[kTiles][2][kMmaBlocks];
-  float scales[kTiles][2][kMmaBlocks];  // with kNested those of the scales' codes
-  uint32_t scale_codes[kNested ? kTiles : 1][2][kMmaBlocks];
+// What a lane holds of a unit: codes and scales of its two rows.
+template <bool kNested>
+struct MmaUnit {
+  uint2 codes[2][kMmaBlocks];
+  float scales[2][kMmaBlocks];  // with kNested those of the scales' codes
+  uint32_t scale_codes[2];      // with kNested: of each block a byte
   bool there;
 };
 
-// Shared memory is lines of 256 bytes: the entry of the table of pairs for a byte of codes, and a
-// line of sums. So the place of an entry is the byte in the second byte of a word, which one
-// instruction puts there.
+// Shared memory begins with lines of 256 bytes: the entry of the table of pairs for a byte of
+// codes, and a line of sums. So the place of an entry is the byte in the second byte of a word,
+// which one instruction puts there.
 inline constexpr int kMmaLineWords = 64;
 inline constexpr int kMmaLines = 256;
-inline constexpr int kMmaSharedBytes = 4 * kMmaLines * kMmaLineWords;
+inline constexpr int kMmaTableBytes = 4 * kMmaLines * kMmaLineWords;
 
-// kPairs: the scales of a step's two blocks are neighbours, at an even place.
-template <class T, int kTiles, int kColTiles, bool kNested, bool kPairs>
+struct MmaShape {
+  int log2_block;
+  int team_warps;
+  int turns;  // units of a warp in an item
+};
+
+// kQuads: the scales of a unit's blocks are neighbours, at a multiple of four.
+template <class T, int kColTiles, bool kNested, bool kQuads>
 __global__ void __launch_bounds__(kMmaThreads, 1)
     gemm_4bit_mma_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
-                         BNB_GRID_CONSTANT const Levels4 levels, float multiple, int log2_block,
-                         int team_warps) {
-  constexpr int kItemRows = kTiles * kMmaTileRows;
-  constexpr int kRows = 2 * kTiles;                // of a lane, 8 rows apart
-  constexpr int kSums = kTiles * kColTiles * 4;    // of a lane
+                         BNB_GRID_CONSTANT const Levels4 levels, float multiple, MmaShape shape) {
+  constexpr int kSums = kColTiles * 4;             // of a lane
   constexpr int kSumLines = kMmaWarps * kSums;     // of an item of every team
-  constexpr int kBuffers = kMmaLines / kSumLines;  // two: then one barrier an item is enough
+  constexpr int kBuffers = kMmaLines / kSumLines;  // two or more: one barrier an item is enough
   static_assert(kBuffers >= 1);
-  using Step = MmaStep<kTiles, kNested>;
+  using Unit = MmaUnit<kNested>;
   BNB_DYNAMIC_SHARED(memory);
   __shared__ float scale_levels[kNested ? kCodeLevels : 1];
   uint32_t* const table = reinterpret_cast<uint32_t*>(memory);
@@ -75,98 +84,111 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   const int group = lane / 4;
   const int place = lane % 4;
   const int warp = thread / kWarp;
+  const int team_warps = shape.team_warps;
   const int teams = kMmaWarps / team_warps;
   const int team = warp / team_warps;
   const int of_team = warp % team_warps;
 
   const int64_t n = args.weight.n;
   const int64_t k = args.weight.k;
-  const int64_t items = ceil_div(n, kItemRows);
-  const int steps = static_cast<int>(ceil_div(k, kMmaStep));
-  const int turns = static_cast<int>(ceil_div(steps, team_warps));  // of every warp in an item
-  const int64_t stride = int64_t{gridDim.x} * teams;                // between items of a team
+  const int items = static_cast<int>(ceil_div(n, kMmaRows));
+  const int units = static_cast<int>(ceil_div(k, kMmaUnit));
+  const int stride = static_cast<int>(gridDim.x) * teams;  // between items of a team
   const Scales& scales = args.weight.scales;
   const int log2_nested = kNested ? log2_of(scales.block_size) : 0;
-  const int64_t first_col = int64_t{blockIdx.y} * (kColTiles * kMmaTileCols);
+  const int64_t first_col = int64_t{blockIdx.y} * (kColTiles * kMmaCols);
 
   // The last item begins earlier where it would end behind the weight.
-  const auto first_row = [&](int64_t item) {
-    const int64_t row = item * kItemRows;
-    return row < n - kItemRows ? row : n - kItemRows;
+  const auto first_row = [&](int item) {
+    const int64_t row = int64_t{item} * kMmaRows;
+    return row < n - kMmaRows ? row : n - kMmaRows;
   };
 
-  // What this warp reads next: its step, and the first element of the lane's first row there.
-  int64_t next_item = int64_t{blockIdx.x} * teams + team;
-  int next_step = of_team;
-  int64_t next_begin = (first_row(next_item) + group) * k + int64_t{of_team} * kMmaStep;
-  const auto load = [&](Step& to) {
-    to.there = next_item < items && next_step < steps;
+  // What this warp reads next: its unit, the first element of the lane's first row there, and the
+  // codes that the lane reads first in both rows.
+  int next_item = static_cast<int>(blockIdx.x) * teams + team;
+  int next_unit = of_team;
+  int64_t next_begin = 0;
+  const uint8_t* next_codes[2];
+  const int own_block = group % kMmaBlocks;
+  const auto begin_item = [&] {
+    next_unit = of_team;
+    next_begin = (first_row(next_item) + group) * k + of_team * kMmaUnit;
+    next_codes[0] = args.weight.codes + next_begin / 2 + place * 8 + own_block * (kMmaBlock / 2);
+    next_codes[1] = next_codes[0] + 4 * k;
+  };
+  begin_item();
+  const int64_t to_first = ((own_block ^ 1) - own_block) * (kMmaBlock / 2);
+  const int64_t to_second = ((own_block ^ 2) - own_block) * (kMmaBlock / 2);
+  const auto load = [&](Unit& to) {
+    to.there = next_item < items && next_unit < units;
     if (to.there) {
-      const uint8_t* const codes = args.weight.codes + next_begin / 2 + place * 8;
-      const bool whole = kPairs || next_step * int64_t{kMmaStep} + kMmaBlock < k;
+      const int64_t left = k - next_unit * int64_t{kMmaUnit};
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < 2; ++r) {
+        const uint8_t* const high = next_codes[r] + to_second;
+        const uint8_t* const from[kMmaBlocks] = {next_codes[r], next_codes[r] + to_first, high,
+                                                 high + to_first};
 #pragma unroll
         for (int b = 0; b < kMmaBlocks; ++b) {
           // Behind the end of a row is nothing, or what a scale of zero takes out of the sum.
-          const uint8_t* const at = codes + r * (4 * k) + b * (kMmaBlock / 2);
-          to.codes[r / 2][r % 2][b] =
-              b == 0 || whole ? load_once(reinterpret_cast<const uint2*>(at)) : uint2{0, 0};
+          const bool inside = kQuads || (b ^ own_block) * kMmaBlock < left;
+          to.codes[r][b] =
+              inside ? load_once(reinterpret_cast<const uint2*>(from[b])) : uint2{0, 0};
         }
       }
-      if constexpr (kPairs) {
-        const int64_t block = next_begin / kMmaBlock;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const int64_t at = block + r * (k / 8);
+      for (int r = 0; r < 2; ++r) {
+        if constexpr (kQuads) {
+          const int64_t at = next_begin / kMmaBlock + r * (k / (kMmaBlock / 8));
           if constexpr (kNested) {
-            const uint32_t pair = *reinterpret_cast<const uint16_t*>(scales.codes + at);
-            to.scale_codes[r / 2][r % 2][0] = pair & 0xffu;
-            to.scale_codes[r / 2][r % 2][1] = pair >> 8;
-            to.scales[r / 2][r % 2][0] = scales.absmax[at >> log2_nested];
+            to.scale_codes[r] = *reinterpret_cast<const uint32_t*>(scales.codes + at);
+            to.scales[r][0] = scales.absmax[at >> log2_nested];
           } else {
-            const auto pair = *reinterpret_cast<const Pack<float, 2>*>(scales.absmax + at);
-            to.scales[r / 2][r % 2][0] = pair.values[0];
-            to.scales[r / 2][r % 2][1] = pair.values[1];
-          }
-        }
-      } else {
+            const auto quad = *reinterpret_cast<const Pack<float, kMmaBlocks>*>(scales.absmax + at);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+            for (int b = 0; b < kMmaBlocks; ++b) to.scales[r][b] = quad.values[b];
+          }
+        } else {
+          const int64_t begin = next_begin + r * 8 * k;
+          if constexpr (kNested) to.scale_codes[r] = 0;
 #pragma unroll
           for (int b = 0; b < kMmaBlocks; ++b) {
-            const int64_t block =
-                (next_begin + r * 8 * k + (whole ? b * kMmaBlock : 0)) >> log2_block;
+            to.scales[r][b] = 0.0f;
+            if (b * kMmaBlock >= left) continue;
+            const int64_t at = (begin + b * kMmaBlock) >> shape.log2_block;
             if constexpr (kNested) {
-              to.scale_codes[r / 2][r % 2][b] = scales.codes[block];
-              to.scales[r / 2][r % 2][b] = scales.absmax[block >> log2_nested];
+              to.scale_codes[r] |= uint32_t{scales.codes[at]} << (8 * b);
+              to.scales[r][b] = scales.absmax[at >> log2_nested];
             } else {
-              to.scales[r / 2][r % 2][b] = scales.absmax[block];
+              to.scales[r][b] = scales.absmax[at];
             }
           }
         }
       }
     } else {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < 2; ++r) {
+        to.scale_codes[r] = 0;
 #pragma unroll
         for (int b = 0; b < kMmaBlocks; ++b) {
-          to.codes[r / 2][r % 2][b] = uint2{0, 0};
-          to.scales[r / 2][r % 2][b] = 0.0f;
-          if constexpr (kNested) to.scale_codes[r / 2][r % 2][b] = 0;
+          to.codes[r][b] = uint2{0, 0};
+          to.scales[r][b] = 0.0f;
         }
       }
     }
-    next_step += team_warps;
-    next_begin += int64_t{team_warps} * kMmaStep;
-    if (next_step >= turns * team_warps) {
-      next_step = of_team;
+    next_unit += team_warps;
+    next_begin += team_warps * kMmaUnit;
+    next_codes[0] += team_warps * (kMmaUnit / 2);
+    next_codes[1] += team_warps * (kMmaUnit / 2);
+    if (next_unit >= shape.turns * team_warps) {
       next_item += stride;
-      next_begin = (first_row(next_item) + group) * k + int64_t{of_team} * kMmaStep;
+      begin_item();
     }
   };
-  Step even;
-  Step odd;
+  // By name, not in an array: copying one would wait for what it has asked for.
+  Unit even;
+  Unit odd;
   load(even);
 
   // Two weights in a word, the first in the lower half, for every byte of codes; a copy for every
@@ -193,60 +215,70 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   const T* a[kColTiles];
 #pragma unroll
   for (int c = 0; c < kColTiles; ++c) {
-    const int64_t col = first_col + c * kMmaTileCols + group;
+    const int64_t col = first_col + c * kMmaCols + group;
     a[c] = static_cast<const T*>(args.a) + (col < args.m ? col : args.m - 1) * k + place * 16;
   }
 
-  float sums[kTiles][kColTiles][4] = {};
-  // Every warp of a block does so at any time, so that the compiler sees all lanes together: a step
-  // that is not there has scales of zero.
-  const auto multiply = [&](const Step& now, int step) {
-    const int64_t first = step < steps ? int64_t{step} * kMmaStep : 0;
-    const bool whole = kPairs || first + kMmaBlock < k;
+  float sums[kColTiles][4] = {};
+  // Every warp of a block of threads does so at any time, so that the compiler sees all lanes
+  // together: a unit that is not there has scales of zero.
+  const auto multiply = [&](const Unit& now, int unit) {
+    const int first = unit < units ? unit * kMmaUnit : 0;
+    const int64_t left = k - first;
+    uint2 codes[2][kMmaBlocks];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Blocks in order: bit by bit of the row's number.
+      uint2 half[kMmaBlocks];
+#pragma unroll
+      for (int b = 0; b < kMmaBlocks; ++b) {
+        half[b] = (group & 1) != 0 ? now.codes[r][b ^ 1] : now.codes[r][b];
+      }
+#pragma unroll
+      for (int b = 0; b < kMmaBlocks; ++b) {
+        codes[r][b] = (group & 2) != 0 ? half[b ^ 2] : half[b];
+      }
+    }
 #pragma unroll
     for (int b = 0; b < kMmaBlocks; ++b) {
+      const bool inside = kQuads || b * kMmaBlock < left;
       uint4 x[kColTiles][2];
 #pragma unroll
       for (int c = 0; c < kColTiles; ++c) {
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
           const T* const at = a[c] + first + b * kMmaBlock + v * 8;
-          x[c][v] = b == 0 || whole ? *reinterpret_cast<const uint4*>(at) : uint4{0, 0, 0, 0};
+          x[c][v] = inside ? *reinterpret_cast<const uint4*>(at) : uint4{0, 0, 0, 0};
+        }
+      }
+      float products[kColTiles][4] = {};
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const uint32_t g0 = s < 2 ? codes[0][b].x : codes[0][b].y;
+        const uint32_t g8 = s < 2 ? codes[1][b].x : codes[1][b].y;
+        const int byte = s % 2 * 2;
+        const uint32_t w[4] = {lookup(g0, byte), lookup(g8, byte), lookup(g0, byte + 1),
+                               lookup(g8, byte + 1)};
+#pragma unroll
+        for (int c = 0; c < kColTiles; ++c) {
+          const uint4 words = x[c][s / 2];
+          multiply_add_16x8x16<T>(products[c], w, s % 2 == 0 ? words.x : words.z,
+                                  s % 2 == 0 ? words.y : words.w);
         }
       }
 #pragma unroll
-      for (int r = 0; r < kTiles; ++r) {
-        float products[kColTiles][4] = {};
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          const uint2 upper = now.codes[r][0][b];
-          const uint2 lower = now.codes[r][1][b];
-          const uint32_t g0 = s < 2 ? upper.x : upper.y;
-          const uint32_t g8 = s < 2 ? lower.x : lower.y;
-          const int byte = s % 2 * 2;
-          const uint32_t w[4] = {lookup(g0, byte), lookup(g8, byte), lookup(g0, byte + 1),
-                                 lookup(g8, byte + 1)};
-#pragma unroll
-          for (int c = 0; c < kColTiles; ++c) {
-            const uint4 words = x[c][s / 2];
-            multiply_add_16x8x16<T>(products[c], w, s % 2 == 0 ? words.x : words.z,
-                                    s % 2 == 0 ? words.y : words.w);
-          }
+      for (int r = 0; r < 2; ++r) {
+        float scale = now.scales[r][kNested && kQuads ? 0 : b];
+        if constexpr (kNested) {
+          const float level = scale_levels[(now.scale_codes[r] >> (8 * b)) & 0xffu];
+          const bool counts = now.there && inside;
+          scale = counts ? __fadd_rn(__fmul_rn(level, scale), offset) : 0.0f;
         }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float scale = now.scales[r][half][kNested && kPairs ? 0 : b];
-          if constexpr (kNested) {
-            const float level = scale_levels[now.scale_codes[r][half][b]];
-            scale = now.there ? __fadd_rn(__fmul_rn(level, scale), offset) : 0.0f;
-          }
-          if (b > 0 && !whole) scale = 0.0f;
+        for (int c = 0; c < kColTiles; ++c) {
 #pragma unroll
-          for (int c = 0; c < kColTiles; ++c) {
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; ++i) {
-              sums[r][c][i] = __fmaf_rn(products[c][i], scale, sums[r][c][i]);
-            }
+          for (int i = 2 * r; i < 2 * r + 2; ++i) {
+            sums[c][i] = __fmaf_rn(products[c][i], scale, sums[c][i]);
           }
         }
       }
@@ -256,16 +288,15 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   const float inverse = __frcp_rn(multiple);
   int buffer = 0;
   // Adds the sums of a team's warps, in their order, and stores the results.
-  const auto finish = [&](int64_t item) {
+  const auto finish = [&](int item) {
     const auto line_of = [&](int w, int i) {
       return shared_sums + ((buffer * kMmaWarps + w) * kSums + i) * kMmaLineWords + lane;
     };
     if (kBuffers == 1) __syncthreads();
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      float& sum = sums[i / (4 * kColTiles)][i / 4 % kColTiles][i % 4];
-      *line_of(warp, i) = sum;
-      sum = 0.0f;
+      *line_of(warp, i) = sums[i / 4][i % 4];
+      sums[i / 4][i % 4] = 0.0f;
     }
     __syncthreads();
     if (item < items) {
@@ -274,10 +305,9 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
         for (int w = 0; w < team_warps; ++w) {
           sum = __fadd_rn(sum, *line_of(team * team_warps + w, i));
         }
-        const int64_t row =
-            first_row(item) + i / (4 * kColTiles) * kMmaTileRows + i % 4 / 2 * 8 + group;
-        const int64_t col = first_col + i / 4 % kColTiles * kMmaTileCols + place * 2 + i % 2;
-        if (row >= item * kItemRows && col < args.m) {
+        const int64_t row = first_row(item) + i % 4 / 2 * 8 + group;
+        const int64_t col = first_col + i / 4 * kMmaCols + place * 2 + i % 2;
+        if (row >= int64_t{item} * kMmaRows && col < args.m) {
           const float bias =
               args.bias != nullptr ? widen(static_cast<const T*>(args.bias)[row]) : 0.0f;
           static_cast<T*>(args.out)[col * n + row] = narrow<T>(__fmaf_rn(sum, inverse, bias));
@@ -287,18 +317,17 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     buffer = (buffer + 1) % kBuffers;
   };
 
-  int64_t first_item = int64_t{blockIdx.x} * teams;  // of the block of threads
+  int first_item = static_cast<int>(blockIdx.x) * teams;  // of the block of threads
   int turn = 0;
-  // Makes a step that has been asked for; whether there is another.
-  const auto advance = [&](const Step& now) {
+  // Makes a unit that has been asked for; whether there is another.
+  const auto advance = [&](const Unit& now) {
     multiply(now, turn * team_warps + of_team);
-    if (++turn < turns) return true;
+    if (++turn < shape.turns) return true;
     turn = 0;
     finish(first_item + team);
     first_item += stride;
     return first_item < items;
   };
-  // Two buffers by name: copying one would wait for what it has asked for.
   while (true) {
     load(odd);
     if (!advance(even)) break;
@@ -311,50 +340,64 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
 inline bool takes_mma(const Gemm4bit& args) {
   const Weight4bit& w = args.weight;
   const Scales& s = w.scales;
-  return args.dtype != DType::kFloat32 && w.k % kMmaBlock == 0 && w.k > 0 &&
+  return args.dtype != DType::kFloat32 && w.n >= kMmaRows && w.k % kMmaBlock == 0 && w.k > 0 &&
          w.block_size >= kMmaBlock && is_aligned(w.codes, 8) && is_aligned(args.a, 16) &&
-         w.n >= 2 * kMmaTileRows && (!s.nested() || log2_of(s.block_size) >= 1);
+         (!s.nested() || log2_of(s.block_size) >= 0);
 }
 
-template <class T, int kTiles, int kColTiles, bool kNested, bool kPairs>
-void launch_mma(const Gemm4bit& args, int64_t cols, Stream stream) {
-  const auto kernel = gemm_4bit_mma_kernel<T, kTiles, kColTiles, kNested, kPairs>;
-  const int64_t steps = ceil_div(args.weight.k, kMmaStep);
-  int team_warps = kMmaWarps;
-  while (team_warps / 2 >= steps) team_warps /= 2;
-  const int64_t rounds =
-      ceil_div(args.weight.n, int64_t{kTiles} * kMmaTileRows * (kMmaWarps / team_warps));
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(rounds, multiprocessors())),
-                  static_cast<unsigned>(cols));
-  allow_shared(reinterpret_cast<const void*>(kernel), kMmaSharedBytes);
-  launch("gemm_4bit_mma_kernel", kernel, grid, kMmaThreads, kMmaSharedBytes, stream, args,
-         Levels4(args.weight), level_multiple<T>(args.weight.code), log2_of(args.weight.block_size),
-         team_warps);
+// Warps that share an item: the number that takes the least time, counted in units of a warp. Fewer
+// add up their sums less often, more share the rows more evenly among multiprocessors.
+inline int mma_team(int64_t n, int64_t units) {
+  constexpr double kItem = 0.5;  // to add up the sums of an item
+  const int64_t items = ceil_div(n, kMmaRows);
+  const int64_t sms = multiprocessors();
+  int best = kMmaWarps;
+  double least = 0.0;
+  for (int warps = kMmaWarps; warps >= 2; warps /= 2) {
+    const int64_t rounds = ceil_div(items, kMmaWarps / warps * sms);
+    const double time = static_cast<double>(rounds) *
+                        (static_cast<double>(ceil_div(units, int64_t{warps})) + kItem);
+    if (warps == kMmaWarps || time < least) {
+      best = warps;
+      least = time;
+    }
+  }
+  return best;
 }
 
-template <class T, int kTiles, int kColTiles, bool kNested>
+template <class T, int kColTiles, bool kNested, bool kQuads>
+void launch_mma(const Gemm4bit& args, Stream stream) {
+  const auto kernel = gemm_4bit_mma_kernel<T, kColTiles, kNested, kQuads>;
+  const Weight4bit& w = args.weight;
+  const int64_t units = ceil_div(w.k, kMmaUnit);
+  MmaShape shape{log2_of(w.block_size), kMmaWarps, 0};
+  shape.team_warps = mma_team(w.n, units);
+  shape.turns = static_cast<int>(ceil_div(units, shape.team_warps));
+  const int64_t rounds = ceil_div(w.n, kMmaRows * (kMmaWarps / shape.team_warps));
+  const int blocks = static_cast<int>(std::min<int64_t>(rounds, multiprocessors()));
+  const dim3 grid(static_cast<unsigned>(blocks),
+                  static_cast<unsigned>(ceil_div(args.m, kColTiles * kMmaCols)));
+  allow_shared(reinterpret_cast<const void*>(kernel), kMmaTableBytes);
+  launch("gemm_4bit_mma_kernel", kernel, grid, kMmaThreads, kMmaTableBytes, stream, args,
+         Levels4(w), level_multiple<T>(w.code), shape);
+}
+
+template <class T, int kColTiles, bool kNested>
 void launch_mma(const Gemm4bit& args, Stream stream) {
   const Weight4bit& w = args.weight;
-  const int64_t cols = ceil_div(args.m, kColTiles * kMmaTileCols);
-  const bool aligned =
-      w.scales.nested() ? is_aligned(w.scales.codes, 2) : is_aligned(w.scales.absmax, 8);
-  if (w.block_size == kMmaBlock && w.k % kMmaStep == 0 && aligned) {
-    return launch_mma<T, kTiles, kColTiles, kNested, true>(args, cols, stream);
+  const Scales& s = w.scales;
+  const bool aligned = s.nested() ? is_aligned(s.codes, kMmaBlocks) && s.block_size >= kMmaBlocks
+                                  : is_aligned(s.absmax, 4 * kMmaBlocks);
+  if (w.block_size == kMmaBlock && w.k % kMmaUnit == 0 && aligned) {
+    return launch_mma<T, kColTiles, kNested, true>(args, stream);
   }
-  launch_mma<T, kTiles, kColTiles, kNested, false>(args, cols, stream);
+  launch_mma<T, kColTiles, kNested, false>(args, stream);
 }
 
 template <class T, bool kNested>
 void mma_gemm_4bit(const Gemm4bit& args, Stream stream) {
-  if (args.m > kMmaTileCols) return launch_mma<T, 1, 4, kNested>(args, stream);
-  // Items of one or two tiles: the height at which the busiest multiprocessor has least to do, and
-  // the greater of two that are as good, because it reads activations less often.
-  const int64_t rows = args.weight.n;
-  const int64_t sms = multiprocessors();
-  const int64_t low = ceil_div(ceil_div(rows, kMmaTileRows), sms);
-  const int64_t high = ceil_div(ceil_div(rows, 2 * kMmaTileRows), sms) * 2;
-  if (high <= low) return launch_mma<T, 2, 1, kNested>(args, stream);
-  launch_mma<T, 1, 1, kNested>(args, stream);
+  if (args.m > kMmaCols) return launch_mma<T, 4, kNested>(args, stream);
+  launch_mma<T, 1, kNested>(args, stream);
 }
 
 }  // namespace bnb::gpu
