@@ -9,7 +9,7 @@ namespace bnb::gpu {
 // Whether the kernel below takes this product, on the current device.
 bool wgmma_gemm_4bit_dgrad_serves(const Gemm4bitDgrad& args);
 
-// Needs no workspace.
-void wgmma_gemm_4bit_dgrad(const Gemm4bitDgrad& args, Stream stream);
+int64_t wgmma_gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad& args);
+void wgmma_gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream);
 
 }  // namespace bnb::gpu
