@@ -129,11 +129,9 @@ template <int kStages>
 struct Place {
   int slot = 0;
   uint32_t phase = 0;
-  // `count` is at most kStages.
-  __device__ __forceinline__ void advance(int count = 1) {
-    slot += count;
-    if (slot >= kStages) {
-      slot -= kStages;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
       phase ^= 1;
     }
   }
@@ -229,6 +227,8 @@ struct Dgrad {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     // The same for every lane: kTerms * k is a multiple of every block size.
     const int64_t blocks_of_stage = kTerms * task.k >> task.log2_block;
+    // The scales of both columns lie side by side.
+    const bool paired = task.log2_block == 6 && task.k % kFeatures == 0;
     Place<kStages> place;
     for_each_tile([&](const Job& job) {
       const int64_t first_term = int64_t{job.first_stage} * kTerms + lane;
@@ -249,29 +249,40 @@ struct Dgrad {
         return s * kTerms + half * kWarp < terms && c < columns;
       };
       const int stages = job.last_stage - job.first_stage;
-      int turn = 0;
-      for (int first = 0; first < stages; first += kBatch, turn = turn == kScaleWarps - 1 ? 0 : turn + 1) {
-        const int count = min(kBatch, stages - first);
-        if (turn != warp) {
-          place.advance(count);
-          continue;
-        }
-        typename Reader::Stored stored[kBatch][2][kColumns];
+      typename Reader::Stored stored[kBatch][2][kColumns];
+      const auto load = [&](int first) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
+          const int64_t of_stage = block + (first + i) * blocks_of_stage;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
+            if (kColumns == 2 && paired) {
+              if (first + i < stages && there(first + i, half, 0)) {
+                scale_of.load_pair(of_stage + from_first[half][0], stored[i][half][0],
+                                   stored[i][half][1]);
+              }
+              continue;
+            }
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
-              if (i < count && there(first + i, half, c)) {
-                stored[i][half][c] = scale_of.load(block + (first + i) * blocks_of_stage + from_first[half][c]);
+              if (first + i < stages && there(first + i, half, c)) {
+                stored[i][half][c] = scale_of.load(of_stage + from_first[half][c]);
               }
             }
           }
         }
+      };
+      load(warp * kBatch);
+      int s = 0;
+      // Nobody is more than the length of the ring ahead, or parities would mislead.
+      const auto pass = [&](int to) {
+        for (; s < to; ++s, place.advance()) wait_empty(place);
+      };
+      for (int first = warp * kBatch; first < stages; first += kScaleWarps * kBatch) {
+        pass(first);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (i >= count) break;
+          if (s == stages) break;
           wait_empty(place);
           float* const to = scales(place.slot);
 #pragma unroll
@@ -279,14 +290,17 @@ struct Dgrad {
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
               to[c * kScaleColumn + scale_place(lane + half * kWarp)] =
-                  there(first + i, half, c) ? scale_of.value(stored[i][half][c]) : 0.0f;
+                  there(s, half, c) ? scale_of.value(stored[i][half][c]) : 0.0f;
             }
           }
           __syncwarp();
           if (lane == 0) barriers(place.slot).full.arrive();
-          place.advance(1);
+          ++s;
+          place.advance();
         }
+        load(first + kScaleWarps * kBatch);
       }
+      pass(stages);
     });
   }
 
@@ -542,7 +556,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (kFan > 1) cluster_barrier();
 
   if (warp >= kMakerWarps) {
-    give_registers<72>();
+    give_registers<88>();
     if (warp == kMakerWarps) {
       dgrad.copy(grad_map, code_map);
     } else {
@@ -550,7 +564,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncwarp();
   } else {
-    take_registers<216>();
+    take_registers<208>();
     dgrad.template make<T>();
   }
   // Others may still arrive at this block's barriers.
