@@ -50,14 +50,12 @@ __host__ __device__ __forceinline__ constexpr uint32_t swizzled(uint32_t row, ui
 
 // Descriptor of 16 elements of k, from chunk 2 s on, of a tile that begins at `tile` (a multiple of
 // 1024): K is the inner dimension, groups of eight rows follow each other.
-__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t tile) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  constexpr uint64_t kGroupStride = uint64_t{8 * kSwizzleRow >> 4} << 32;
-  constexpr uint64_t kUnused = uint64_t{1} << 16;  // leading dimension: one atom wide
-  return kSwizzle128 | kGroupStride | kUnused | ((tile & 0x3ffffu) >> 4);
-}
-__device__ __forceinline__ uint64_t advance_k(uint64_t descriptor, int s) {
-  return descriptor + static_cast<uint64_t>(s * (32 >> 4));
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t tile, int s = 0) {
+  constexpr uint32_t kSwizzle128 = 1u << 30;
+  constexpr uint32_t kGroupStride = 8 * kSwizzleRow >> 4;
+  constexpr uint32_t kUnused = 1u << 16;  // leading dimension: one atom wide
+  const uint32_t low = (((tile & 0x3ffffu) >> 4) | kUnused) + static_cast<uint32_t>(2 * s);
+  return static_cast<uint64_t>(kSwizzle128 | kGroupStride) << 32 | low;
 }
 
 // ---- Warpgroup products -----------------------------------------------------------------------
@@ -218,20 +216,12 @@ struct TransactionBarrier {
         "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&state))
         : "memory");
   }
-  // Waits for the end of the phase of this parity.
+  // Waits for the end of the phase of this parity. What others did before they arrived is visible if
+  // they are of this block; others only tell that they have read.
   __device__ __forceinline__ void wait(uint32_t parity) {
     asm volatile(
         "{.reg .pred done;\n"
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;}" ::"r"(shared_address(&state)),
-        "r"(parity)
-        : "memory");
-  }
-  // The same, for barriers at which other blocks of the cluster arrive.
-  __device__ __forceinline__ void wait_for_cluster(uint32_t parity) {
-    asm volatile(
-        "{.reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;}" ::"r"(shared_address(&state)),
         "r"(parity)
         : "memory");
@@ -241,6 +231,21 @@ struct TransactionBarrier {
 // After init() and before the barrier that lets others use it.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// start_copy(), or zeros instead of what lies there.
+template <int kBytes>
+__device__ __forceinline__ void start_copy_if(bool present, uint32_t shared, const void* global) {
+  const int bytes = present ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global),
+                 "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
 }
 
 // ---- Bulk copies ------------------------------------------------------------------------------
@@ -264,6 +269,17 @@ __device__ __forceinline__ void bulk_copy_to_cluster(void* shared, const void* g
       "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(&barrier.state)), "h"(blocks)
       : "memory");
+}
+
+// ---- Stores of transposed tiles ---------------------------------------------------------------
+
+// Stores four 8 x 8 matrices of 16-bit elements, transposed: lane 4 g + t holds row g, columns 2 t
+// and 2 t + 1 of matrix i in words[i]; lane 8 i + c names the place, of 16 bytes, of column c.
+__device__ __forceinline__ void store_transposed(uint32_t place, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   place),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 // ---- Clusters and launches --------------------------------------------------------------------
