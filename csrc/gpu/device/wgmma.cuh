@@ -1,5 +1,5 @@
-// Hopper's instructions behind names: warpgroup products, barriers of transactions, bulk copies. For targets with BNB_HOPPER only (sm_90a).
-// SPDX-License-Identifier: MIT
+// Hopper's instructions behind names: warpgroup products, barriers of transactions, bulk copies.
+// For targets with BNB_HOPPER only (sm_90a). SPDX-License-Identifier: MIT
 //
 // A warpgroup is four consecutive warps of which the first has a number divisible by four. It
 // multiplies A [64, 16] in registers by B [16, n] in shared memory into float sums in registers.
@@ -53,8 +53,7 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t tile) {
   constexpr uint32_t kSwizzle128 = 1u << 30;
   constexpr uint32_t kGroupStride = 8 * kSwizzleRow >> 4;
   constexpr uint32_t kUnused = 1u << 16;  // leading dimension: one atom wide
-  return static_cast<uint64_t>(kSwizzle128 | kGroupStride) << 32 | kUnused |
-         (tile & 0x3ffffu) >> 4;
+  return static_cast<uint64_t>(kSwizzle128 | kGroupStride) << 32 | kUnused | (tile & 0x3ffffu) >> 4;
 }
 // The address, in the lower word, never carries.
 __device__ __forceinline__ uint64_t advance_k(uint64_t descriptor, int s) {
@@ -208,15 +207,22 @@ struct BarrierAt {
   __device__ __forceinline__ void arrive() const {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
   }
+  // Arrives at the same barrier of another block of the cluster. That tells it what has been read
+  // here, not what has been written.
+  __device__ __forceinline__ void arrive_at(int block) const {
+    asm volatile(
+        "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(address),
+        "r"(block)
+        : "memory");
+  }
   __device__ __forceinline__ void arrive_and_expect(int bytes) const {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address),
-                 "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                  : "memory");
   }
   // Arrives when all copies that this thread started with start_copy() have ended.
   __device__ __forceinline__ void arrive_after_copies() const {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address)
-                 : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
   }
   __device__ __forceinline__ void wait(uint32_t parity) const { wait_for_phase(address, parity); }
 };
@@ -228,6 +234,7 @@ struct TransactionBarrier {
   __device__ __forceinline__ BarrierAt at() { return {shared_address(&state)}; }
   __device__ __forceinline__ void init(int arrivals) { at().init(arrivals); }
   __device__ __forceinline__ void arrive() { at().arrive(); }
+  __device__ __forceinline__ void arrive_at(int block) { at().arrive_at(block); }
   __device__ __forceinline__ void arrive_and_expect(int bytes) { at().arrive_and_expect(bytes); }
   __device__ __forceinline__ void arrive_after_copies() { at().arrive_after_copies(); }
   __device__ __forceinline__ void wait(uint32_t parity) { at().wait(parity); }
@@ -309,10 +316,10 @@ __device__ __forceinline__ void store_shared4(uint32_t address, uint4 x) {
 // Stores four 8 x 8 matrices of 16-bit elements, transposed: lane 4 g + t holds row g, columns 2 t
 // and 2 t + 1 of matrix i in words[i]; lane 8 i + c names the place, of 16 bytes, of column c.
 __device__ __forceinline__ void store_transposed(uint32_t place, const uint32_t (&words)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   place),
-               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
 }
 
 // ---- Launches ---------------------------------------------------------------------------------
