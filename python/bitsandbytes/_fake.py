@@ -366,6 +366,19 @@ def _(
     return A.new_empty(_matmul_shape("int8_scaled_mm", A, B), dtype=dtype or torch.float16)
 
 
+@register_fake("int8_linear")
+def _(
+    A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, threshold: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    op = "int8_linear"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    _check(CB.dtype == torch.int8, op, "CB", "int8", CB.dtype)
+    _check(CB.dim() == 2, op, "CB", "of shape [N, K]", CB.shape)
+    _check(A.shape[-1] == CB.shape[1], op, "A", f"[..., {CB.shape[1]}]", A.shape)
+    out = A.new_empty((*A.shape[:-1], CB.shape[0]))
+    return out, A.new_empty((A.shape[-1],), dtype=torch.bool) if threshold > 0 else None
+
+
 @register_fake("int8_mixed_scaled_mm")
 def _(
     A: Tensor,

@@ -86,6 +86,9 @@ SCHEMAS = (
     "Tensor? bias=None) -> Tensor",
     "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
     "ScalarType? dtype=None) -> Tensor",
+    # The layer: quantizes the rows of A. With a threshold, the mask of the outlier columns comes too.
+    "int8_linear(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.0) "
+    "-> (Tensor, Tensor?)",
     "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, "
     "Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)",
     # Optimizers: one call for a whole list of parameters

@@ -300,6 +300,18 @@ def _(device):
     ]
 
 
+@samples("int8_linear")
+def _(device):
+    _, b, _, col_stats = _int8(device)
+    x = torch.randn(6, 33, device=device)
+    x[2, 3] = 9
+    return [
+        (x, b, col_stats),
+        (x.half().view(2, 3, 33), b, col_stats, col_stats.half()),
+        (x.bfloat16(), b, col_stats, None, 6.0),
+    ]
+
+
 @samples("int8_mixed_scaled_mm")
 def _(device):
     a, b, row_stats, col_stats = _int8(device)
