@@ -87,12 +87,15 @@ template <int kRows, bool kKeep>
   Dot sums[kRows][kDotCols];
   const auto multiply = [&](int64_t k, const auto& load_b) __attribute__((always_inline)) {
     Bytes w[kDotCols];
+#pragma GCC unroll 8  // a loop would index the sums, which would then have to lie in memory
     for (int j = 0; j < kDotCols; ++j) {
       w[j] = add_dot_offset(load_b(j));
       if constexpr (kKeep) store_bytes(panel + k * kDotCols + j * kDotWidth, w[j]);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Bytes row = load_bytes(a + k * kRows + i * kDotWidth);
+#pragma GCC unroll 8
       for (int j = 0; j < kDotCols; ++j) sums[i][j] = multiply_add(sums[i][j], row, w[j]);
     }
   };

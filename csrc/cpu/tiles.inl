@@ -80,14 +80,20 @@ template <class Op, int kRows>
                                      const typename Op::Element* a, typename Op::Result* out) {
   constexpr int64_t vector = Op::kVector;
   typename Op::Sum sums[kRows][kDotCols];
+  // Loops would index the sums, which would then have to lie in memory.
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
     for (int j = 0; j < kDotCols; ++j) sums[i][j] = typename Op::Sum{};
   }
   for (int64_t k = 0; k < count; k += vector) {
     typename Op::Vector w[kDotCols];
+#pragma GCC unroll 8
     for (int j = 0; j < kDotCols; ++j) w[j] = Op::load_vector(panel + k * kDotCols + j * vector);
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const typename Op::Vector row = Op::load_vector(a + k * kRows + i * vector);
+#pragma GCC unroll 8
       for (int j = 0; j < kDotCols; ++j) sums[i][j] = Op::add_products(sums[i][j], row, w[j]);
     }
   }

@@ -61,9 +61,13 @@ __global__ void __launch_bounds__(kThreads)
     for (int w = 0; w < kWords; ++w) {
       int x[kThreadTile];
       int y[kThreadTile];
+#pragma unroll
       for (int i = 0; i < kThreadTile; ++i) x[i] = tile_a[thread_row() + kStride * i][w];
+#pragma unroll
       for (int j = 0; j < kThreadTile; ++j) y[j] = tile_b[thread_col() + kStride * j][w];
+#pragma unroll
       for (int i = 0; i < kThreadTile; ++i) {
+#pragma unroll
         for (int j = 0; j < kThreadTile; ++j) sums[i][j] = dot4(x[i], y[j], sums[i][j]);
       }
     }
@@ -80,8 +84,10 @@ struct StoreSums {
 
   __device__ __forceinline__ void operator()(const Sums& sums, int64_t first_row,
                                              int64_t first_col) const {
+#pragma unroll
     for (int i = 0; i < kThreadTile; ++i) {
       const int64_t row = first_row + thread_row() + kStride * i;
+#pragma unroll
       for (int j = 0; j < kThreadTile; ++j) {
         const int64_t col = first_col + thread_col() + kStride * j;
         if (row < m && col < n) out[row * n + col] = sums[i][j];
@@ -131,7 +137,9 @@ __device__ __forceinline__ void add_outliers(const Int8ScaledMatmul& args, int64
     }
     __syncthreads();
     for (int place = 0; place < min(kBatch, count - first); ++place) {
+#pragma unroll
       for (int i = 0; i < kThreadTile; ++i) {
+#pragma unroll
         for (int j = 0; j < kThreadTile; ++j) {
           added[i][j] = __fmaf_rn(values[thread_row() + kStride * i][place],
                                   weights[thread_col() + kStride * j][place], added[i][j]);
@@ -151,10 +159,12 @@ struct ScaleSums {
                                              int64_t first_col) const {
     float added[kThreadTile][kThreadTile] = {};
     if (args.outliers != nullptr) add_outliers<T>(args, first_row, first_col, added);
+#pragma unroll
     for (int i = 0; i < kThreadTile; ++i) {
       const int64_t row = first_row + thread_row() + kStride * i;
       if (row >= args.m) continue;
       const float row_scale = __fmul_rn(args.row_stats[row], kInt8Product);
+#pragma unroll
       for (int j = 0; j < kThreadTile; ++j) {
         const int64_t col = first_col + thread_col() + kStride * j;
         if (col >= args.n) continue;
@@ -178,8 +188,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first_row = from_row + int64_t{blockIdx.y} * kTileM;
   const int64_t first_col = int64_t{blockIdx.x} * kTileN;
   Sums sums = {};
+#pragma unroll
   for (int i = 0; i < kThreadTile; ++i) {
     const int64_t row = first_row + thread_row() + kStride * i;
+#pragma unroll
     for (int j = 0; j < kThreadTile; ++j) {
       const int64_t col = first_col + thread_col() + kStride * j;
       if (row < finish.args.m && col < finish.args.n) {

@@ -86,7 +86,7 @@ SCHEMAS = (
     "Tensor? bias=None) -> Tensor",
     "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
     "ScalarType? dtype=None) -> Tensor",
-    # The layer: quantizes the rows of A. With a threshold, the mask of the outlier columns comes too.
+    # The layer: quantizes the rows of A. With a threshold comes the mask of the outlier columns, too.
     "int8_linear(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.0) "
     "-> (Tensor, Tensor?)",
     "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, "

@@ -228,7 +228,10 @@ BNB_HD int32_t reduce_max(Int a) { return _mm512_reduce_max_epi32(a.v); }
 inline constexpr int kDotWidth = 64;
 inline constexpr int kDotOffset = 128;
 struct Dot {
-  __m512i v = _mm512_setzero_si512();
+  // Sixteen ints, not __m512i: GCC 12 copies sums around where it sees one as the other in a loop.
+  using Lanes [[gnu::vector_size(64)]] = int32_t;
+  Lanes v = {};
+  __m512i all() const { return reinterpret_cast<__m512i>(v); }
 };
 struct Bytes {
   __m512i v;
@@ -240,14 +243,14 @@ BNB_HD Bytes add_dot_offset(Bytes x) {
   return {_mm512_xor_si512(x.v, _mm512_set1_epi8(static_cast<char>(kDotOffset)))};
 }
 BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) {
-  return {_mm512_dpbusd_epi32(acc.v, b.v, a.v)};
+  return {reinterpret_cast<Dot::Lanes>(_mm512_dpbusd_epi32(acc.all(), b.v, a.v))};
 }
-BNB_HD int32_t reduce_add(Dot acc) { return _mm512_reduce_add_epi32(acc.v); }
+BNB_HD int32_t reduce_add(Dot acc) { return _mm512_reduce_add_epi32(acc.all()); }
 BNB_HD void reduce_add4(const Dot (&x)[4], uint32_t* out) {
-  const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0].v, x[1].v),
-                                         _mm512_unpackhi_epi32(x[0].v, x[1].v));
-  const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2].v, x[3].v),
-                                          _mm512_unpackhi_epi32(x[2].v, x[3].v));
+  const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0].all(), x[1].all()),
+                                         _mm512_unpackhi_epi32(x[0].all(), x[1].all()));
+  const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2].all(), x[3].all()),
+                                          _mm512_unpackhi_epi32(x[2].all(), x[3].all()));
   const __m512i sums =
       _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
   const __m256i half =
