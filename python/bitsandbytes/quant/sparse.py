@@ -161,7 +161,9 @@ def _product(name: str, A: COOSparseTensor | Tensor, B: Tensor) -> Tensor:
     """Returns the float32 product of a sparse and a dense matrix."""
     if not isinstance(A, Tensor):
         index = torch.stack([A.rowidx, A.colidx]).long()
-        A = torch.sparse_coo_tensor(index, A.values, (A.rows, A.cols), check_invariants=False)
+        # Checking indices on a device would wait for it.
+        on_cpu = index.device.type == "cpu"
+        A = torch.sparse_coo_tensor(index, A.values, (A.rows, A.cols), check_invariants=on_cpu)
     check(B.dim() == 2, name, "B", "a matrix", f"shape {list(B.shape)}")
     check(A.shape[1] == B.shape[0], name, "B", f"[{A.shape[1]}, N]", list(B.shape))
     with full_precision(B.device):

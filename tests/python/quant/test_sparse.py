@@ -45,7 +45,7 @@ def test_spmm(device, rows, cols, nnz, dtype):
     assert F.spmm_coo(coo, B, out) is out
     assert_near(out, want, dtype, size)
     places = torch.stack([coo.rowidx, coo.colidx]).long()
-    tensor = torch.sparse_coo_tensor(places, coo.values, (rows, cols))
+    tensor = torch.sparse_coo_tensor(places, coo.values, (rows, cols), check_invariants=True)
     assert_near(F.spmm_coo(tensor, B), want, dtype, size)
     assert_near(F.spmm_coo_very_sparse(tensor, B), want, dtype, size)
     assert_near(F.spmm_coo_very_sparse(coo, B), want, dtype, size)
@@ -73,6 +73,14 @@ def test_very_sparse_adds_the_product_of_codes(device):
     assert_near(plain, dense @ numpy(codes), torch.float16, np.abs(dense) @ np.abs(numpy(codes)))
 
 
+def test_places_outside_are_refused_on_the_cpu():
+    index = torch.tensor([3], dtype=torch.int32)
+    coo = F.COOSparseTensor(3, 4, 1, index, index, torch.ones(1))
+    with pytest.raises(RuntimeError, match="size is inconsistent with indices"):
+        F.spmm_coo(coo, torch.ones(4, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "nnz"), [(7, 11, 20), (4, 9, 0), (3, 3, 9)])
 def test_rows_and_columns(device, rows, cols, nnz, shuffled):
