@@ -86,7 +86,10 @@ class Linear8bitLt(Module8bit, nn.Linear):
 
     def init_8bit_state(self) -> None:
         """Moves the codes and statistics of the parameter into :attr:`state`."""
-        self.state.CB, self.state.SCB = self.weight.CB, self.weight.SCB
+        self.state.CB = self.weight.CB
+        # A parameter that was moved by hand after a forward has left its statistics behind.
+        if self.weight.SCB is not None:
+            self.state.SCB = self.weight.SCB
         self.weight.CB = self.weight.SCB = None
 
     def _sync_state(self) -> None:
@@ -97,10 +100,10 @@ class Linear8bitLt(Module8bit, nn.Linear):
         elif weight.dtype == torch.int8:
             if getattr(weight, "SCB", None) is not None:
                 state.CB, state.SCB, weight.SCB = weight.data, weight.SCB, None
-            if state.SCB is None:
-                raise RuntimeError(
-                    "Linear8bitLt: the weight is int8 but its statistics (SCB) are missing: load "
-                    "a checkpoint that holds SCB, or assign an Int8Params made with SCB"
-                )
         elif not state.has_fp16_weights and state.CB is not None:
             state.reset_grads()
+        if weight.dtype == torch.int8 and state.SCB is None:
+            raise RuntimeError(
+                "Linear8bitLt: the weight is int8 but its statistics (SCB) are missing: load a "
+                "checkpoint that holds SCB, or assign an Int8Params made with SCB"
+            )
