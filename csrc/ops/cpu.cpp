@@ -115,23 +115,56 @@ struct Cpu {
     cpu::estimate_quantiles(args, threads());
   }
 
+  static void list_outliers(const Int8VectorwiseQuant& args) {
+    int32_t count = 0;
+    for (int64_t i = 0; i < args.cols; ++i) {
+      if (args.outlier_mask[i] != 0) args.outliers[++count] = static_cast<int32_t>(i);
+    }
+    args.outliers[0] = count;
+  }
+
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope&) {
     const cpu::Kernels& kernels = cpu::kernels();
     parallel(args.rows, args.cols,
              [&](int64_t first, int64_t last) { kernels.int8_row_stats(args, first, last); });
+    if (args.outliers != nullptr) list_outliers(args);
     // A row needs the outlier columns of all rows.
     parallel(args.rows, args.cols,
              [&](int64_t first, int64_t last) { kernels.int8_quantize_rows(args, first, last); });
   }
 
-  static bool library_int8_matmul(const Tensor&, const Tensor&, const Tensor&, int64_t) {
-    return false;
+  static constexpr bool kInt8Library = false;
+
+  template <class Arguments>
+  static int64_t int8_workspace_bytes(const Arguments& args) {
+    return Workspace(cpu::kernels().int8_matmul_space(args.m, args.k)).bytes;
+  }
+  static int64_t workspace_bytes(const Int8Matmul& args) { return int8_workspace_bytes(args); }
+  static int64_t workspace_bytes(const Int8ScaledMatmul& args) {
+    return int8_workspace_bytes(args);
   }
 
-  static void int8_linear_matmul(const Int8Matmul& args, const Scope&) {
+  // `multiply`: a kernel for panels.
+  template <class Arguments>
+  static void int8_product(const Arguments& args, void* memory,
+                           void (*multiply)(const Arguments&, const void*, void*, int64_t,
+                                            int64_t)) {
     const cpu::Kernels& kernels = cpu::kernels();
-    parallel(args.n, args.m * args.k,
-             [&](int64_t first, int64_t last) { kernels.int8_linear_matmul(args, first, last); });
+    run_product(
+        Workspace(kernels.int8_matmul_space(args.m, args.k)), memory, args.m, args.k,
+        ceil_div(args.n, cpu::kGemmPanel), cpu::kGemmPanel * args.k * args.m,
+        [&](int64_t first, int64_t last) {
+          kernels.int8_matmul_stage(args.a, args.m, args.k, memory, first, last);
+        },
+        [&](void* panel, int64_t first, int64_t last) {
+          multiply(args, memory, panel, first, last);
+        });
+  }
+  static void int8_linear_matmul(const Int8Matmul& args, void* memory, const Scope&) {
+    int8_product(args, memory, cpu::kernels().int8_linear_matmul);
+  }
+  static void int8_scaled_matmul(const Int8ScaledMatmul& args, void* memory, const Scope&) {
+    int8_product(args, memory, cpu::kernels().int8_scaled_matmul);
   }
 
   static void int8_mm_dequant(const Int8MmDequant& args, const Scope&) {

@@ -823,9 +823,9 @@ def test_int8_overflow(device):
 
 @rule(
     "int8-mixed",
-    "With outlier columns, the product of the remaining columns and that of the outlier columns "
-    "(f32 activations times codes, times `SCB / 127`) are added in f32, then the bias, then there "
-    "is one rounding.",
+    "With outlier columns, their products (f32 activations times codes, one after the other in the "
+    "order of the columns) are multiplied by `SCB / 127` and added to the bias in f32, then the "
+    "product of the remaining columns is added, and there is one rounding.",
 )
 def test_int8_with_outlier_columns(device):
     # All numbers are whole, so that only the last rounding is one.
