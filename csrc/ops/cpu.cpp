@@ -7,7 +7,6 @@
 #include "cpu/dispatch.h"
 #include "cpu/quantiles.h"
 #include "cpu/quantize.h"
-#include "ops/gemm_4bit.h"
 #include "ops/registration.h"
 
 namespace bnb::ops {
@@ -270,9 +269,6 @@ struct Cpu {
 }  // namespace
 }  // namespace bnb::ops
 
-STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) {
-  bnb::ops::register_ops<bnb::ops::Cpu>(m);
-  bnb::ops::register_gemm_4bit_ops<bnb::ops::Cpu>(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(bitsandbytes, CPU, m) { bnb::ops::register_ops<bnb::ops::Cpu>(m); }
 
 BNB_EXPORT_STEP_PLANS(bnb::ops::Cpu)

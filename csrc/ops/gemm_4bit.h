@@ -47,9 +47,11 @@ class WeightTensors {
         ScaleTensors(op_, like_, blocks(), *codes, *code, absmax, number, kNestedBlock).in_order();
   }
 
-  Weight4bit pointers(const float* levels) const {
+  // Levels: those of `code`, or of a table that has no name (Code4::kCount).
+  Weight4bit pointers(Code4 code, const float* levels) const {
     return {static_cast<const uint8_t*>(codes_.const_data_ptr()),
             scales_->pointers(),
+            code,
             levels,
             n,
             k,
@@ -120,7 +122,7 @@ Tensor gemm_4bit(const Tensor& a, const Tensor& b, const Shape& shape, const Ten
     check_numel(op, "bias", *bias, weight.n);
   }
   Tensor out = new_empty(a, product_shape(a, weight.n), a.scalar_type());
-  gemm_4bit_into<Backend>(a, rows, weight.pointers(Backend::levels(code)), bias, dtype, out);
+  gemm_4bit_into<Backend>(a, rows, weight.pointers(code, Backend::levels(code)), bias, dtype, out);
   return out;
 }
 
@@ -139,8 +141,9 @@ Tensor gemm_4bit_dgrad(const Tensor& grad, const Tensor& b, const Shape& shape,
   Tensor out = new_empty(grad, product_shape(grad, weight.k), grad.scalar_type());
   if (out.numel() == 0) return out;
   const Tensor source = in_order(grad);
-  const Gemm4bitDgrad args{dtype, source.const_data_ptr(), weight.pointers(Backend::levels(code)),
-                           out.mutable_data_ptr(), rows};
+  const Gemm4bitDgrad args{dtype, source.const_data_ptr(),
+                           weight.pointers(code, Backend::levels(code)), out.mutable_data_ptr(),
+                           rows};
   run_product<Backend, Gemm4bitDgrad>(grad, args, &Backend::gemm_4bit_dgrad);
   return out;
 }
@@ -162,8 +165,8 @@ void gemv_4bit_out(const Tensor& a, const Tensor& b, const Shape& shape, const T
   check_contiguous(op, "out", out);
   check_same_device(op, "out", out, "A", a);
   const Tensor levels = in_order(code);
-  gemm_4bit_into<Backend>(a, rows, weight.pointers(levels.const_data_ptr<float>()), std::nullopt,
-                          dtype, out);
+  gemm_4bit_into<Backend>(a, rows, weight.pointers(Code4::kCount, levels.const_data_ptr<float>()),
+                          std::nullopt, dtype, out);
 }
 
 template <class Backend>
@@ -174,15 +177,6 @@ Tensor gemv_4bit(const Tensor& a, const Tensor& b, const Shape& shape, const Ten
                          a.scalar_type());
   gemv_4bit_out<Backend>(a, b, shape, absmax, code, block_size, out);
   return out;
-}
-
-// Backends with kernels of their own for these products. Elsewhere those of plain PyTorch serve.
-template <class Backend, class Library>
-void register_gemm_4bit_ops(Library& m) {
-  m.impl("gemm_4bit", TORCH_BOX(&gemm_4bit<Backend>));
-  m.impl("gemm_4bit_dgrad", TORCH_BOX(&gemm_4bit_dgrad<Backend>));
-  m.impl("gemv_4bit", TORCH_BOX(&gemv_4bit<Backend>));
-  m.impl("gemv_4bit.out", TORCH_BOX(&gemv_4bit_out<Backend>));
 }
 
 }  // namespace bnb::ops

@@ -33,6 +33,20 @@ struct GpuBackend {
   static void dequantize_4bit(const Dequantize4bit& args, const Scope& scope) {
     gpu::dequantize_4bit(args, scope.stream());
   }
+  // Kernels know the levels by the name of the code.
+  static const float* levels(Code4) { return nullptr; }
+  static int64_t workspace_bytes(const Gemm4bit& args) {
+    return gpu::gemm_4bit_workspace_bytes(args);
+  }
+  static void gemm_4bit(const Gemm4bit& args, void* workspace, const Scope& scope) {
+    gpu::gemm_4bit(args, workspace, scope.stream());
+  }
+  static int64_t workspace_bytes(const Gemm4bitDgrad& args) {
+    return gpu::gemm_4bit_dgrad_workspace_bytes(args);
+  }
+  static void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, const Scope& scope) {
+    gpu::gemm_4bit_dgrad(args, workspace, scope.stream());
+  }
   static int64_t quantile_workspace_bytes(DType dtype) {
     return gpu::quantile_workspace_bytes(dtype);
   }

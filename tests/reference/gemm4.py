@@ -8,7 +8,7 @@ import numpy as np
 
 from . import codes4
 
-__all__ = ["closeness", "nested_scales", "product", "weight"]
+__all__ = ["closeness", "nested_scales", "product", "weight", "weight_rounding"]
 
 SIGNIFICAND = {"float32": 24, "float16": 11, "bfloat16": 8}
 
@@ -45,3 +45,15 @@ def closeness(result, size, terms: int, dtype: str) -> np.ndarray:
     """
     rounding = np.abs(result) * 2.0 ** -SIGNIFICAND[dtype] + 2.0**-25
     return rounding + size * 2.0**-24 * (2 + 4 * np.sqrt(terms))
+
+
+def weight_rounding(a, b, dtype: str):
+    """Returns how far a product may be off for weights of which `dtype` holds a rounding.
+
+    Each may be off by half a unit in the last place, up or down: a random walk, of at most twice
+    its steps.
+    """
+    if dtype == "float32":
+        return 0.0
+    steps = np.sqrt(np.square(np.float64(a)) @ np.square(np.float64(b)))
+    return 2 * 2.0 ** -SIGNIFICAND[dtype] * steps

@@ -18,6 +18,12 @@
 #define BNB_NOINLINE __noinline__
 // Shared memory beyond the static one, as much as the launch asked for.
 #define BNB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#define BNB_CLUSTERS 1
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define BNB_HOPPER 1
+#else
+#define BNB_HOPPER 0
+#endif
 
 namespace bnb::gpu {
 

@@ -13,6 +13,8 @@
 #define BNB_LAUNCH_BOUNDS(threads, blocks)
 #define BNB_NOINLINE __attribute__((noinline))
 #define BNB_DYNAMIC_SHARED(name) char* const name = ::bnb::gpu::emulated::dynamic_shared()
+#define BNB_CLUSTERS 0
+#define BNB_HOPPER 0
 // Few tensors a launch, so that lists take several.
 #define BNB_KERNEL_ARGUMENT_BYTES 1024
 

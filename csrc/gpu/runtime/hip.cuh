@@ -47,6 +47,8 @@
 #define BNB_KERNEL_ARGUMENT_BYTES 3840
 #define BNB_NOINLINE __noinline__
 #define BNB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
+#define BNB_CLUSTERS 0
+#define BNB_HOPPER 0
 
 namespace bnb::gpu {
 

@@ -21,6 +21,9 @@
 //   BNB_LAUNCH_BOUNDS(threads, blocks)   of a block; of blocks that shall fit a multiprocessor
 //   BNB_DYNAMIC_SHARED(name)        declares the shared memory that the launch asked for
 //   BNB_KERNEL_ARGUMENT_BYTES       what a launch may pass to a kernel
+//   BNB_CLUSTERS                    1 where the host can launch clusters of blocks
+//   BNB_HOPPER                      1 where kernels may have the instructions of sm_90a: in CUDA's
+//                                   pass for the host, and in that for this target
 // SPDX-License-Identifier: MIT
 #pragma once
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "bitsandbytes/code/registry4.h"
 #include "bitsandbytes/kernels/common.h"
 #include "bitsandbytes/kernels/quantize.h"
 
@@ -14,14 +15,15 @@ namespace bnb {
 struct Weight4bit {
   const uint8_t* codes;  // [ceil(n k / 2)]
   Scales scales;         // of ceil(n k / block_size) blocks
-  const float* levels;   // [16] by code
+  Code4 code;            // names the levels; kCount: they have no name
+  const float* levels;   // [16] by code; a GPU reads them where they have no name
   int64_t n;
   int64_t k;
   int64_t block_size;  // a power of two from 32 to 4096
 };
 
-// out = a w^T + bias, where w is level * scale rounded to dtype. Sums are made in float and rounded
-// once.
+// out = a w^T + bias, where w is level * scale: rounded to dtype on a CPU, closer to the product on
+// a GPU. Sums are made in float and rounded once.
 struct Gemm4bit {
   DType dtype;
   const void* a;  // [m, k] of dtype
@@ -31,7 +33,7 @@ struct Gemm4bit {
   int64_t m;
 };
 
-// out = grad w, for the backward pass; rounding as above.
+// out = grad w, for the backward pass; rounding as above, or of w to dtype.
 struct Gemm4bitDgrad {
   DType dtype;
   const void* grad;  // [m, n] of dtype
@@ -40,4 +42,15 @@ struct Gemm4bitDgrad {
   int64_t m;
 };
 
+namespace gpu {
+
+// The products of a GPU. `workspace` has the bytes that *_workspace_bytes() names, and holds
+// nothing before or after.
+int64_t gemm_4bit_workspace_bytes(const Gemm4bit& args);
+void gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream);
+
+int64_t gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad& args);
+void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream);
+
+}  // namespace gpu
 }  // namespace bnb

@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 from bitsandbytes.autograd import _functions
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from reference import codes4
+from reference.gemm4 import weight_rounding
 from reference.linear import closeness
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -44,8 +45,8 @@ def numpy(tensor):
     return tensor.detach().cpu().double().numpy()
 
 
-def assert_near(tensor, expected, *terms):
-    bound = closeness(SIGNIFICAND[tensor.dtype], expected, *terms)
+def assert_near(tensor, expected, *terms, slack=0.0):
+    bound = closeness(SIGNIFICAND[tensor.dtype], expected, *terms) + slack
     assert (np.abs(numpy(tensor) - expected) <= bound).all()
 
 
@@ -61,15 +62,19 @@ def test_signature():
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_gradients_match_specification(device, dtype, quant_type, nested):
+def test_forward_and_gradients_match_specification(device, gpu_kernels, dtype, quant_type, nested):
+    # Kernels of a GPU round the weight in ways of their own.
+    name = str(dtype).removeprefix("torch.") if gpu_kernels else "float32"
+    rounded = torch.float32 if gpu_kernels else dtype
     packed, state = packed_weight(device, quant_type=quant_type, nested=nested)
     a = torch.randn(2, 3, 40, device=device).to(dtype).requires_grad_()
     bias = torch.randn(9, device=device).to(dtype).requires_grad_()
     out = bnb.matmul_4bit(a, packed, state, bias=bias)
     assert out.dtype == dtype and out.shape == (2, 3, 9)
-    weight, exact = numbers(packed, state, dtype), numpy(a)
+    weight, exact = numbers(packed, state, rounded), numpy(a)
     size = np.abs(exact) @ np.abs(weight.T)
-    assert_near(out, exact @ weight.T + numpy(bias), 5 * size, numpy(bias))
+    slack = weight_rounding(exact, weight.T, name)
+    assert_near(out, exact @ weight.T + numpy(bias), 5 * size, numpy(bias), slack=slack)
     with torch.no_grad():
         assert torch.equal(bnb.matmul_4bit(a, packed, state, bias=bias), out)
 
@@ -77,7 +82,8 @@ def test_forward_and_gradients_match_specification(device, dtype, quant_type, ne
     out.backward(grad)
     assert a.grad.dtype == dtype and bias.grad.dtype == dtype
     exact = numpy(grad)
-    assert_near(a.grad, exact @ weight, 2 * np.abs(exact) @ np.abs(weight))
+    slack = weight_rounding(exact, weight, name)
+    assert_near(a.grad, exact @ weight, 2 * np.abs(exact) @ np.abs(weight), slack=slack)
     assert_near(bias.grad, exact.sum((0, 1)), np.abs(exact).sum((0, 1)))
 
 

@@ -1,0 +1,15 @@
+// The product with a 4-bit weight: which kernel makes it.
+// SPDX-License-Identifier: MIT
+#include "bitsandbytes/kernels/gemm_4bit.h"
+#include "gpu/gemm/simt.cuh"
+
+namespace bnb::gpu {
+
+int64_t gemm_4bit_workspace_bytes(const Gemm4bit&) { return 0; }
+
+void gemm_4bit(const Gemm4bit& args, void*, Stream stream) {
+  by_type(args.dtype, args.weight.scales.nested(),
+          [&]<class T, bool kNested>() { simt_gemm_4bit<T, kNested>(args, stream); });
+}
+
+}  // namespace bnb::gpu
