@@ -199,7 +199,7 @@ struct TransactionBarrier {
   __device__ __forceinline__ void arrive_at(int block) {
     asm volatile(
         "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(
             shared_address(&state)),
         "r"(block)
         : "memory");
