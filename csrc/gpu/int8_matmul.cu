@@ -5,6 +5,8 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/int8.h"
 #include "gpu/device/vector_io.cuh"
+#include "gpu/int8/dtype.cuh"
+#include "gpu/int8/wgmma.h"
 #include "gpu/runtime/check.h"
 
 namespace bnb::gpu {
@@ -95,21 +97,6 @@ struct StoreSums {
     }
   }
 };
-
-__device__ __forceinline__ float read_as_float(DType dtype, const void* p, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return widen(static_cast<const Half*>(p)[i]);
-    case DType::kBFloat16:
-      return widen(static_cast<const BFloat16*>(p)[i]);
-    default:
-      return static_cast<const float*>(p)[i];
-  }
-}
-
-__device__ __forceinline__ float bias_at(const void* bias, DType dtype, int64_t col) {
-  return bias != nullptr ? read_as_float(dtype, bias, col) : 0.0f;
-}
 
 // Adds the products of outlier columns, without the scale of the weight. All threads of the block
 // take part; a batch of columns lies in shared memory.
@@ -238,19 +225,6 @@ __global__ void __launch_bounds__(kThreads) int8_mm_dequant_kernel(const Int8MmD
   }
 }
 
-// A null pointer with the type of elements.
-template <class Body>
-void by_dtype(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return body(static_cast<Half*>(nullptr));
-    case DType::kBFloat16:
-      return body(static_cast<BFloat16*>(nullptr));
-    default:
-      return body(static_cast<float*>(nullptr));
-  }
-}
-
 }  // namespace
 
 void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
@@ -258,6 +232,7 @@ void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
 }
 
 void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream) {
+  if (wgmma_int8_serves(args)) return wgmma_int8(args, stream);
   by_dtype(args.dtype, [&]<class T>(T*) {
     matmul(args.a, args.b, args.m, args.n, args.k, ScaleSums<T>{args}, stream);
   });

@@ -106,6 +106,14 @@ __device__ __forceinline__ uint32_t address_in_block(uint32_t shared, int block)
   return there;
 }
 
+__device__ __forceinline__ uint4 load_in_cluster(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_in_cluster(uint32_t address, const float (&x)[4]) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]),
                "f"(x[1]), "f"(x[2]), "f"(x[3])

@@ -81,6 +81,11 @@ __device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 template <int kCount>
+__device__ __forceinline__ void wgmma_hold(int (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
+}
+template <int kCount>
 __device__ __forceinline__ void wgmma_hold(uint32_t (&a)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
@@ -144,6 +149,61 @@ struct Wgmma;
 BNB_WGMMAS(BFloat16, "bf16");
 BNB_WGMMAS(Half, "f16");
 
+// ---- Products of two operands in shared memory ------------------------------------------------
+
+// d = a b, plus d where `accumulate`; A [64, 32 bytes of k] and B [n, 32 bytes of k] by descriptors,
+// both with K as the inner dimension. Integers in 32 bits, exact, without saturation.
+template <int kN>
+struct WgmmaInt8;
+template <class T, int kN>
+struct WgmmaShared;
+
+#define BNB_I8(i)                                                                             \
+  "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
+      "+r"(d[i + 6]), "+r"(d[i + 7])
+#define BNB_I16(i) BNB_I8(i), BNB_I8(i + 8)
+#define BNB_I32(i) BNB_I16(i), BNB_I16(i + 16)
+#define BNB_I64(i) BNB_I32(i), BNB_I32(i + 32)
+#define BNB_I128(i) BNB_I64(i), BNB_I64(i + 64)
+
+// A, B, ACC: the numbers of the operands after d.
+#define BNB_WGMMA_SHARED(NAME, SUM, OPERANDS, IMMEDIATES, N, COUNT, A, B, ACC)                    \
+  __device__ __forceinline__ static void run(SUM(&d)[COUNT], uint64_t a, uint64_t b,              \
+                                             bool accumulate) {                                   \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ACC                                           \
+                 ", 0;\n"                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #N NAME " {" BNB_NAMES##COUNT "}, %" #A ", %" #B \
+                 ", p" IMMEDIATES ";}"                                                            \
+                 : OPERANDS##COUNT(0)                                                             \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                            \
+  }
+#define BNB_WGMMAS_SHARED(N, COUNT, A, B, ACC)                                                    \
+  template <>                                                                                     \
+  struct WgmmaInt8<N> {                                                                           \
+    BNB_WGMMA_SHARED("k32.s32.s8.s8", int, BNB_I, "", N, COUNT, A, B, ACC)                        \
+  };                                                                                              \
+  template <>                                                                                     \
+  struct WgmmaShared<BFloat16, N> {                                                               \
+    BNB_WGMMA_SHARED("k16.f32.bf16.bf16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)      \
+  };                                                                                              \
+  template <>                                                                                     \
+  struct WgmmaShared<Half, N> {                                                                   \
+    BNB_WGMMA_SHARED("k16.f32.f16.f16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)        \
+  }
+
+BNB_WGMMAS_SHARED(16, 8, 8, 9, 10);
+BNB_WGMMAS_SHARED(32, 16, 16, 17, 18);
+BNB_WGMMAS_SHARED(64, 32, 32, 33, 34);
+BNB_WGMMAS_SHARED(128, 64, 64, 65, 66);
+BNB_WGMMAS_SHARED(256, 128, 128, 129, 130);
+
+#undef BNB_WGMMAS_SHARED
+#undef BNB_WGMMA_SHARED
+#undef BNB_I128
+#undef BNB_I64
+#undef BNB_I32
+#undef BNB_I16
+#undef BNB_I8
 #undef BNB_WGMMAS
 #undef BNB_WGMMA
 #undef BNB_NAMES128
