@@ -371,6 +371,19 @@ __device__ __forceinline__ void store_shared4(uint32_t address, uint4 x) {
                : "memory");
 }
 
+// ---- Clusters ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// A barrier of all threads of the cluster.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
 // ---- Stores of transposed tiles ---------------------------------------------------------------
 
 // Stores four 8 x 8 matrices of 16-bit elements, transposed: lane 4 g + t holds row g, columns 2 t
