@@ -164,11 +164,13 @@ __device__ __forceinline__ void preview_tile(const Source<R, T, kFormat>& source
                                              const Step<R>& step, int64_t begin, Preview& sum) {
   constexpr int kPack = kPackSize<T>;
   constexpr int kTurn = kThreads * kPack;
+  constexpr int kTurns = kPreviewTile / kTurn;
+  constexpr int kTogether = R::kStates < 3 ? kTurns : 1;  // or registers run out
   constexpr bool kCodes = kFormat != StateFormat::kFloat32;
   float param_squares = 0.0f;
   float update_squares = 0.0f;
-#pragma unroll(R::kStates < 3 ? kPreviewTile / kTurn : 1)  // or registers run out
-  for (int turn = 0; turn < kPreviewTile / kTurn; ++turn) {
+#pragma unroll kTogether
+  for (int turn = 0; turn < kTurns; ++turn) {
     const int64_t i = begin + turn * kTurn + threadIdx.x * kPack;
     const int64_t left = source.tensor.n - i;
     if (!kWhole && left <= 0) break;
