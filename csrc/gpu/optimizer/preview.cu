@@ -165,7 +165,8 @@ __device__ __forceinline__ void preview_tile(const Source<R, T, kFormat>& source
   constexpr int kPack = kPackSize<T>;
   constexpr int kTurn = kThreads * kPack;
   constexpr int kTurns = kPreviewTile / kTurn;
-  constexpr int kTogether = R::kStates < 3 ? kTurns : 1;  // or registers run out
+  // With three states at a time, registers run out. (Not every compiler reads pragmas.)
+  [[maybe_unused]] constexpr int kTogether = R::kStates < 3 ? kTurns : 1;
   constexpr bool kCodes = kFormat != StateFormat::kFloat32;
   float param_squares = 0.0f;
   float update_squares = 0.0f;
