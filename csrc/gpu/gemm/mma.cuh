@@ -58,6 +58,10 @@ inline constexpr int kMmaLineWords = 64;
 inline constexpr int kMmaLines = 256;
 inline constexpr int kMmaTableBytes = 4 * kMmaLines * kMmaLineWords;
 
+// Rows of activations in shared memory lie so far apart that reading 8 of them at once, 64 bytes of
+// each, is spread over all banks.
+inline constexpr int kMmaPadding = 16;  // bytes
+
 struct MmaShape {
   int log2_block;
   int team_warps;
@@ -65,7 +69,8 @@ struct MmaShape {
 };
 
 // kQuads: the scales of a unit's blocks are neighbours, at a multiple of four.
-template <class T, int kColTiles, bool kNested, bool kQuads>
+// kStaged: there is room for the activations in shared memory.
+template <class T, int kColTiles, bool kNested, bool kQuads, bool kStaged>
 __global__ void __launch_bounds__(kMmaThreads, 1)
     gemm_4bit_mma_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                          BNB_GRID_CONSTANT const Levels4 levels, float multiple, MmaShape shape) {
@@ -104,31 +109,23 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     return row < n - kMmaRows ? row : n - kMmaRows;
   };
 
-  // What this warp reads next: its unit, the first element of the lane's first row there, and the
-  // codes that the lane reads first in both rows.
+  // What this warp reads next: its unit, and the first element of the lane's first row there.
   int next_item = static_cast<int>(blockIdx.x) * teams + team;
   int next_unit = of_team;
-  int64_t next_begin = 0;
-  const uint8_t* next_codes[2];
+  int64_t next_begin = (first_row(next_item) + group) * k + of_team * kMmaUnit;
   const int own_block = group % kMmaBlocks;
-  const auto begin_item = [&] {
-    next_unit = of_team;
-    next_begin = (first_row(next_item) + group) * k + of_team * kMmaUnit;
-    next_codes[0] = args.weight.codes + next_begin / 2 + place * 8 + own_block * (kMmaBlock / 2);
-    next_codes[1] = next_codes[0] + 4 * k;
-  };
-  begin_item();
-  const int64_t to_first = ((own_block ^ 1) - own_block) * (kMmaBlock / 2);
-  const int64_t to_second = ((own_block ^ 2) - own_block) * (kMmaBlock / 2);
+  const int own_byte = place * 8 + own_block * (kMmaBlock / 2);
+  const int to_first = ((own_block ^ 1) - own_block) * (kMmaBlock / 2);
+  const int to_second = ((own_block ^ 2) - own_block) * (kMmaBlock / 2);
   const auto load = [&](Unit& to) {
     to.there = next_item < items && next_unit < units;
     if (to.there) {
       const int64_t left = k - next_unit * int64_t{kMmaUnit};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint8_t* const high = next_codes[r] + to_second;
-        const uint8_t* const from[kMmaBlocks] = {next_codes[r], next_codes[r] + to_first, high,
-                                                 high + to_first};
+        const uint8_t* const low = args.weight.codes + (next_begin / 2 + own_byte) + r * (4 * k);
+        const uint8_t* const high = low + to_second;
+        const uint8_t* const from[kMmaBlocks] = {low, low + to_first, high, high + to_first};
 #pragma unroll
         for (int b = 0; b < kMmaBlocks; ++b) {
           // Behind the end of a row is nothing, or what a scale of zero takes out of the sum.
@@ -179,17 +176,30 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     }
     next_unit += team_warps;
     next_begin += team_warps * kMmaUnit;
-    next_codes[0] += team_warps * (kMmaUnit / 2);
-    next_codes[1] += team_warps * (kMmaUnit / 2);
     if (next_unit >= shape.turns * team_warps) {
       next_item += stride;
-      begin_item();
+      next_unit = of_team;
+      next_begin = (first_row(next_item) + group) * k + of_team * kMmaUnit;
     }
   };
   // By name, not in an array: copying one would wait for what it has asked for.
   Unit even;
   Unit odd;
   load(even);
+
+  const int64_t row_bytes = k * 2 + kMmaPadding;  // of activations in shared memory
+  if constexpr (kStaged) {
+    const int64_t cols =
+        args.m - first_col < kColTiles * kMmaCols ? args.m - first_col : kColTiles * kMmaCols;
+    const char* const from = static_cast<const char*>(args.a) + first_col * k * 2;
+    char* const to = memory + kMmaTableBytes;
+    for (int64_t col = 0; col < cols; ++col) {
+      for (int64_t i = thread * 16; i < k * 2; i += kMmaThreads * 16) {
+        start_copy<16>(to + col * row_bytes + i, from + col * k * 2 + i);
+      }
+    }
+    close_copy_group();
+  }
 
   // Two weights in a word, the first in the lower half, for every byte of codes; a copy for every
   // lane, whose words lie in a bank of their own, so that lookups never conflict.
@@ -201,6 +211,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     if (thread < kCodeLevels) scale_levels[thread] = scales.code[thread];
     offset = *scales.offset;
   }
+  if constexpr (kStaged) wait_copies<0>();
   __syncthreads();
 
   // The weights of byte `i` of a word of codes.
@@ -212,11 +223,13 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
 
   // Where this lane's rows of activations begin. Of rows that are not there it reads another one:
   // they make columns of their own, which nobody stores.
-  const T* a[kColTiles];
+  const char* a[kColTiles];
 #pragma unroll
   for (int c = 0; c < kColTiles; ++c) {
-    const int64_t col = first_col + c * kMmaCols + group;
-    a[c] = static_cast<const T*>(args.a) + (col < args.m ? col : args.m - 1) * k + place * 16;
+    const int64_t own = first_col + c * kMmaCols + group;
+    const int64_t col = own < args.m ? own : args.m - 1;
+    a[c] = kStaged ? memory + kMmaTableBytes + (col - first_col) * row_bytes + place * 32
+                   : static_cast<const char*>(args.a) + col * k * 2 + place * 32;
   }
 
   float sums[kColTiles][4] = {};
@@ -247,7 +260,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
       for (int c = 0; c < kColTiles; ++c) {
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-          const T* const at = a[c] + first + b * kMmaBlock + v * 8;
+          const char* const at = a[c] + (first + b * kMmaBlock) * 2 + v * 16;
           x[c][v] = inside ? *reinterpret_cast<const uint4*>(at) : uint4{0, 0, 0, 0};
         }
       }
@@ -365,21 +378,39 @@ inline int mma_team(int64_t n, int64_t units) {
   return best;
 }
 
-template <class T, int kColTiles, bool kNested, bool kQuads>
+template <int kColTiles>
+int64_t mma_staged_bytes(const Gemm4bit& args) {
+  return std::min<int64_t>(args.m, kColTiles * kMmaCols) * (args.weight.k * 2 + kMmaPadding);
+}
+
+template <class T, int kColTiles, bool kNested, bool kQuads, bool kStaged>
 void launch_mma(const Gemm4bit& args, Stream stream) {
-  const auto kernel = gemm_4bit_mma_kernel<T, kColTiles, kNested, kQuads>;
+  const auto kernel = gemm_4bit_mma_kernel<T, kColTiles, kNested, kQuads, kStaged>;
   const Weight4bit& w = args.weight;
   const int64_t units = ceil_div(w.k, kMmaUnit);
-  MmaShape shape{log2_of(w.block_size), kMmaWarps, 0};
-  shape.team_warps = mma_team(w.n, units);
+  MmaShape shape{log2_of(w.block_size), mma_team(w.n, units), 0};
   shape.turns = static_cast<int>(ceil_div(units, shape.team_warps));
   const int64_t rounds = ceil_div(w.n, kMmaRows * (kMmaWarps / shape.team_warps));
-  const int blocks = static_cast<int>(std::min<int64_t>(rounds, multiprocessors()));
-  const dim3 grid(static_cast<unsigned>(blocks),
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(rounds, multiprocessors())),
                   static_cast<unsigned>(ceil_div(args.m, kColTiles * kMmaCols)));
-  allow_shared(reinterpret_cast<const void*>(kernel), kMmaTableBytes);
-  launch("gemm_4bit_mma_kernel", kernel, grid, kMmaThreads, kMmaTableBytes, stream, args,
-         Levels4(w), level_multiple<T>(w.code), shape);
+  const int bytes =
+      kMmaTableBytes + static_cast<int>(kStaged ? mma_staged_bytes<kColTiles>(args) : 0);
+  allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+  launch("gemm_4bit_mma_kernel", kernel, grid, kMmaThreads, bytes, stream, args, Levels4(w),
+         level_multiple<T>(w.code), shape);
+}
+
+template <class T, int kColTiles, bool kNested, bool kQuads>
+void launch_mma(const Gemm4bit& args, Stream stream) {
+  constexpr int kStatic = kNested ? 4 * kCodeLevels : 0;
+  const int64_t room = most_shared_bytes() - kStatic - kMmaTableBytes;
+  // More rows would rarely find it.
+  if constexpr (kColTiles == 1) {
+    if (mma_staged_bytes<kColTiles>(args) <= room) {
+      return launch_mma<T, kColTiles, kNested, kQuads, true>(args, stream);
+    }
+  }
+  launch_mma<T, kColTiles, kNested, kQuads, false>(args, stream);
 }
 
 template <class T, int kColTiles, bool kNested>
@@ -388,10 +419,9 @@ void launch_mma(const Gemm4bit& args, Stream stream) {
   const Scales& s = w.scales;
   const bool aligned = s.nested() ? is_aligned(s.codes, kMmaBlocks) && s.block_size >= kMmaBlocks
                                   : is_aligned(s.absmax, 4 * kMmaBlocks);
-  if (w.block_size == kMmaBlock && w.k % kMmaUnit == 0 && aligned) {
-    return launch_mma<T, kColTiles, kNested, true>(args, stream);
-  }
-  launch_mma<T, kColTiles, kNested, false>(args, stream);
+  w.block_size == kMmaBlock&& w.k % kMmaUnit == 0 && aligned
+      ? launch_mma<T, kColTiles, kNested, true>(args, stream)
+      : launch_mma<T, kColTiles, kNested, false>(args, stream);
 }
 
 template <class T, bool kNested>
