@@ -182,10 +182,27 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
       next_begin = (first_row(next_item) + group) * k + of_team * kMmaUnit;
     }
   };
-  // By name, not in an array: copying one would wait for what it has asked for.
-  Unit even;
-  Unit odd;
-  load(even);
+  // The same with its blocks in order. Whoever takes it waits for it: only then is there room to
+  // ask for another.
+  const auto take = [&](const Unit& from) {
+    Unit to = from;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Bit by bit of the row's number.
+      uint2 half[kMmaBlocks];
+#pragma unroll
+      for (int b = 0; b < kMmaBlocks; ++b) {
+        half[b] = (group & 1) != 0 ? from.codes[r][b ^ 1] : from.codes[r][b];
+      }
+#pragma unroll
+      for (int b = 0; b < kMmaBlocks; ++b) {
+        to.codes[r][b] = (group & 2) != 0 ? half[b ^ 2] : half[b];
+      }
+    }
+    return to;
+  };
+  Unit asked;
+  load(asked);
 
   const int64_t row_bytes = k * 2 + kMmaPadding;  // of activations in shared memory
   if constexpr (kStaged) {
@@ -233,25 +250,11 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   }
 
   float sums[kColTiles][4] = {};
-  // Every warp of a block of threads does so at any time, so that the compiler sees all lanes
-  // together: a unit that is not there has scales of zero.
+  // A warp without a unit does so too, with scales of zero: then the compiler knows that all lanes
+  // come here together, and addresses the table with one register for all of them.
   const auto multiply = [&](const Unit& now, int unit) {
     const int first = unit < units ? unit * kMmaUnit : 0;
     const int64_t left = k - first;
-    uint2 codes[2][kMmaBlocks];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // Blocks in order: bit by bit of the row's number.
-      uint2 half[kMmaBlocks];
-#pragma unroll
-      for (int b = 0; b < kMmaBlocks; ++b) {
-        half[b] = (group & 1) != 0 ? now.codes[r][b ^ 1] : now.codes[r][b];
-      }
-#pragma unroll
-      for (int b = 0; b < kMmaBlocks; ++b) {
-        codes[r][b] = (group & 2) != 0 ? half[b ^ 2] : half[b];
-      }
-    }
 #pragma unroll
     for (int b = 0; b < kMmaBlocks; ++b) {
       const bool inside = kQuads || b * kMmaBlock < left;
@@ -267,8 +270,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
       float products[kColTiles][4] = {};
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        const uint32_t g0 = s < 2 ? codes[0][b].x : codes[0][b].y;
-        const uint32_t g8 = s < 2 ? codes[1][b].x : codes[1][b].y;
+        const uint32_t g0 = s < 2 ? now.codes[0][b].x : now.codes[0][b].y;
+        const uint32_t g8 = s < 2 ? now.codes[1][b].x : now.codes[1][b].y;
         const int byte = s % 2 * 2;
         const uint32_t w[4] = {lookup(g0, byte), lookup(g8, byte), lookup(g0, byte + 1),
                                lookup(g8, byte + 1)};
@@ -305,13 +308,13 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     const auto line_of = [&](int w, int i) {
       return shared_sums + ((buffer * kMmaWarps + w) * kSums + i) * kMmaLineWords + lane;
     };
-    if (kBuffers == 1) __syncthreads();
+    if (kBuffers == 1) sync_threads_of(team, team_warps * kWarp);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       *line_of(warp, i) = sums[i / 4][i % 4];
       sums[i / 4][i % 4] = 0.0f;
     }
-    __syncthreads();
+    sync_threads_of(team, team_warps * kWarp);
     if (item < items) {
       for (int i = of_team; i < kSums; i += team_warps) {
         float sum = 0.0f;
@@ -342,18 +345,23 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     return first_item < items;
   };
   while (true) {
-    load(odd);
-    if (!advance(even)) break;
-    load(even);
-    if (!advance(odd)) break;
+    const Unit now = take(asked);
+    load(asked);
+    if (!advance(now)) break;
   }
 }
 
+// Columns of tiles when there are more rows of activations than one holds.
+inline constexpr int kMmaManyCols = 4;
+
 // Whether this kernel takes the arguments, on a device that has the instructions.
 inline bool takes_mma(const Gemm4bit& args) {
+  constexpr int64_t kMostGridRows = 65535;  // of a grid's second dimension
+  constexpr int64_t kMost = int64_t{1} << 30;
   const Weight4bit& w = args.weight;
   const Scales& s = w.scales;
-  return args.dtype != DType::kFloat32 && w.n >= kMmaRows && w.k % kMmaBlock == 0 && w.k > 0 &&
+  return args.dtype != DType::kFloat32 && args.m <= kMostGridRows * kMmaManyCols * kMmaCols &&
+         w.n >= kMmaRows && w.n <= kMost && w.k % kMmaBlock == 0 && w.k > 0 && w.k <= kMost &&
          w.block_size >= kMmaBlock && is_aligned(w.codes, 8) && is_aligned(args.a, 16) &&
          (!s.nested() || log2_of(s.block_size) >= 0);
 }
@@ -426,7 +434,7 @@ void launch_mma(const Gemm4bit& args, Stream stream) {
 
 template <class T, bool kNested>
 void mma_gemm_4bit(const Gemm4bit& args, Stream stream) {
-  if (args.m > kMmaCols) return launch_mma<T, 4, kNested>(args, stream);
+  if (args.m > kMmaCols) return launch_mma<T, kMmaManyCols, kNested>(args, stream);
   launch_mma<T, 1, kNested>(args, stream);
 }
 

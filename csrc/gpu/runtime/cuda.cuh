@@ -185,6 +185,11 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+__device__ __forceinline__ void sync_threads_of(int part, int threads) {
+  // Barrier 0 is that of __syncthreads().
+  asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }

@@ -113,6 +113,8 @@ __device__ __forceinline__ void close_copy_group() {}
 template <int kOpen>
 __device__ __forceinline__ void wait_copies() {}
 
+__device__ __forceinline__ void sync_threads_of(int, int) { __syncthreads(); }
+
 __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }

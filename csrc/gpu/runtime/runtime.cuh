@@ -7,6 +7,9 @@
 //   shuffle_xor(value, mask)        the value of lane `own ^ mask`
 //   warp_max, warp_all, warp_ballot reductions over a warp; one bit per lane
 //   block_all(condition)            a barrier; whether the condition holds for all threads
+//   sync_threads_of(part, threads)  a barrier of each of at most 15 equal parts of a block of
+//   threads,
+//                                   all of which reach it equally often
 //   start_copy<bytes>(to, from)     a copy to shared memory that runs while the thread goes on; it
 //                                   joins the open group
 //   close_copy_group()              closes that group
