@@ -194,7 +194,8 @@ __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }
 
-// Whether multiply_add_16x8x16() has an instruction on the current device.
+inline constexpr bool kTensorProducts = true;
+
 inline bool has_tensor_products() {
   constexpr int kAmpere = 8;
   int device = 0;

@@ -63,6 +63,8 @@ void wait_copies() {
   emulated::wait_copies(kOpen);
 }
 
+inline constexpr bool kTensorProducts = true;
+
 inline bool has_tensor_products() { return true; }
 
 template <class T>
