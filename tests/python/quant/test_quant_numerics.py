@@ -711,6 +711,47 @@ def test_storage(device):
         assert torch.equal(got[:101], want.flatten()) and not got[101:].any()
 
 
+def nearest(values, bits):
+    """The nearest numbers with so many significant bits."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
+
+
+def relative_error(values, levels):
+    return math.sqrt(np.mean(np.square(values - levels)) / np.mean(np.square(levels)))
+
+
+@rule("products-4bit", "0.4 (bfloat16) or 0.3 (float16)", "FP4 has none", "from 1 to 2")
+def test_roundings_of_multiples_of_levels():
+    random = np.random.default_rng(1)
+    for bits, ratio in ((8, 0.4), (11, 0.3)):
+        levels = np.float64(reference4.levels("nf4"))
+        multiples = np.arange(2 ** (bits - 1), 2**bits) / 2 ** (bits - 1)
+        kept = min(relative_error(nearest(c * levels, bits) / c, levels) for c in multiples)
+        scales = random.uniform(1, 2, 10000)
+        dequantized = [relative_error(nearest(s * levels, bits) / s, levels) for s in scales]
+        assert round(kept / math.sqrt(np.mean(np.square(dequantized))), 1) == ratio
+        twelfths = np.round(np.float64(reference4.levels("fp4")) * 192) / 192
+        assert (nearest(1.5 * twelfths, bits) == 1.5 * twelfths).all()
+
+
+@rule("products-4bit", "sums in f32 and rounds once", "the numbers of `dequantize_4bit`")
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_weights_of_products(device, gpu_kernels, name):
+    for dtype, step in ((torch.float32, 2.0**-24), (torch.float16, 2.0**-11)):
+        values = torch.randn(16, 256, device=device)
+        packed, state = F.quantize_4bit(values, quant_type=name, blocksize=BLOCK)
+        unit = torch.eye(256, device=device, dtype=dtype)
+        out = bnb.matmul_4bit(unit, packed, state).t()
+        weight = F.dequantize_4bit(packed, state)
+        if gpu_kernels:
+            # The rounding of the result, and that of the weight.
+            bound = (2 if name == "nf4" else 1.01) * step * weight.abs() + 2.0**-25
+            assert ((out - weight).abs() <= bound).all()
+        else:
+            assert torch.equal(out, weight.to(dtype))
+
+
 # --- quantiles ------------------------------------------------------------------------------------
 
 
