@@ -5,7 +5,7 @@
 // B, from shared memory. A block of threads has a warpgroup that copies and some that multiply:
 //
 //     codes ---- copy engine -------> [stages] --> registers --> table --> A --+
-//     scales --- cp.async ----------> [stages] -------------------------+      v
+//     scales --- copy engine -------> [stages] -------------------------+      v
 //     tokens --- ordered by a kernel, copy engine --> [stages] -------- | -> wgmma --> sums --> out
 //                                                                       +-> weights or sums
 //
@@ -98,10 +98,17 @@ struct Slot {
   __device__ __forceinline__ uint32_t codes() const {
     return Shape::kCodesAt + number * Shape::kCodeStage;
   }
-  // Of a row, for all blocks of the stage.
-  __device__ __forceinline__ uint32_t scales(uint32_t row) const {
-    return Shape::piece(0) + (number * Shape::kScalePieces + row / Shape::kRowsPerPiece) * 256 +
-           row % Shape::kRowsPerPiece * (4 * Shape::kBlocks);
+  // Codes of nested scales are there.
+  __device__ __forceinline__ BarrierAt coded() const {
+    return {Shape::piece(Shape::kBarrierPiece + 1) + 8 * number};
+  }
+  // Of rows, 16 bytes each, with a scale for every 64 k of the stage.
+  __device__ __forceinline__ uint32_t scales() const {
+    return Shape::kScalesAt + number * Shape::kScaleStage;
+  }
+  // A word that says with which of the 16 bytes the scales begin.
+  __device__ __forceinline__ uint32_t scales_begin() const {
+    return Shape::piece(Shape::kBarrierPiece + 1) + 64 + 4 * number;
   }
 };
 
@@ -131,22 +138,34 @@ class TokenCopier {
   Slot<Shape> slot_;
 };
 
-// One thread starts the copies of codes and tokens. The first codes need not wait for the kernel
-// that orders the tokens.
-template <class Shape>
-__device__ __forceinline__ void copy_codes_and_tokens(const TileMap& codes, const WgmmaPlan& plan,
-                                                      const char* ordered) {
+// One thread starts the copies. The first of the weight need not wait for the kernel that orders the
+// tokens. `scales`: the copy engine copies scales, or the codes of nested ones.
+template <class Shape, bool kNested>
+__device__ __forceinline__ void copy_stages(const TileMap& code_map, const TileMap& scale_map,
+                                            bool scales, const WgmmaPlan& plan,
+                                            const char* ordered) {
   TokenCopier<Shape> tokens(plan, ordered);
   WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
   const int first_stages = min(walk.all_stages(static_cast<int>(blockIdx.x)), Shape::kStages);
+  const int bytes = Shape::kTokenStage + Shape::kCodeStage +
+                    (scales && !kNested ? Shape::kScaleStage : 0);
   int stages = 0;
   Slot<Shape> slot;
   while (walk.next()) {
     const int row = walk.tile / plan.token_tiles * Shape::kRows;
     for (int stage = walk.begin; stage < walk.end; ++stage) {
       slot.empty().wait(slot.parity ^ 1u);
-      slot.full().arrive_and_expect(Shape::kTokenStage + Shape::kCodeStage);
-      bulk_copy_tile(slot.codes(), codes, stage * (Shape::kBlocks * 32), row, slot.full());
+      // The copy engine reads whole 16 bytes.
+      const int column = stage * Shape::kBlocks;
+      const int early_columns = column % (kNested ? 16 : 4);
+      store_shared(slot.scales_begin(), scales && !kNested ? 4 * early_columns : 0);
+      slot.full().arrive_and_expect(bytes);
+      bulk_copy_tile(slot.codes(), code_map, column * 32, row, slot.full());
+      if (scales) {
+        if constexpr (kNested) slot.coded().arrive_and_expect(Shape::kScaleStage);
+        bulk_copy_tile(slot.scales(), scale_map, column - early_columns, row,
+                       kNested ? slot.coded() : slot.full());
+      }
       slot.advance();
       if (++stages < first_stages) continue;
       if (stages == first_stages) {
@@ -158,49 +177,78 @@ __device__ __forceinline__ void copy_codes_and_tokens(const TileMap& codes, cons
   }
 }
 
-// Some warps copy scales.
+// Some warps bring scales that are not as the copy engine leaves them.
 constexpr int kScaleThreads = 96;
 
-// `pairs`: the scales of two blocks of 64 lie side by side and can be read at a time.
+// Codes that the copy engine left become the scales, in their place.
+template <class Shape>
+__device__ __forceinline__ void decode_scales(const Gemm4bit& args, const WgmmaPlan& plan,
+                                              const float (&levels)[kCodeLevels], int thread) {
+  constexpr int kCount = static_cast<int>(ceil_div(Shape::kRows, kScaleThreads));
+  const Scales& scales = args.weight.scales;
+  const int columns = static_cast<int>(args.weight.k / 64);
+  const int shift = log2_of(scales.block_size);
+  const float offset = *scales.offset;
+  WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
+  Slot<Shape> slot;
+  while (walk.next()) {
+    const int64_t first = int64_t{walk.tile / plan.token_tiles} * Shape::kRows;
+    for (int stage = walk.begin; stage < walk.end; ++stage) {
+      float absmax[kCount][Shape::kBlocks];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t row = min(first + thread + i * kScaleThreads, args.weight.n - 1);
+#pragma unroll
+        for (int block = 0; block < Shape::kBlocks; ++block) {
+          const int column = min(stage * Shape::kBlocks + block, columns - 1);
+          absmax[i][block] = scales.absmax[(row * columns + column) >> shift];
+        }
+      }
+      slot.coded().wait(slot.parity);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int row = thread + i * kScaleThreads;
+        if (row >= Shape::kRows) break;
+        const uint32_t place = slot.scales() + row * Shape::kScaleRow;
+        const uint32_t begin = stage * Shape::kBlocks % 16;
+        const uint32_t codes = load_shared(place + begin / 4 * 4) >> (8 * (begin % 4));
+#pragma unroll
+        for (int block = 0; block < Shape::kBlocks; ++block) {
+          const float level = levels[(codes >> (8 * block)) & 0xffu];
+          store_shared(place + 4 * block,
+                       float_bits(__fadd_rn(__fmul_rn(level, absmax[i][block]), offset)));
+        }
+      }
+      fence_shared_for_async();
+      slot.full().arrive();
+      slot.advance();
+    }
+  }
+}
+
+// Scales one by one, for weights of which the copy engine cannot copy them.
 template <class Shape, bool kNested>
 __device__ __forceinline__ void copy_scales(const Gemm4bit& args, const WgmmaPlan& plan,
                                             const ScaleReader<kNested>& scale_of, int log2_blocks,
-                                            bool pairs, int thread) {
+                                            int thread) {
   const int columns = static_cast<int>(args.weight.k / 64);
   WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
   Slot<Shape> slot;
   while (walk.next()) {
     const int64_t first = int64_t{walk.tile / plan.token_tiles} * Shape::kRows;
-    const int rows = static_cast<int>(min(args.weight.n - first, int64_t{Shape::kRows}));
     for (int stage = walk.begin; stage < walk.end; ++stage) {
       slot.empty().wait(slot.parity ^ 1u);
-#pragma unroll
-      for (int i = 0; i < Shape::kRows; i += kScaleThreads) {
-        const int row = i + thread;
-        if (row >= Shape::kRows) break;
-        const int64_t begin = (first + row) * columns;
-        const uint32_t to = slot.scales(row);
-        if (!kNested && pairs) {
-          start_copy_if<8>(row < rows, to, args.weight.scales.absmax + begin + 2 * stage);
-          continue;
-        }
+      for (int row = thread; row < Shape::kRows; row += kScaleThreads) {
+        const int64_t begin = min(first + row, args.weight.n - 1) * columns;
 #pragma unroll
         for (int block = 0; block < Shape::kBlocks; ++block) {
-          // Beyond the end of k the last, which meet tokens of zeros.
+          // Beyond the end of k the last, which meets tokens of zeros.
           const int column = min(stage * Shape::kBlocks + block, columns - 1);
-          const int64_t scale = (begin + column) >> log2_blocks;
-          if constexpr (kNested) {
-            store_shared(to + 4 * block, float_bits(row < rows ? scale_of(scale) : 0.0f));
-          } else {
-            start_copy_if<4>(row < rows, to + 4 * block, args.weight.scales.absmax + scale);
-          }
+          const float scale = scale_of((begin + column) >> log2_blocks);
+          store_shared(slot.scales() + row * Shape::kScaleRow + 4 * block, float_bits(scale));
         }
       }
-      if constexpr (kNested) {
-        slot.full().arrive();
-      } else {
-        slot.full().arrive_after_copies();
-      }
+      slot.full().arrive();
       slot.advance();
     }
   }
@@ -239,7 +287,11 @@ struct Multiplier {
   uint32_t warp;
   uint32_t lane;
 
-  uint32_t a[4][4];                // weights of 64 k: [product][fragment]
+  // Sets of weights of 64 k.
+  static constexpr int kSets =
+      Shape::kScaleSums && (Shape::kTokens <= 32 || Shape::kGroups == 2) ? 2 : 1;
+
+  uint32_t a[kSets][4][4];         // [product][fragment]
   uint2 codes[2];                  // of two rows, eight apart
   float scale[Shape::kBlocks][2];  // of the same
   float sums[kSums];
@@ -269,8 +321,9 @@ struct Multiplier {
   __device__ __forceinline__ void read(int block) {
     if (block == 0) {
       coded.full().wait(coded.parity);
-      const uint32_t from = coded.scales(row());
-      constexpr int kNext = 8 * 4 * Shape::kBlocks;  // eight rows on, in the same piece
+      const uint32_t from =
+          coded.scales() + load_shared(coded.scales_begin()) + row() * Shape::kScaleRow;
+      constexpr int kNext = 8 * Shape::kScaleRow;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (Shape::kBlocks == 2) {
@@ -294,13 +347,12 @@ struct Multiplier {
     if (block == Shape::kBlocks - 1) coded.advance();
   }
 
-  __device__ __forceinline__ void decode(int product, int block) {
+  __device__ __forceinline__ void look_up(int product, uint32_t (&pairs)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint2 words = codes[i % 2];
       const int byte = 2 * product + i / 2;
-      const uint32_t pair = look_up(byte < 4 ? words.x : words.y, byte % 4);
-      a[product][i] = Shape::kScaleSums ? pair : scaled(pair, scale[block][i % 2]);
+      pairs[i] = look_up(byte < 4 ? words.x : words.y, byte % 4);
     }
   }
 
@@ -313,26 +365,29 @@ struct Multiplier {
     return swizzled_descriptor(slot.tokens() + block * Shape::kTokenBlock);
   }
 
-  // 64 k, whose weights are decoded. The next are decoded as products end.
+  // 64 k, whose weights are in a[kFrom]. The next go to a[kTo], where registers suffice for two
+  // sets, or take the place of those whose products have ended.
+  template <int kFrom, int kTo>
   __device__ __forceinline__ void step_scaling_sums(int block, bool more) {
     float part[kSums];
     const float own[2] = {scale[block][0], scale[block][1]};
-    const int next = (block + 1) % Shape::kBlocks;
     const uint64_t tokens = tokens_of(block);
     wgmma_fence();
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
-      Wgmma<T, Shape::kTokens>::run(part, a[product], advance_k(tokens, product), product > 0);
+      Wgmma<T, Shape::kTokens>::run(part, a[kFrom][product], advance_k(tokens, product),
+                                    product > 0);
       wgmma_commit();
     }
     if (more) {
-      read(next);
-      wgmma_wait<3>();
-      decode(0, next);
-      wgmma_wait<2>();
-      decode(1, next);
-      wgmma_wait<1>();
-      decode(2, next);
+      read((block + 1) % Shape::kBlocks);
+      if constexpr (kFrom == kTo) wgmma_wait<3>();
+      look_up(0, a[kTo][0]);
+      if constexpr (kFrom == kTo) wgmma_wait<2>();
+      look_up(1, a[kTo][1]);
+      if constexpr (kFrom == kTo) wgmma_wait<1>();
+      look_up(2, a[kTo][2]);
+      if constexpr (kFrom != kTo) look_up(3, a[kTo][3]);
     }
     wgmma_wait<0>();
     wgmma_hold(part);
@@ -340,7 +395,7 @@ struct Multiplier {
       release(slot);
       slot.advance();
     }
-    if (more) decode(3, next);
+    if (kFrom == kTo && more) look_up(3, a[kTo][3]);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = __fmaf_rn(part[i], own[i / 2 % 2], sums[i]);
   }
@@ -350,17 +405,21 @@ struct Multiplier {
     return {slot.number == 0 ? Shape::kStages - 1 : slot.number - 1, 0};
   }
 
-  // 64 k. Three products are under way while the weights of a fourth are decoded.
+  // 64 k. Three products are under way while the weights of a fourth are scaled.
   __device__ __forceinline__ void step_scaling_weights(int block, bool first) {
     read(block);
     const uint64_t tokens = tokens_of(block);
+    uint32_t pairs[4];
+    look_up(0, pairs);
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
       wgmma_wait<3>();
       if (product == 3 && block == 0 && !first) release(before());
-      decode(product, block);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[0][product][i] = scaled(pairs[i], scale[block][i % 2]);
+      if (product < 3) look_up(product + 1, pairs);
       wgmma_fence();
-      Wgmma<T, Shape::kTokens>::run(sums, a[product], advance_k(tokens, product),
+      Wgmma<T, Shape::kTokens>::run(sums, a[0][product], advance_k(tokens, product),
                                     !first || product > 0);
       wgmma_commit();
     }
@@ -374,7 +433,7 @@ struct Multiplier {
       if (left == 0) return;
       read(0);
 #pragma unroll
-      for (int product = 0; product < 4; ++product) decode(product, 0);
+      for (int product = 0; product < 4; ++product) look_up(product, a[0][product]);
     }
     while (walk.next()) {
       if constexpr (Shape::kScaleSums) {
@@ -382,10 +441,9 @@ struct Multiplier {
         for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
         for (int stage = walk.begin; stage < walk.end; ++stage) {
           --left;
-#pragma unroll
-          for (int block = 0; block < Shape::kBlocks; ++block) {
-            step_scaling_sums(block, block < Shape::kBlocks - 1 || left > 0);
-          }
+          static_assert(Shape::kBlocks == 2);
+          step_scaling_sums<0, kSets - 1>(0, true);
+          step_scaling_sums<kSets - 1, 0>(1, left > 0);
         }
       } else {
         for (int stage = walk.begin; stage < walk.end; ++stage) {
@@ -471,7 +529,7 @@ struct Multiplier {
     const float factor = Shape::kScaleSums ? unit : 1.0f;
     // A token takes 32 bytes of the warp's four pieces.
     const auto place_of = [&](uint32_t token) {
-      return Shape::piece(Shape::kScratchPiece + 4 * warp) + token / 4 * 256 + token % 4 * 32;
+      return Shape::piece(4 * warp) + token / 4 * 256 + token % 4 * 32;
     };
     const uint32_t to_scratch = place_of(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 16;
     const uint32_t from_scratch = place_of(lane / 2) + lane % 2 * 16;
@@ -538,6 +596,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                            BNB_GRID_CONSTANT const Levels4 levels,
                            BNB_GRID_CONSTANT const TileMap codes,
+                           BNB_GRID_CONSTANT const TileMap scales, bool copy_engine_scales,
                            BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace, float multiple,
                            int log2_block) {
 #if BNB_HOPPER
@@ -548,8 +607,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     if (shared_address(dynamic) != Shape::kStart) __trap();  // has_kernels() has looked
     Slot<Shape> slot;
     for (int i = 0; i < Shape::kStages; ++i) {
-      slot.full().init(kScaleThreads + 1);
+      slot.full().init(copy_engine_scales && !kNested ? 1 : kScaleThreads + 1);
       slot.empty().init(Shape::kWarps);
+      slot.coded().init(1);
       slot.advance();
     }
     fence_barrier_init();
@@ -570,13 +630,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         dynamic + Shape::kNestedAt - Shape::kStart);
     const int copier = thread - 128 * Shape::kGroups;
     if (copier < kWarp) {
-      if (copier == 0) copy_codes_and_tokens<Shape>(codes, plan, workspace);
-    } else {
+      if (copier == 0) {
+        copy_stages<Shape, kNested>(codes, scales, copy_engine_scales, plan, workspace);
+      }
+    } else if (kNested || !copy_engine_scales) {
       const ScaleReader<kNested> scale_of(args.weight.scales, nested_levels);
       named_barrier(2, kScaleThreads);
-      const bool pairs = Shape::kBlocks == 2 && log2_block == 6 && args.weight.k % 128 == 0 &&
-                         is_aligned(args.weight.scales.absmax, 8);
-      copy_scales<Shape, kNested>(args, plan, scale_of, log2_block - 6, pairs, copier - kWarp);
+      if constexpr (kNested) {
+        if (copy_engine_scales) {
+          decode_scales<Shape>(args, plan, nested_levels, copier - kWarp);
+          return;
+        }
+      }
+      copy_scales<Shape, kNested>(args, plan, scale_of, log2_block - 6, copier - kWarp);
     }
   }
 #endif
@@ -586,7 +652,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 //                           tokens groups blocks stages scale sums
 using Shape16 = WgmmaShape<16, 4, 2, 6, true>;
-using Shape32 = WgmmaShape<32, 4, 2, 6, true>;
+using Shape32 = WgmmaShape<32, 4, 2, 5, true>;
 using Shape64 = WgmmaShape<64, 4, 2, 4, true>;
 using Shape128 = WgmmaShape<128, 3, 1, 5, false>;
 using Shape256 = WgmmaShape<256, 2, 1, 4, false>;
@@ -612,8 +678,20 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
          reinterpret_cast<int*>(workspace + plan.arrivals_at), plan.arrivals);
 
   TileMap codes;
-  BNB_GPU_CHECK(make_tile_map(&codes, weight.codes, weight.n, weight.k / 2, Shape::kRows,
+  BNB_GPU_CHECK(make_tile_map(&codes, weight.codes, 1, weight.n, weight.k / 2, Shape::kRows,
                               32 * Shape::kBlocks, Shape::kBlocks == 2));
+  // Scales as a matrix of a column for every 64 k, if rows lie on 16 bytes.
+  constexpr int kBytes = kNested ? 1 : 4;
+  const void* const scale_matrix =
+      kNested ? static_cast<const void*>(weight.scales.codes) : weight.scales.absmax;
+  const bool copy_engine_scales = weight.block_size == 64 && weight.k / 64 * kBytes % 16 == 0 &&
+                                  is_aligned(scale_matrix, 16) &&
+                                  (!kNested || log2_of(weight.scales.block_size) >= 0);
+  TileMap scales{};
+  if (copy_engine_scales) {
+    BNB_GPU_CHECK(make_tile_map(&scales, scale_matrix, kBytes, weight.n, weight.k / 64,
+                                Shape::kRows, Shape::kScaleRow / kBytes, false));
+  }
   auto* kernel = &wgmma_gemm_4bit_kernel<T, Shape, kNested>;
   constexpr int kShared = Shape::kEnd - Shape::kStart;
   allow_shared(reinterpret_cast<const void*>(kernel), kShared);
@@ -629,7 +707,8 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &early;
   config.numAttrs = 1;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, args, Levels4(weight), codes, plan, workspace,
+  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, args, Levels4(weight), codes, scales,
+                                   copy_engine_scales, plan, workspace,
                                    level_multiple<TableType>(weight.code),
                                    log2_of(weight.block_size)));
 }
