@@ -164,11 +164,31 @@ def gemm_4bit(record: Record) -> None:
                     record.add(name, ms, dense_ms=dense_ms, times_dense=dense_ms / ms)
 
 
+def int8_linear(record: Record) -> None:
+    """The layer of LLM.int8() against bfloat16 weights, without and with outlier columns."""
+    n, k = 14336, 4096
+    linear = nn.Linear(k, n, bias=False).to(torch.bfloat16)
+    codes, stats, _ = F.int8_vectorwise_quant(linear.weight.detach())
+    for rows in (1, 4, 16, 64, 256):
+        x = torch.randn(rows, k).to(torch.bfloat16)
+        outliers = x.clone()
+        outliers[:, :: k // 10] *= 20
+        for threshold, inputs in ((0.0, x), (6.0, outliers)):
+            ms, dense_ms = time_cpu(
+                functools.partial(
+                    torch.ops.bitsandbytes.int8_linear, inputs, codes, stats, None, threshold
+                ),
+                functools.partial(nn.functional.linear, inputs, linear.weight.detach()),
+            )
+            name = f"int8_linear/bfloat16/threshold{threshold:g}/{n}x{k}/rows{rows}"
+            record.add(name, ms, dense_ms=dense_ms, times_dense=dense_ms / ms)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "cpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    everything = "optimizer,host,quantize,quantize_4bit,gemm_4bit,quantiles"
+    everything = "optimizer,host,quantize,quantize_4bit,gemm_4bit,int8_linear,quantiles"
     parser.add_argument("--only", default=everything)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -181,6 +201,7 @@ def main() -> None:
             "quantize_4bit": quantize_4bit,
             "quantiles": quantiles,
             "gemm_4bit": gemm_4bit,
+            "int8_linear": int8_linear,
         }
         parts[name](record)
     record.write(args.out)

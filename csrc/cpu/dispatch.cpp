@@ -52,7 +52,7 @@ std::vector<Candidate> candidates() {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vbmi");
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   list.push_back({avx512_bf16::kernel_table, avx512 && __builtin_cpu_supports("avx512bf16")});
   list.push_back({avx512::kernel_table, avx512});
   list.push_back({avx2::kernel_table, __builtin_cpu_supports("avx2") &&

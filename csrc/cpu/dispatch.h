@@ -24,7 +24,7 @@ struct Code {
 
 Code prepare_code(const float* levels);
 
-// Rows of a 4-bit weight that are one piece of work, and columns of it for the backward pass.
+// Rows of a weight that are one piece of work, and columns of a 4-bit one for the backward pass.
 inline constexpr int64_t kGemmPanel = 64;
 inline constexpr int64_t kDgradPanel = 128;
 
@@ -55,7 +55,13 @@ struct Kernels {
                           int64_t first_panel, int64_t last_panel);
   void (*int8_row_stats)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_quantize_rows)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
-  void (*int8_linear_matmul)(const Int8Matmul&, int64_t first_col, int64_t last_col);
+  ProductSpace (*int8_matmul_space)(int64_t m, int64_t k);
+  void (*int8_matmul_stage)(const int8_t* a, int64_t m, int64_t k, void* staged, int64_t first_row,
+                            int64_t last_row);
+  void (*int8_linear_matmul)(const Int8Matmul&, const void* staged, void* panel,
+                             int64_t first_panel, int64_t last_panel);
+  void (*int8_scaled_matmul)(const Int8ScaledMatmul&, const void* staged, void* panel,
+                             int64_t first_panel, int64_t last_panel);
   void (*int8_mm_dequant)(const Int8MmDequant&, int64_t first_row, int64_t last_row);
   // `index`: of the tensor in its list. `codes`: of the states, where they are codes. Blocks are
   // of kOptimizerBlock elements, tiles of kPreviewTile.

@@ -19,25 +19,25 @@
 // number of threads.
 #pragma once
 
-#include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/gemm_4bit.h"
 #include "cpu/quantize_4bit.inl"
+#include "cpu/tiles.inl"
 #include "cpu/types.inl"
 
 namespace bnb::cpu::BNB_ISA {
 namespace {
 
-constexpr int kDotCols = 4;  // rows of w that a tile multiplies
 // Bytes of a row along k in a chunk. Where a vector is one number, chunks are short, so that few
 // products follow each other in a sum.
 constexpr int64_t kChunkBytes = kWidth == 1 ? 512 : 4096;
-constexpr int64_t kRowBlock = 256;  // rows of a whose sums are kept at a time
 
 // Products of floats. T is what weights are rounded to.
 template <class T>
 struct FloatOperand {
   using Element = float;
   using Vector = Float;
+  using Sum = Float;
+  using Result = float;
   static constexpr int kVector = kWidth;
   static constexpr int kParts = 2;  // vectors of a group
   static constexpr int kTileHeight = kWidth == 16 ? 6 : 2;
@@ -105,43 +105,6 @@ constexpr int64_t staged_length(int64_t k) {
   return ceil_div(k, kGroup<Op>) * kGroup<Op>;
 }
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
-// Calls body with the constants 0 to kCount - 1.
-template <int kCount, class Body>
-BNB_HD void for_each_constant(const Body& body) {
-  if constexpr (kCount > 0) {
-    for_each_constant<kCount - 1>(body);
-    body(Constant<kCount - 1>{});
-  }
-}
-
-// Rows are cut into blocks, and those into tiles: the first one, whose products are made while the
-// weights are looked up, and others of nearly equal height.
-struct Tile {
-  int64_t first;
-  int64_t height;
-};
-
-template <class Op>
-BNB_HD Tile tile_of(int64_t row, int64_t rows) {
-  const int64_t block = row / kRowBlock * kRowBlock;
-  const int64_t in_block = rows - block < kRowBlock ? rows - block : kRowBlock;
-  if (in_block <= Op::kLookupHeight) return {block, in_block};
-  const int64_t begin = block + Op::kLookupHeight;
-  if (row < begin) return {block, Op::kLookupHeight};
-  const int64_t others = in_block - Op::kLookupHeight;
-  const int64_t tiles = ceil_div(others, int64_t{Op::kTileHeight});
-  const int64_t least = others / tiles;
-  const int64_t taller = others % tiles * (least + 1);  // rows of tiles with a row more
-  const int64_t i = row - begin;
-  if (i < taller) return {begin + i / (least + 1) * (least + 1), least + 1};
-  return {begin + taller + (i - taller) / least * least, least};
-}
-
 // Puts `count` elements into the order of groups; zeros fill up the last one. Vectors lie `stride`
 // vectors apart.
 template <class Op, class T>
@@ -185,16 +148,6 @@ struct CodeRows {
   int log2_block;
   int64_t ahead;  // bytes from a row's codes to those that the next tile needs
 };
-
-template <int kRows>
-BNB_HD void add_sums(const Float (&sums)[kRows][kDotCols], float* out) {
-#pragma GCC unroll 8  // a loop would index the sums, which would then have to lie in memory
-  for (int i = 0; i < kRows; ++i) {
-    float added[kDotCols];
-    reduce_add4(sums[i], added);
-    for (int j = 0; j < kDotCols; ++j) out[i * kGemmPanel + j] += added[j];
-  }
-}
 
 // Adds to sums [kRows, kDotCols] the products over a chunk of codes. With kKeep the weights are
 // left in `panel` as well, in the order in which multiply_tile reads them.
@@ -268,37 +221,6 @@ template <class Op, int kRows, bool kKeep, bool kSmallBlocks>
     }
   }
   add_sums(sums, out);
-}
-
-// The same from weights in the panel.
-template <class Op, int kRows>
-[[gnu::noinline]] void multiply_tile(const typename Op::Element* panel, int64_t count,
-                                     const typename Op::Element* a, float* out) {
-  constexpr int64_t vector = Op::kVector;
-  Float sums[kRows][kDotCols];
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kDotCols; ++j) sums[i][j] = Float(0.0f);
-  }
-  for (int64_t k = 0; k < count; k += vector) {
-    typename Op::Vector w[kDotCols];
-    for (int j = 0; j < kDotCols; ++j) w[j] = Op::load_vector(panel + k * kDotCols + j * vector);
-    for (int i = 0; i < kRows; ++i) {
-      const typename Op::Vector row = Op::load_vector(a + k * kRows + i * vector);
-      for (int j = 0; j < kDotCols; ++j) sums[i][j] = Op::add_products(sums[i][j], row, w[j]);
-    }
-  }
-  add_sums(sums, out);
-}
-
-// Calls body with a constant in place of rows, 1 to kMost.
-template <int kMost, class Body>
-BNB_HD void by_rows(int64_t rows, const Body& body) {
-  if constexpr (kMost == 1) {
-    body(Constant<1>{});
-  } else {
-    if (rows == kMost) return body(Constant<kMost>{});
-    by_rows<kMost - 1>(rows, body);
-  }
 }
 
 // ---- Panels -------------------------------------------------------------------------------------
@@ -447,18 +369,7 @@ void multiply_block(const Gemm4bit& args, int64_t first_col, int64_t cols,
     } else {
       unpack_chunk<Op, T>(w, first_col, cols, first, count, panel);
     }
-    while (row < rows) {
-      const Tile tile = tile_of<Op>(row, rows);
-      by_rows<Op::kTileHeight>(tile.height, [&](auto constant) {
-        constexpr int kRows = decltype(constant)::value;
-        for (int64_t j = 0; j < cols; j += kDotCols) {
-          multiply_tile<Op, kRows>(panel.weights + j * length, length,
-                                   a + row * stride + first * kRows,
-                                   panel.sums + row * kGemmPanel + j);
-        }
-      });
-      row += tile.height;
-    }
+    multiply_tiles<Op>(panel.weights, length, cols, a, stride, first, row, rows, panel.sums);
   }
 }
 

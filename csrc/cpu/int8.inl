@@ -1,4 +1,4 @@
-// LLM.int8() on the CPU.
+// LLM.int8() on the CPU: quantization of rows, and values of products.
 // SPDX-License-Identifier: MIT
 #pragma once
 
@@ -62,46 +62,6 @@ void quantize_rows(const Int8VectorwiseQuant& args, int64_t first_row, int64_t l
       }
     }
   }
-}
-
-// A tile of kTileRows x kTileCols dot products, so that a loaded vector serves several of them.
-constexpr int kTileRows = 4;
-constexpr int kTileCols = 2;
-
-template <int kRows, int kCols>
-BNB_HD void dot_tile(const Int8Matmul& args, int64_t row, int64_t col) {
-  Dot acc[kRows][kCols];
-  int64_t k = 0;
-  for (; k + kDotWidth <= args.k; k += kDotWidth) {
-    Bytes b[kCols];
-    for (int j = 0; j < kCols; ++j) b[j] = load_bytes(args.b + (col + j) * args.k + k);
-    for (int i = 0; i < kRows; ++i) {
-      const Bytes a = load_bytes(args.a + (row + i) * args.k + k);
-      for (int j = 0; j < kCols; ++j) acc[i][j] = multiply_add(acc[i][j], a, b[j]);
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kCols; ++j) {
-      int32_t sum = reduce_add(acc[i][j]);
-      for (int64_t t = k; t < args.k; ++t) {
-        sum += int32_t{args.a[(row + i) * args.k + t]} * args.b[(col + j) * args.k + t];
-      }
-      args.out[(row + i) * args.n + col + j] = sum;
-    }
-  }
-}
-
-template <int kCols>
-BNB_HD void dot_columns(const Int8Matmul& args, int64_t col) {
-  int64_t row = 0;
-  for (; row + kTileRows <= args.m; row += kTileRows) dot_tile<kTileRows, kCols>(args, row, col);
-  for (; row < args.m; ++row) dot_tile<1, kCols>(args, row, col);
-}
-
-void int8_linear_matmul(const Int8Matmul& args, int64_t first_col, int64_t last_col) {
-  int64_t col = first_col;
-  for (; col + kTileCols <= last_col; col += kTileCols) dot_columns<kTileCols>(args, col);
-  for (; col < last_col; ++col) dot_columns<1>(args, col);
 }
 
 BNB_HD Float load_as_float(DType dtype, const void* p, int64_t i, int64_t count) {

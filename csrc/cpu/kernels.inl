@@ -8,7 +8,7 @@
 
 #include "cpu/gemm_4bit.inl"
 #include "cpu/gemm_4bit_dgrad.inl"
-#include "cpu/int8.inl"
+#include "cpu/int8_matmul.inl"
 #include "cpu/isa/isa.h"
 #include "cpu/optimizer.inl"
 #include "cpu/quantize.inl"
@@ -148,8 +148,9 @@ constexpr Kernels kTable = {
     BNB_QUOTE(BNB_ISA),    quantize_blockwise,    dequantize_blockwise, quantize_4bit,
     dequantize_4bit,       gemm_4bit_space,       gemm_4bit_stage,      gemm_4bit,
     gemm_4bit_dgrad_space, gemm_4bit_dgrad_stage, gemm_4bit_dgrad,      int8_row_stats,
-    int8_quantize_rows,    int8_linear_matmul,    int8_mm_dequant,      optimizer_step,
-    optimizer_preview,     gradient_squares,
+    int8_quantize_rows,    int8_matmul_space,     int8_matmul_stage,    int8_linear_matmul,
+    int8_scaled_matmul,    int8_mm_dequant,       optimizer_step,       optimizer_preview,
+    gradient_squares,
 };
 
 #undef BNB_QUOTE

@@ -5,6 +5,7 @@
 #include <array>
 
 #include "bitsandbytes/kernels/gemm_4bit.h"
+#include "ops/product.h"
 #include "ops/quantize_4bit.h"
 
 namespace bnb::ops {
@@ -84,17 +85,6 @@ inline Shape product_shape(const Tensor& a, int64_t columns) {
   Shape shape = shape_of(a);
   shape.back() = columns;
   return shape;
-}
-
-// Runs a kernel with the memory that it asks for.
-template <class Backend, class Arguments>
-void run_product(const Tensor& like, const Arguments& args,
-                 void (*kernel)(const Arguments&, void*, const typename Backend::Scope&)) {
-  const typename Backend::Scope scope(like);
-  const int64_t bytes = Backend::workspace_bytes(args);
-  if (bytes == 0) return kernel(args, nullptr, scope);
-  const Tensor workspace = new_empty(like, {bytes}, ScalarType::Byte);
-  kernel(args, workspace.mutable_data_ptr(), scope);
 }
 
 template <class Backend>

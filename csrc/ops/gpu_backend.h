@@ -3,7 +3,6 @@
 #pragma once
 
 #include <array>
-#include <limits>
 
 #include "ops/registration.h"
 
@@ -60,22 +59,28 @@ struct GpuBackend {
   }
 
   // out = a b^T through torch's binding of the vendor's library, where that takes the shape.
-  static bool library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out, int64_t m) {
-    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-    const int64_t n = b.size(0);
-    const int64_t k = b.size(1);
-    if (m <= 16 || m > kMost || n > kMost || k > kMost || n % 8 != 0 || k % 8 != 0) return false;
+  static constexpr bool kInt8Library = true;
+  static void library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out, int64_t m,
+                                  const Scope&) {
     std::array<StableIValue, 3> stack{
-        torch::stable::detail::from(torch::stable::view(a, {m, k})),
+        torch::stable::detail::from(torch::stable::view(a, {m, b.size(1)})),
         torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
-        torch::stable::detail::from(torch::stable::view(out, {m, n}))};
+        torch::stable::detail::from(torch::stable::view(out, {m, b.size(0)}))};
     call_torch("aten::_int_mm", "out", stack.data());
     torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
-    return true;
+  }
+  static void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product,
+                                 const Scope& scope) {
+    gpu::int8_scale_product(args, product, scope.stream());
   }
 
-  static void int8_linear_matmul(const Int8Matmul& args, const Scope& scope) {
+  static int64_t workspace_bytes(const Int8Matmul&) { return 0; }
+  static void int8_linear_matmul(const Int8Matmul& args, void*, const Scope& scope) {
     gpu::int8_linear_matmul(args, scope.stream());
+  }
+  static int64_t workspace_bytes(const Int8ScaledMatmul&) { return 0; }
+  static void int8_scaled_matmul(const Int8ScaledMatmul& args, void*, const Scope& scope) {
+    gpu::int8_scaled_matmul(args, scope.stream());
   }
   static void int8_mm_dequant(const Int8MmDequant& args, const Scope& scope) {
     gpu::int8_mm_dequant(args, scope.stream());

@@ -2,8 +2,11 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <array>
+#include <limits>
+
 #include "bitsandbytes/kernels/int8.h"
-#include "ops/torch_api.h"
+#include "ops/product.h"
 
 namespace bnb::ops {
 
@@ -20,35 +23,56 @@ inline Matrix as_matrix(const char* op, const char* argument, const Tensor& t) {
   return {rows, t.size(t.dim() - 1)};
 }
 
+// The rows of a tensor as codes. With a threshold, the outlier columns as a mask, and as a list if
+// that was asked for.
+struct QuantizedRows {
+  Tensor codes;
+  Tensor row_stats;
+  std::optional<Tensor> outlier_mask;
+  std::optional<Tensor> outliers;
+};
+
+// `a`: checked, with its elements in order.
+template <class Backend>
+QuantizedRows quantize_rows(const char* op, const Tensor& a, const Matrix& matrix, DType dtype,
+                            double threshold, bool list_outliers) {
+  require(threshold >= 0.0, op, ": threshold must be zero or positive, got ", threshold);
+  const bool find_outliers = threshold > 0.0;
+  QuantizedRows result{new_empty(a, shape_of(a), ScalarType::Char),
+                       new_empty(a, {matrix.rows}, ScalarType::Float), std::nullopt, std::nullopt};
+  if (find_outliers) {
+    result.outlier_mask = torch::stable::new_zeros(a, {matrix.cols}, ScalarType::Bool);
+    if (list_outliers) result.outliers = new_empty(a, {1 + matrix.cols}, ScalarType::Int);
+  }
+  if (a.numel() == 0) {
+    torch::stable::zero_(result.row_stats);
+    return result;
+  }
+  const typename Backend::Scope scope(a);
+  Backend::int8_vectorwise_quant(
+      {dtype, a.const_data_ptr(), result.codes.mutable_data_ptr<int8_t>(),
+       result.row_stats.mutable_data_ptr<float>(),
+       find_outliers ? static_cast<uint8_t*>(result.outlier_mask->mutable_data_ptr()) : nullptr,
+       result.outliers.has_value() ? result.outliers->mutable_data_ptr<int32_t>() : nullptr,
+       matrix.rows, matrix.cols, static_cast<float>(threshold)},
+      scope);
+  return result;
+}
+
 template <class Backend>
 std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Tensor& a,
                                                                         double threshold) {
   constexpr const char* op = "int8_vectorwise_quant";
   const DType dtype = check_float(op, "A", a);
   const Matrix matrix = as_matrix(op, "A", a);
-  require(threshold >= 0.0, op, ": threshold must be zero or positive, got ", threshold);
-  const bool find_outliers = threshold > 0.0;
-  Tensor out = new_empty(a, shape_of(a), ScalarType::Char);
-  Tensor row_stats = new_empty(a, {matrix.rows}, ScalarType::Float);
-  std::optional<Tensor> outliers;
-  if (find_outliers) outliers = torch::stable::new_zeros(a, {matrix.cols}, ScalarType::Byte);
-  if (a.numel() > 0) {
-    const typename Backend::Scope scope(a);
-    const Tensor source = in_order(a);
-    Backend::int8_vectorwise_quant({dtype, source.const_data_ptr(), out.mutable_data_ptr<int8_t>(),
-                                    row_stats.mutable_data_ptr<float>(),
-                                    find_outliers ? outliers->mutable_data_ptr<uint8_t>() : nullptr,
-                                    matrix.rows, matrix.cols, static_cast<float>(threshold)},
-                                   scope);
-  } else {
-    torch::stable::zero_(row_stats);
-  }
-  if (!find_outliers) return {out, row_stats, std::nullopt};
+  const QuantizedRows rows =
+      quantize_rows<Backend>(op, in_order(a), matrix, dtype, threshold, false);
+  if (!rows.outlier_mask.has_value()) return {rows.codes, rows.row_stats, std::nullopt};
   // The op promises the indices, whose number only the data knows.
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(*outliers)};
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(*rows.outlier_mask)};
   call_torch("aten::nonzero", "", stack.data());
   const Tensor indices = torch::stable::detail::to<Tensor>(stack[0]);
-  return {out, row_stats, torch::stable::view(indices, {indices.size(0)})};
+  return {rows.codes, rows.row_stats, torch::stable::view(indices, {indices.size(0)})};
 }
 
 inline void check_int8_matmul(const char* op, const Tensor& a, const Tensor& b) {
@@ -68,6 +92,12 @@ inline Shape matmul_shape(const Tensor& a, const Tensor& b) {
   return shape;
 }
 
+// Whether torch's binding of a vendor's library multiplies these shapes.
+inline bool library_takes_int8(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  return m > 16 && m <= kMost && n <= kMost && k <= kMost && n % 8 == 0 && k % 8 == 0;
+}
+
 template <class Backend>
 void int8_matmul_into(const Tensor& a, const Tensor& b, Tensor& out) {
   if (out.numel() == 0) return;
@@ -75,14 +105,23 @@ void int8_matmul_into(const Tensor& a, const Tensor& b, Tensor& out) {
     torch::stable::zero_(out);
     return;
   }
-  const typename Backend::Scope scope(a);
   const int64_t m = as_matrix("int8_linear_matmul", "A", a).rows;
   const Tensor left = in_order(a);
   const Tensor right = in_order(b);
-  if (Backend::library_int8_matmul(left, right, out, m)) return;
-  Backend::int8_linear_matmul({left.const_data_ptr<int8_t>(), right.const_data_ptr<int8_t>(),
-                               out.mutable_data_ptr<int32_t>(), m, b.size(0), b.size(1)},
-                              scope);
+  if constexpr (Backend::kInt8Library) {
+    if (library_takes_int8(m, b.size(0), b.size(1))) {
+      const typename Backend::Scope scope(a);
+      Backend::library_int8_matmul(left, right, out, m, scope);
+      return;
+    }
+  }
+  const Int8Matmul args{left.const_data_ptr<int8_t>(),
+                        right.const_data_ptr<int8_t>(),
+                        out.mutable_data_ptr<int32_t>(),
+                        m,
+                        b.size(0),
+                        b.size(1)};
+  run_product<Backend, Int8Matmul>(a, args, &Backend::int8_linear_matmul);
 }
 
 template <class Backend>
@@ -149,16 +188,88 @@ Tensor int8_mm_dequant(const Tensor& a, const Tensor& row_stats, const Tensor& c
   return out;
 }
 
+// Rows of codes, with what outliers need, times a weight of codes.
+template <class Backend>
+void int8_scaled_into(const Tensor& codes, const Tensor& row_stats, const Tensor* values,
+                      const Tensor* outliers, const Tensor& b, const Tensor& col_stats,
+                      const std::optional<Tensor>& bias, DType dtype, const Tensor& out) {
+  if (out.numel() == 0) return;
+  const int64_t m = as_matrix("int8_scaled_mm", "A", codes).rows;
+  const Tensor left = in_order(codes);
+  const Tensor right = in_order(b);
+  const Tensor rows = in_order(row_stats);
+  const Tensor cols = in_order(col_stats);
+  const std::optional<Tensor> shift =
+      bias.has_value() ? std::optional<Tensor>(in_order(*bias)) : std::nullopt;
+  const Int8ScaledMatmul args{
+      dtype,
+      shift.has_value() ? *float_dtype(shift->scalar_type()) : DType::kFloat32,
+      left.const_data_ptr<int8_t>(),
+      right.const_data_ptr<int8_t>(),
+      rows.const_data_ptr<float>(),
+      cols.const_data_ptr<float>(),
+      shift.has_value() ? shift->const_data_ptr() : nullptr,
+      values != nullptr ? values->const_data_ptr() : nullptr,
+      outliers != nullptr ? outliers->const_data_ptr<int32_t>() : nullptr,
+      out.mutable_data_ptr(),
+      m,
+      b.size(0),
+      b.size(1)};
+  if constexpr (Backend::kInt8Library) {
+    if (library_takes_int8(m, args.n, args.k)) {
+      const typename Backend::Scope scope(codes);
+      const Tensor product = new_empty(codes, {m, args.n}, ScalarType::Int);
+      Backend::library_int8_matmul(left, right, product, m, scope);
+      Backend::int8_scale_product(args, product.const_data_ptr<int32_t>(), scope);
+      return;
+    }
+  }
+  run_product<Backend, Int8ScaledMatmul>(codes, args, &Backend::int8_scaled_matmul);
+}
+
 template <class Backend>
 Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
                       const Tensor& col_stats, const std::optional<Tensor>& bias,
                       std::optional<ScalarType> dtype) {
   constexpr const char* op = "int8_scaled_mm";
   check_int8_matmul(op, a, b);
-  check_float(op, "dtype", dtype.value_or(ScalarType::Half));
+  const ScalarType out_type = dtype.value_or(ScalarType::Half);
+  const DType element = check_float(op, "dtype", out_type);
   check_dequant_scales(op, a, row_stats, as_matrix(op, "A", a).rows, col_stats, b.size(0), bias);
-  const Tensor product = int8_linear_matmul<Backend>(a, b);
-  return int8_mm_dequant<Backend>(product, row_stats, col_stats, dtype, bias);
+  const Tensor out = new_empty(a, matmul_shape(a, b), out_type);
+  int8_scaled_into<Backend>(a, row_stats, nullptr, nullptr, b, col_stats, bias, element, out);
+  return out;
+}
+
+// The layer: quantizes the rows of `a` and multiplies, outlier columns in floating point. Returns
+// the mask of those columns beside the result.
+template <class Backend>
+std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Tensor& cb,
+                                                      const Tensor& scb,
+                                                      const std::optional<Tensor>& bias,
+                                                      double threshold) {
+  constexpr const char* op = "int8_linear";
+  const DType dtype = check_float(op, "A", a);
+  const Matrix matrix = as_matrix(op, "A", a);
+  check_dtype(op, "CB", cb, ScalarType::Char);
+  require(cb.dim() == 2 && cb.size(1) == matrix.cols, op, ": CB must be [N, ", matrix.cols,
+          "] for A of shape ", ShapeOf{a}, ", got ", ShapeOf{cb});
+  check_same_device(op, "CB", cb, "A", a);
+  check_dtype(op, "SCB", scb, ScalarType::Float);
+  check_numel(op, "SCB", scb, cb.size(0));
+  check_same_device(op, "SCB", scb, "A", a);
+  if (bias.has_value()) {
+    check_float(op, "bias", *bias);
+    check_numel(op, "bias", *bias, cb.size(0));
+    check_same_device(op, "bias", *bias, "A", a);
+  }
+  const Tensor values = in_order(a);
+  const QuantizedRows rows = quantize_rows<Backend>(op, values, matrix, dtype, threshold, true);
+  const Tensor out = new_empty(a, matmul_shape(a, cb), a.scalar_type());
+  const bool outliers = rows.outliers.has_value() && a.numel() > 0;
+  int8_scaled_into<Backend>(rows.codes, rows.row_stats, outliers ? &values : nullptr,
+                            outliers ? &*rows.outliers : nullptr, cb, scb, bias, dtype, out);
+  return {out, rows.outlier_mask};
 }
 
 }  // namespace bnb::ops

@@ -38,6 +38,7 @@ void register_ops(Library& m) {
   m.impl("int8_linear_matmul", TORCH_BOX(&int8_linear_matmul<Backend>));
   m.impl("int8_linear_matmul.out", TORCH_BOX(&int8_linear_matmul_out<Backend>));
   m.impl("int8_mm_dequant", TORCH_BOX(&int8_mm_dequant<Backend>));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear<Backend>));
   m.impl("int8_scaled_mm", TORCH_BOX(&int8_scaled_mm<Backend>));
   m.impl("optimizer_preview_32bit", TORCH_BOX(&optimizer_preview_32bit<Backend>));
   m.impl("optimizer_preview_8bit_blockwise", TORCH_BOX(&optimizer_preview_8bit_blockwise<Backend>));

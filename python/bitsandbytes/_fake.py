@@ -315,6 +315,19 @@ def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]
     return out, row_stats, A.new_empty((count,), dtype=torch.int64)
 
 
+@register_fake("int8_double_quant")
+def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    op = "int8_double_quant"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    codes = [A.new_empty(A.shape, dtype=torch.int8) for _ in range(2)]
+    row_stats = A.new_empty((math.prod(A.shape[:-1]),), dtype=torch.float32)
+    col_stats = A.new_empty((A.shape[-1],), dtype=torch.float32)
+    if threshold == 0.0:
+        return *codes, row_stats, col_stats, None
+    count = torch.library.get_ctx().new_dynamic_size()
+    return *codes, row_stats, col_stats, A.new_empty((count,), dtype=torch.int64)
+
+
 @register_fake("int8_vectorwise_dequant")
 def _(A: Tensor, stats: Tensor) -> Tensor:
     _check(A.dtype == torch.int8, "int8_vectorwise_dequant", "A", "int8", A.dtype)
@@ -364,6 +377,19 @@ def _(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     return A.new_empty(_matmul_shape("int8_scaled_mm", A, B), dtype=dtype or torch.float16)
+
+
+@register_fake("int8_linear")
+def _(
+    A: Tensor, CB: Tensor, SCB: Tensor, bias: Tensor | None = None, threshold: float = 0.0
+) -> tuple[Tensor, Tensor | None]:
+    op = "int8_linear"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    _check(CB.dtype == torch.int8, op, "CB", "int8", CB.dtype)
+    _check(CB.dim() == 2, op, "CB", "of shape [N, K]", CB.shape)
+    _check(A.shape[-1] == CB.shape[1], op, "A", f"[..., {CB.shape[1]}]", A.shape)
+    out = A.new_empty((*A.shape[:-1], CB.shape[0]))
+    return out, A.new_empty((A.shape[-1],), dtype=torch.bool) if threshold > 0 else None
 
 
 @register_fake("int8_mixed_scaled_mm")

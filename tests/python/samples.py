@@ -263,6 +263,13 @@ def _(device):
     return [(x,), (x.half().view(2, 3, 33),), (x.bfloat16(), 6.0)]
 
 
+@samples("int8_double_quant")
+def _(device):
+    x = torch.randn(6, 33, device=device)
+    x[2, 3] = 9
+    return [(x,), (x.half().view(2, 3, 33),), (x.bfloat16(), 6.0)]
+
+
 @samples("int8_vectorwise_dequant")
 def _(device):
     a, _, row_stats, _ = _int8(device)
@@ -297,6 +304,18 @@ def _(device):
     return [
         (a, b, row_stats, col_stats),
         (a, b, row_stats, col_stats, col_stats, torch.float32),
+    ]
+
+
+@samples("int8_linear")
+def _(device):
+    _, b, _, col_stats = _int8(device)
+    x = torch.randn(6, 33, device=device)
+    x[2, 3] = 9
+    return [
+        (x, b, col_stats),
+        (x.half().view(2, 3, 33), b, col_stats, col_stats.half()),
+        (x.bfloat16(), b, col_stats, None, 6.0),
     ]
 
 

@@ -225,20 +225,39 @@ BNB_HD uint64_t encode_run(const BinTables& t, const T* a, Float scale, int leas
 
 BNB_HD int32_t reduce_max(Int a) { return _mm512_reduce_max_epi32(a.v); }
 
-inline constexpr int kDotWidth = 32;
+inline constexpr int kDotWidth = 64;
+inline constexpr int kDotOffset = 128;
 struct Dot {
-  __m512i v = _mm512_setzero_si512();
+  // Sixteen ints, not __m512i: GCC 12 copies sums around where it sees one as the other in a loop.
+  using Lanes [[gnu::vector_size(64)]] = int32_t;
+  Lanes v = {};
+  __m512i all() const { return reinterpret_cast<__m512i>(v); }
 };
 struct Bytes {
-  __m512i v;  // thirty-two bytes widened to 16 bits
+  __m512i v;
 };
-BNB_HD Bytes load_bytes(const int8_t* p) {
-  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+BNB_HD Bytes load_bytes(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
+BNB_HD void store_bytes(int8_t* p, Bytes x) { _mm512_storeu_si512(p, x.v); }
+BNB_HD Bytes broadcast_byte(int8_t x) { return {_mm512_set1_epi8(x)}; }
+BNB_HD Bytes add_dot_offset(Bytes x) {
+  return {_mm512_xor_si512(x.v, _mm512_set1_epi8(static_cast<char>(kDotOffset)))};
 }
 BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) {
-  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))};
+  return {reinterpret_cast<Dot::Lanes>(_mm512_dpbusd_epi32(acc.all(), b.v, a.v))};
 }
-BNB_HD int32_t reduce_add(Dot acc) { return _mm512_reduce_add_epi32(acc.v); }
+BNB_HD int32_t reduce_add(Dot acc) { return _mm512_reduce_add_epi32(acc.all()); }
+BNB_HD void reduce_add4(const Dot (&x)[4], uint32_t* out) {
+  const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0].all(), x[1].all()),
+                                         _mm512_unpackhi_epi32(x[0].all(), x[1].all()));
+  const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2].all(), x[3].all()),
+                                          _mm512_unpackhi_epi32(x[2].all(), x[3].all()));
+  const __m512i sums =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(sums), _mm512_extracti64x4_epi64(sums, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
 
 // ---- 4-bit codes -------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ using namespace avx512;  // NOLINT(google-build-using-namespace): the same lanes
 struct PairOperand {
   using Element = BFloat16;
   using Vector = __m512i;
+  using Sum = Float;
+  using Result = float;
   static constexpr int kVector = 32;
   static constexpr int kParts = 4;
   static constexpr int kTileHeight = 6;

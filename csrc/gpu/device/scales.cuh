@@ -15,23 +15,61 @@ class ScaleReader {
   // Called by all threads of the block, which must be synchronised before scales are read.
   __device__ __forceinline__ ScaleReader(const Scales& scales,
                                          float (&shared_code)[kNested ? kCodeLevels : 1])
+      : ScaleReader(scales, static_cast<const float*>(shared_code)) {
+    if constexpr (kNested) fill_code(scales, shared_code);
+  }
+  // For a code that fill_code() put into shared memory.
+  __device__ __forceinline__ ScaleReader(const Scales& scales, const float* shared_code)
       : scales_(scales), code_(shared_code) {
     if constexpr (kNested) {
-      for (int i = threadIdx.x; i < kCodeLevels; i += blockDim.x) shared_code[i] = scales.code[i];
       offset_ = *scales.offset;
       shift_ = log2_of(scales.block_size);
     }
   }
 
-  __device__ __forceinline__ float operator()(int64_t block) const {
+  // Called by all threads of the block.
+  __device__ __forceinline__ static void fill_code(const Scales& scales,
+                                                   float* shared_code) {  // [kCodeLevels]
+    for (int i = threadIdx.x; i < kCodeLevels; i += blockDim.x) shared_code[i] = scales.code[i];
+  }
+
+  // What memory holds of a scale, for those who ask for it long before they need it.
+  struct Stored {
+    float absmax;
+    uint8_t code;
+  };
+
+  __device__ __forceinline__ Stored load(int64_t block) const {
     if constexpr (kNested) {
       const int64_t second = shift_ >= 0 ? block >> shift_ : block / scales_.block_size;
-      const float level = code_[scales_.codes[block]];
-      return __fadd_rn(__fmul_rn(level, scales_.absmax[second]), offset_);
+      return {scales_.absmax[second], scales_.codes[block]};
     } else {
-      return scales_.absmax[block];
+      return {scales_.absmax[block], 0};
     }
   }
+
+  // Of blocks b and b + 1, where b is even, in one access; codes' blocks have an even size.
+  __device__ __forceinline__ void load_pair(int64_t block, Stored& first, Stored& second) const {
+    if constexpr (kNested) {
+      const uint16_t codes = *reinterpret_cast<const uint16_t*>(scales_.codes + block);
+      first = {scales_.absmax[block >> shift_], static_cast<uint8_t>(codes & 0xff)};
+      second = {first.absmax, static_cast<uint8_t>(codes >> 8)};
+    } else {
+      const float2 pair = *reinterpret_cast<const float2*>(scales_.absmax + block);
+      first = {pair.x, 0};
+      second = {pair.y, 0};
+    }
+  }
+
+  __device__ __forceinline__ float value(Stored stored) const {
+    if constexpr (kNested) {
+      return __fadd_rn(__fmul_rn(code_[stored.code], stored.absmax), offset_);
+    } else {
+      return stored.absmax;
+    }
+  }
+
+  __device__ __forceinline__ float operator()(int64_t block) const { return value(load(block)); }
 
  private:
   const Scales& scales_;

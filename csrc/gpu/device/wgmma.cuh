@@ -1,5 +1,5 @@
-// Hopper's instructions behind names: warpgroup products, barriers of transactions, bulk copies. For targets with BNB_HOPPER only (sm_90a).
-// SPDX-License-Identifier: MIT
+// Hopper's instructions behind names: warpgroup products, barriers of transactions, bulk copies.
+// For targets with BNB_HOPPER only (sm_90a). SPDX-License-Identifier: MIT
 //
 // A warpgroup is four consecutive warps of which the first has a number divisible by four. It
 // multiplies A [64, 16] in registers by B [16, n] in shared memory into float sums in registers.
@@ -53,8 +53,7 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t tile) {
   constexpr uint32_t kSwizzle128 = 1u << 30;
   constexpr uint32_t kGroupStride = 8 * kSwizzleRow >> 4;
   constexpr uint32_t kUnused = 1u << 16;  // leading dimension: one atom wide
-  return static_cast<uint64_t>(kSwizzle128 | kGroupStride) << 32 | kUnused |
-         (tile & 0x3ffffu) >> 4;
+  return static_cast<uint64_t>(kSwizzle128 | kGroupStride) << 32 | kUnused | (tile & 0x3ffffu) >> 4;
 }
 // The address, in the lower word, never carries.
 __device__ __forceinline__ uint64_t advance_k(uint64_t descriptor, int s) {
@@ -80,6 +79,11 @@ template <int kCount>
 __device__ __forceinline__ void wgmma_hold(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void wgmma_hold(int (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 template <int kCount>
 __device__ __forceinline__ void wgmma_hold(uint32_t (&a)[kCount]) {
@@ -145,6 +149,61 @@ struct Wgmma;
 BNB_WGMMAS(BFloat16, "bf16");
 BNB_WGMMAS(Half, "f16");
 
+// ---- Products of two operands in shared memory ------------------------------------------------
+
+// d = a b, plus d where `accumulate`; A [64, 32 bytes of k] and B [n, 32 bytes of k] by descriptors,
+// both with K as the inner dimension. Integers in 32 bits, exact, without saturation.
+template <int kN>
+struct WgmmaInt8;
+template <class T, int kN>
+struct WgmmaShared;
+
+#define BNB_I8(i)                                                                             \
+  "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), "+r"(d[i + 4]), "+r"(d[i + 5]), \
+      "+r"(d[i + 6]), "+r"(d[i + 7])
+#define BNB_I16(i) BNB_I8(i), BNB_I8(i + 8)
+#define BNB_I32(i) BNB_I16(i), BNB_I16(i + 16)
+#define BNB_I64(i) BNB_I32(i), BNB_I32(i + 32)
+#define BNB_I128(i) BNB_I64(i), BNB_I64(i + 64)
+
+// A, B, ACC: the numbers of the operands after d.
+#define BNB_WGMMA_SHARED(NAME, SUM, OPERANDS, IMMEDIATES, N, COUNT, A, B, ACC)                    \
+  __device__ __forceinline__ static void run(SUM(&d)[COUNT], uint64_t a, uint64_t b,              \
+                                             bool accumulate) {                                   \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ACC                                           \
+                 ", 0;\n"                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #N NAME " {" BNB_NAMES##COUNT "}, %" #A ", %" #B \
+                 ", p" IMMEDIATES ";}"                                                            \
+                 : OPERANDS##COUNT(0)                                                             \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                            \
+  }
+#define BNB_WGMMAS_SHARED(N, COUNT, A, B, ACC)                                                    \
+  template <>                                                                                     \
+  struct WgmmaInt8<N> {                                                                           \
+    BNB_WGMMA_SHARED("k32.s32.s8.s8", int, BNB_I, "", N, COUNT, A, B, ACC)                        \
+  };                                                                                              \
+  template <>                                                                                     \
+  struct WgmmaShared<BFloat16, N> {                                                               \
+    BNB_WGMMA_SHARED("k16.f32.bf16.bf16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)      \
+  };                                                                                              \
+  template <>                                                                                     \
+  struct WgmmaShared<Half, N> {                                                                   \
+    BNB_WGMMA_SHARED("k16.f32.f16.f16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)        \
+  }
+
+BNB_WGMMAS_SHARED(16, 8, 8, 9, 10);
+BNB_WGMMAS_SHARED(32, 16, 16, 17, 18);
+BNB_WGMMAS_SHARED(64, 32, 32, 33, 34);
+BNB_WGMMAS_SHARED(128, 64, 64, 65, 66);
+BNB_WGMMAS_SHARED(256, 128, 128, 129, 130);
+
+#undef BNB_WGMMAS_SHARED
+#undef BNB_WGMMA_SHARED
+#undef BNB_I128
+#undef BNB_I64
+#undef BNB_I32
+#undef BNB_I16
+#undef BNB_I8
 #undef BNB_WGMMAS
 #undef BNB_WGMMA
 #undef BNB_NAMES128
@@ -208,15 +267,22 @@ struct BarrierAt {
   __device__ __forceinline__ void arrive() const {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
   }
+  // Arrives at the same barrier of another block of the cluster. That tells it what has been read
+  // here, not what has been written.
+  __device__ __forceinline__ void arrive_at(int block) const {
+    asm volatile(
+        "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(address),
+        "r"(block)
+        : "memory");
+  }
   __device__ __forceinline__ void arrive_and_expect(int bytes) const {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address),
-                 "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
                  : "memory");
   }
   // Arrives when all copies that this thread started with start_copy() have ended.
   __device__ __forceinline__ void arrive_after_copies() const {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address)
-                 : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
   }
   __device__ __forceinline__ void wait(uint32_t parity) const { wait_for_phase(address, parity); }
 };
@@ -228,6 +294,7 @@ struct TransactionBarrier {
   __device__ __forceinline__ BarrierAt at() { return {shared_address(&state)}; }
   __device__ __forceinline__ void init(int arrivals) { at().init(arrivals); }
   __device__ __forceinline__ void arrive() { at().arrive(); }
+  __device__ __forceinline__ void arrive_at(int block) { at().arrive_at(block); }
   __device__ __forceinline__ void arrive_and_expect(int bytes) { at().arrive_and_expect(bytes); }
   __device__ __forceinline__ void arrive_after_copies() { at().arrive_after_copies(); }
   __device__ __forceinline__ void wait(uint32_t parity) { at().wait(parity); }
@@ -304,15 +371,28 @@ __device__ __forceinline__ void store_shared4(uint32_t address, uint4 x) {
                : "memory");
 }
 
+// ---- Clusters ---------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// A barrier of all threads of the cluster.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
+
 // ---- Stores of transposed tiles ---------------------------------------------------------------
 
 // Stores four 8 x 8 matrices of 16-bit elements, transposed: lane 4 g + t holds row g, columns 2 t
 // and 2 t + 1 of matrix i in words[i]; lane 8 i + c names the place, of 16 bytes, of column c.
 __device__ __forceinline__ void store_transposed(uint32_t place, const uint32_t (&words)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   place),
-               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
 }
 
 // ---- Launches ---------------------------------------------------------------------------------

@@ -119,6 +119,15 @@ __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }
 
+inline bool has_tensor_products() { return false; }
+template <class T>
+__device__ __forceinline__ void multiply_add_16x8x16(float (&)[4], const uint32_t (&)[4], uint32_t,
+                                                     uint32_t) {
+  __builtin_trap();  // the host asks has_tensor_products()
+}
+
+__device__ __forceinline__ uint2 load_once(const uint2* p) { return *p; }
+
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }

@@ -1,4 +1,4 @@
-// LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): row-wise int8 quantization and the product.
+// LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339): row-wise int8 quantization and products.
 // SPDX-License-Identifier: MIT
 #pragma once
 
@@ -19,6 +19,8 @@ struct Int8VectorwiseQuant {
   float* row_stats;       // [rows]
   uint8_t* outlier_mask;  // [cols], zero on entry, 1 where the column holds an outlier;
                           // null when threshold is 0
+  int32_t* outliers;      // [1 + cols], the same columns as a list: their number, then the columns
+                          // ascending; the rest is not written. May be null
   int64_t rows;
   int64_t cols;
   float threshold;  // |a| >= threshold > 0 is an outlier; 0: no outliers
@@ -45,6 +47,24 @@ struct Int8MmDequant {
   int64_t cols;
 };
 
+// The linear layer: out = a b^T * row_stats * col_stats / 127^2 + bias, with a[:, outliers] zero,
+// plus values[:, outliers] (b * col_stats / 127)[:, outliers]^T in floating point.
+struct Int8ScaledMatmul {
+  DType dtype;
+  DType bias_dtype;
+  const int8_t* a;          // [m, k]
+  const int8_t* b;          // [n, k]
+  const float* row_stats;   // [m]
+  const float* col_stats;   // [n]
+  const void* bias;         // [n] of bias_dtype, or null
+  const void* values;       // [m, k] of dtype, what `a` stands for; null without outliers
+  const int32_t* outliers;  // [1 + k], the list of the columns; null without outliers
+  void* out;                // [m, n] of dtype
+  int64_t m;
+  int64_t n;
+  int64_t k;
+};
+
 namespace gpu {
 
 // row_stats[i] = max |a[i, :]| without outliers; out = round(a * (127 / row_stats)), zero in every
@@ -53,6 +73,11 @@ void int8_vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream);
 
 // Exact 32-bit integer product.
 void int8_linear_matmul(const Int8Matmul& args, Stream stream);
+
+// The layer in one kernel; and its second half, where another library made the integer product
+// [m, n].
+void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream);
+void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product, Stream stream);
 
 // out = a * row_stats * col_stats / 127^2 + bias, rounded once to dtype.
 void int8_mm_dequant(const Int8MmDequant& args, Stream stream);

@@ -19,7 +19,14 @@ from torch import Tensor
 from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import AUTOCAST_DEVICES, check, check_device
 
-__all__ = ["GlobalOutlierPooler", "MatMul8bitLt", "MatmulLtState", "matmul"]
+__all__ = [
+    "GlobalOutlierPooler",
+    "MatMul8bitLt",
+    "MatmulLtState",
+    "dequantized",
+    "matmul",
+    "narrowed",
+]
 
 # Names of tensor layouts of bitsandbytes before 0.45, which callers may still look at.
 REMOVED_FIELDS = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
@@ -32,7 +39,8 @@ class MatmulLtState:
     Attributes:
         CB: int8 codes of the weight ``[N, K]``.
         SCB: float32 statistics of the weight ``[N]``.
-        idx: Outlier columns of the last activations, int64; None without a threshold.
+        idx: Outlier columns of the last activations, int64; None without a threshold. They are
+            counted when somebody asks, which waits for the device.
         threshold: Magnitude from which an activation is an outlier; 0 for none.
         is_training: Whether the weight may have changed since the last call, and whether the CPU
             multiplies with the dequantized weight instead of quantizing the activations.
@@ -60,6 +68,9 @@ class MatmulLtState:
     use_pool = False
     # Address and version of the weight that CB and SCB were made from.
     _source = None
+    # Where `idx` is, or what it is counted from.
+    _idx = None
+    _outlier_mask = None
 
     def __getattr__(self, name: str) -> None:
         # Reached only for names that are not there, such as those of removed layouts.
@@ -74,6 +85,20 @@ class MatmulLtState:
     def reset_grads(self) -> None:
         """Forgets the quantized weight, so that the next call quantizes the weight it gets."""
         self.CB = self.SB = self.SCB = self.SBt = self.CBt = None
+
+
+def _get_idx(state: MatmulLtState) -> Tensor | None:
+    if state._idx is None and state._outlier_mask is not None:
+        state._idx = state._outlier_mask.nonzero().flatten()
+    return state._idx
+
+
+def _set_idx(state: MatmulLtState, idx: Tensor | None) -> None:
+    state._idx, state._outlier_mask = idx, None
+
+
+# Behind the back of dataclass, for which `idx` is a field like the others.
+MatmulLtState.idx = property(_get_idx, _set_idx)  # type: ignore[assignment]
 
 
 class GlobalOutlierPooler:
@@ -108,52 +133,50 @@ class GlobalOutlierPooler:
         return torch.tensor(sorted(self._columns), dtype=torch.int64)
 
 
-def _values(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the values of int8 codes with a statistic for every row."""
     return torch.ops.bitsandbytes.int8_vectorwise_dequant.default(CB, SCB).to(dtype)
 
 
-def _narrow(tensor: Tensor) -> Tensor:
+def narrowed(tensor: Tensor) -> Tensor:
     """Returns what the int8 ops take: they know no float64, a layer may."""
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _product(
-    A: Tensor,
-    bias: Tensor | None,
-    CB: Tensor,
-    SCB: Tensor,
-    CA: Tensor | None,
-    SCA: Tensor | None,
-    outlier_cols: Tensor | None,
-) -> Tensor:
-    """Returns ``A W^T + bias`` in A's dtype, from the codes `CA` of A where they are given."""
-    if CA is None:
+    A: Tensor, bias: Tensor | None, CB: Tensor, SCB: Tensor, threshold: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Returns ``A W^T + bias`` in A's dtype, and the mask of outlier columns if there is one.
+
+    Without a threshold (None, not 0) the activations are not quantized.
+    """
+    if threshold is None:
         bias = None if bias is None else bias.to(A.dtype)
-        return F.linear(A, _values(CB, SCB, A.dtype), bias)
-    bias = None if bias is None else _narrow(bias)
-    a = _narrow(A)
-    ops = torch.ops.bitsandbytes
-    if outlier_cols is None:
-        out = ops.int8_scaled_mm.default(CA, CB, SCA, SCB, bias, a.dtype)
-    else:
-        out, _ = ops.int8_mixed_scaled_mm.default(a, CA, CB, SCA, SCB, outlier_cols, bias)
+        return F.linear(A, dequantized(CB, SCB, A.dtype), bias), None
+    bias = None if bias is None else narrowed(bias)
+    out, outlier_mask = torch.ops.bitsandbytes.int8_linear.default(
+        narrowed(A), CB, SCB, bias, threshold
+    )
     # Not a conversion to the same dtype: torch.compile of torch 2.11 loses the gradient behind one.
-    return out if out.dtype == A.dtype else out.to(A.dtype)
+    return out if out.dtype == A.dtype else out.to(A.dtype), outlier_mask
 
 
 class MatMul8bitLt(torch.autograd.Function):
     """Differentiable form of the product; `B` is the weight that `CB` and `SCB` stand for."""
 
     @staticmethod
-    def forward(ctx, A, B, bias, CB, SCB, CA, SCA, outlier_cols):
+    def forward(ctx, A, B, bias, CB, SCB, threshold):
         """Computes the product; see :func:`_product` for the arguments."""
         # A is needed for the gradient of the weight only: frozen weights keep no activations.
         ctx.save_for_backward(A if ctx.needs_input_grad[1] else None, CB, SCB)
         ctx.dtypes = (A.dtype, B.dtype, None if bias is None else bias.dtype)
-        return _product(A, bias, CB, SCB, CA, SCA, outlier_cols)
+        out, outlier_mask = _product(A, bias, CB, SCB, threshold)
+        if outlier_mask is not None:
+            ctx.mark_non_differentiable(outlier_mask)
+        return out, outlier_mask
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         """Returns the gradients of `A`, `B` and `bias`, each in its own dtype."""
         A, CB, SCB = ctx.saved_tensors
         A_dtype, B_dtype, bias_dtype = ctx.dtypes
@@ -162,13 +185,13 @@ class MatMul8bitLt(torch.autograd.Function):
         flat = grad.reshape(rows, grad.shape[-1])
         grad_A = grad_B = grad_bias = None
         if needs_A:
-            grad_A = grad @ _values(CB, SCB, A_dtype)
+            grad_A = grad @ dequantized(CB, SCB, A_dtype)
         if needs_B:
             grad_B = (flat.t() @ A.reshape(rows, A.shape[-1])).to(B_dtype)
         if needs_bias:
             wide = torch.promote_types(flat.dtype, bias_dtype)
             grad_bias = flat.sum(0, dtype=wide).to(bias_dtype)
-        return grad_A, grad_B, grad_bias, None, None, None, None, None
+        return grad_A, grad_B, grad_bias, None, None, None
 
 
 def _source(B: Tensor) -> tuple[int, int] | None:
@@ -191,7 +214,7 @@ def _quantized_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
             return state.CB, state.SCB
     # Not as inference tensors, because training may come later.
     with torch.inference_mode(False), torch.no_grad():
-        CB, SCB, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(_narrow(B))
+        CB, SCB, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(narrowed(B))
     if source is not None or not state.has_fp16_weights:
         state.CB, state.SCB, state._source = CB, SCB, source
     return CB, SCB
@@ -253,17 +276,12 @@ def matmul(
         expected = f"[N, {A.shape[-1]}] for A of shape {list(A.shape)}"
         check(False, "matmul", "the weight", expected, list(CB.shape))
 
-    CA = SCA = outlier_cols = None
-    if not (state.is_training and A.device.type in ("cpu", "xpu")):
-        with torch.no_grad():
-            CA, SCA, outlier_cols = torch.ops.bitsandbytes.int8_vectorwise_quant.default(
-                _narrow(A), state.threshold
-            )
-    state.idx = outlier_cols
-
+    dense = state.is_training and A.device.type in ("cpu", "xpu")
+    limit = None if dense else state.threshold
     wanted = A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
     if wanted and torch.is_grad_enabled():
-        result = MatMul8bitLt.apply(A, B, bias, CB, SCB, CA, SCA, outlier_cols)
+        result, outlier_mask = MatMul8bitLt.apply(A, B, bias, CB, SCB, limit)
     else:
-        result = _product(A, bias, CB, SCB, CA, SCA, outlier_cols)
+        result, outlier_mask = _product(A, bias, CB, SCB, limit)
+    state._idx, state._outlier_mask = None, outlier_mask
     return result if out is None else out.copy_(result)

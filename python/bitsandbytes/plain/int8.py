@@ -20,7 +20,7 @@ from .._checks import (
     check_shape,
 )
 from .._ops import register_kernel
-from .precision import full_precision
+from .._precision import full_precision
 
 __all__: list[str] = []
 
@@ -75,14 +75,20 @@ def int8_vectorwise_quant(
     check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
     check(threshold >= 0, op, "threshold", "0 (no outliers) or positive", threshold)
 
+    codes, row_stats, outlier_mask = _quantized_rows(A, threshold)
+    return codes, row_stats, None if outlier_mask is None else outlier_mask.nonzero().flatten()
+
+
+def _quantized_rows(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns codes, statistics, and with a threshold the mask of the outlier columns."""
     rows, columns = _rows(A.shape), A.shape[-1]
     values = A.reshape(rows, columns).float()
     magnitudes = values.abs()
-    outlier_cols = None
+    outlier_mask = None
     if threshold > 0:
         outliers = magnitudes >= threshold
         magnitudes.masked_fill_(outliers, 0)
-        outlier_cols = outliers.any(0).nonzero().flatten()
+        outlier_mask = outliers.any(0)
     row_stats = magnitudes.amax(1) if columns else magnitudes.new_zeros(rows)
 
     # A scalar divided by a tensor would be its rounded reciprocal times the scalar.
@@ -93,9 +99,27 @@ def int8_vectorwise_quant(
     scales.masked_fill_(scales.isinf(), 0)
     codes = values * scales.unsqueeze(1)
     codes.round_().clamp_(-CODE_MAX, CODE_MAX).nan_to_num_(0.0)
-    if outlier_cols is not None:
-        codes[:, outlier_cols] = 0
-    return codes.to(torch.int8).view(A.shape), row_stats, outlier_cols
+    if outlier_mask is not None:
+        codes.masked_fill_(outlier_mask, 0)
+    return codes.to(torch.int8).view(A.shape), row_stats, outlier_mask
+
+
+@register_kernel("int8_double_quant", "default")
+@torch.no_grad()
+def int8_double_quant(
+    A: Tensor, threshold: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    op = "int8_double_quant"
+    check_dtype(op, "A", A, *FLOATS)
+    check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
+    check(threshold >= 0, op, "threshold", "0 (no outliers) or positive", threshold)
+
+    quantize = torch.ops.bitsandbytes.int8_vectorwise_quant.default
+    rows, row_stats, outlier_cols = quantize(A, threshold)
+    values = A if threshold == 0 else A.masked_fill(A.abs() >= threshold, 0)
+    turned = values.reshape(_rows(A.shape), A.shape[-1]).t()
+    cols, col_stats, _ = quantize(turned)
+    return rows, cols.t().reshape(A.shape).contiguous(), row_stats, col_stats, outlier_cols
 
 
 @register_kernel("int8_vectorwise_dequant", "default")
@@ -196,6 +220,43 @@ def int8_scaled_mm(
     _check_scales(op, stats, ("A", A), bias, dtype)
     product = torch.ops.bitsandbytes.int8_linear_matmul.default(A, B)
     return _finish(_scaled(product, row_stats, col_stats), bias, dtype)
+
+
+@register_kernel("int8_linear", "default")
+@torch.no_grad()
+def int8_linear(
+    A: Tensor,
+    CB: Tensor,
+    SCB: Tensor,
+    bias: Tensor | None = None,
+    threshold: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    op = "int8_linear"
+    check_dtype(op, "A", A, *FLOATS)
+    check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
+    check_dtype(op, "CB", CB, torch.int8)
+    check_device(op, "CB", CB, "A", A)
+    if CB.dim() != 2 or CB.shape[1] != A.shape[-1]:
+        expected = f"[N, {A.shape[-1]}] for A of shape {list(A.shape)}"
+        check(False, op, "CB", expected, list(CB.shape))
+    check_dtype(op, "SCB", SCB, torch.float32)
+    check_device(op, "SCB", SCB, "A", A)
+    check_numel(op, "SCB", SCB, CB.shape[0], "rows of CB")
+    if bias is not None:
+        check_dtype(op, "bias", bias, *FLOATS)
+        check_device(op, "bias", bias, "A", A)
+        check_shape(op, "bias", bias, [CB.shape[0]])
+    check(threshold >= 0, op, "threshold", "0 (no outliers) or positive", threshold)
+
+    CA, SCA, outlier_mask = _quantized_rows(A, threshold)
+    result = _scaled(_product(CA, CB), SCA, SCB)
+    if outlier_mask is not None:
+        # All columns, those of no outliers as zeros: their number would be for the host to read.
+        values = A.reshape(CA.shape).float().masked_fill(~outlier_mask, 0)
+        with full_precision(A.device):
+            correction = values @ CB.float().masked_fill(~outlier_mask, 0).t()
+        result += correction.mul_(SCB.flatten() * UNIT).view(result.shape)
+    return _finish(result, bias, A.dtype), outlier_mask
 
 
 @register_kernel("int8_mixed_scaled_mm", "default")

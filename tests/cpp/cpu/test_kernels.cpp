@@ -165,6 +165,7 @@ TYPED_TEST(FloatKernel, Int8VectorwiseQuant) {
                                        out.data(),
                                        row_stats.data(),
                                        threshold > 0 ? outlier_cols.data() : nullptr,
+                                       nullptr,
                                        rows,
                                        cols,
                                        threshold};
@@ -178,41 +179,95 @@ TYPED_TEST(FloatKernel, Int8VectorwiseQuant) {
   }
 }
 
+// Runs a product as callers do: rows staged in two parts, then the panels in two parts.
+template <class Arguments>
+void run_int8(const Kernels& k, const Arguments& args,
+              void (*multiply)(const Arguments&, const void*, void*, int64_t, int64_t)) {
+  const ProductSpace space = k.int8_matmul_space(args.m, args.k);
+  Guarded<uint8_t> staged(space.staged + 63);
+  Guarded<uint8_t> panel(space.panel + 63);
+  const auto aligned = [](uint8_t* p) {
+    return p + (64 - reinterpret_cast<uintptr_t>(p) % 64) % 64;
+  };
+  uint8_t* const to = aligned(staged.data());
+  k.int8_matmul_stage(args.a, args.m, args.k, to, 0, args.m / 2);
+  k.int8_matmul_stage(args.a, args.m, args.k, to, args.m / 2, args.m);
+  const int64_t panels = ceil_div(args.n, kGemmPanel);
+  multiply(args, to, aligned(panel.data()), 0, panels / 2);
+  multiply(args, to, aligned(panel.data()), panels / 2, panels);
+}
+
+struct ProductShape {
+  int64_t m;
+  int64_t n;
+  int64_t k;
+};
+
+// Rows of one tile, of several, of several blocks; columns of a part of a panel and of several;
+// vectors and chunks along k, whole and not.
+constexpr ProductShape kProducts[] = {
+    {1, 1, 0},    {1, 3, 1},    {2, 64, 15},   {3, 65, 16},   {5, 2, 63},   {6, 6, 64},
+    {7, 130, 65}, {13, 5, 127}, {20, 67, 200}, {300, 66, 33}, {2, 3, 4097}, {9, 5, 8200},
+};
+
 TEST_F(Kernel, Int8LinearMatmul) {
-  for (const int64_t m : {1, 3, 4, 5, 9}) {
-    for (const int64_t n : {1, 2, 3, 6}) {
-      for (const int64_t k_size : {0, 1, 15, 16, 31, 32, 33, 63, 64, 65, 127, 200}) {
-        Guarded<int8_t> a(integers<int8_t>(m * k_size, 9));
-        Guarded<int8_t> b(integers<int8_t>(n * k_size, 10));
-        expect_same_on_all("k " + std::to_string(k_size), [&](const Kernels& k) {
-          Guarded<int32_t> out(m * n);
-          const Int8Matmul args{a.data(), b.data(), out.data(), m, n, k_size};
-          k.int8_linear_matmul(args, 0, n / 2);
-          k.int8_linear_matmul(args, n / 2, n);
-          return std::vector<Bytes>{out.bytes()};
-        });
+  for (const auto& [m, n, k_size] : kProducts) {
+    std::vector<int8_t> left = integers<int8_t>(m * k_size, 9);
+    std::vector<int8_t> right = integers<int8_t>(n * k_size, 10);
+    for (int64_t t = 0; t < k_size; ++t) left[t] = right[t] = -128;  // the largest products
+    Guarded<int8_t> a(left);
+    Guarded<int8_t> b(right);
+    for (const std::string& isa : available_isas()) {
+      ASSERT_TRUE(set_isa(isa));
+      Guarded<int32_t> out(m * n);
+      const Int8Matmul args{a.data(), b.data(), out.data(), m, n, k_size};
+      run_int8(kernels(), args, kernels().int8_linear_matmul);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          int32_t sum = 0;
+          for (int64_t t = 0; t < k_size; ++t) sum += left[i * k_size + t] * right[j * k_size + t];
+          ASSERT_EQ(out.data()[i * n + j], sum) << isa << ' ' << m << ' ' << n << ' ' << k_size;
+        }
       }
     }
   }
 }
 
-TEST_F(Kernel, Int8LinearMatmulIsExact) {
-  constexpr int64_t m = 5;
-  constexpr int64_t n = 3;
-  constexpr int64_t k_size = 133;
-  std::vector<int8_t> a = integers<int8_t>(m * k_size, 11);
-  std::vector<int8_t> b = integers<int8_t>(n * k_size, 12);
-  for (int64_t t = 0; t < k_size; ++t) a[t] = b[t] = -128;  // the largest products there are
-  for (const std::string& isa : available_isas()) {
-    ASSERT_TRUE(set_isa(isa));
-    std::vector<int32_t> out(m * n);
-    kernels().int8_linear_matmul({a.data(), b.data(), out.data(), m, n, k_size}, 0, n);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) {
-        int32_t sum = 0;
-        for (int64_t t = 0; t < k_size; ++t) sum += a[i * k_size + t] * b[j * k_size + t];
-        ASSERT_EQ(out[i * n + j], sum) << isa;
+TYPED_TEST(FloatKernel, Int8ScaledMatmul) {
+  using T = TypeParam;
+  for (const auto& [m, n, k_size] : kProducts) {
+    Guarded<int8_t> a(integers<int8_t>(m * k_size, 17));
+    Guarded<int8_t> b(integers<int8_t>(n * k_size, 18));
+    Guarded<float> row_stats(numbers<float>(m, 19));
+    Guarded<float> col_stats(numbers<float>(n, 20));
+    Guarded<Half> bias(numbers<Half>(n, 21));
+    Guarded<T> values(numbers<T>(m * k_size, 22));
+    // No outlier column, one, and more than are multiplied at a time.
+    for (const int64_t outliers : {int64_t{0}, int64_t{1}, int64_t{150}}) {
+      std::vector<int32_t> columns(1 + k_size);
+      for (int64_t i = 0; i < k_size && i < outliers; ++i) {
+        columns[1 + i] = static_cast<int32_t>(k_size - std::min(outliers, k_size) + i);
+        columns[0] = static_cast<int32_t>(i + 1);
       }
+      Guarded<int32_t> list(columns);
+      this->expect_same_on_all("k " + std::to_string(k_size), [&](const Kernels& k) {
+        Guarded<T> out(m * n);
+        const Int8ScaledMatmul args{kDTypeOf<T>,
+                                    DType::kFloat16,
+                                    a.data(),
+                                    b.data(),
+                                    row_stats.data(),
+                                    col_stats.data(),
+                                    outliers == 1 ? nullptr : bias.data(),
+                                    outliers > 0 ? values.data() : nullptr,
+                                    outliers > 0 ? list.data() : nullptr,
+                                    out.data(),
+                                    m,
+                                    n,
+                                    k_size};
+        run_int8(k, args, k.int8_scaled_matmul);
+        return std::vector<Bytes>{out.bytes()};
+      });
     }
   }
 }

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitsandbytes as bnb
 from bitsandbytes.autograd import _functions
@@ -257,17 +258,38 @@ def test_compiles_into_one_graph(device, training, threshold, compile_fresh):
 
     compiled = compile_fresh(product, fullgraph=True, backend="aot_eager")
     results = []
-    # The number of outlier columns is known only to the data.
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for run in (product, compiled):
-            torch.manual_seed(1)
-            a = torch.randn(5, 16, device=device, requires_grad=True)
-            bias = torch.randn(4, device=device, requires_grad=True)
-            out = run(a, bias)
-            out.square().sum().backward()
-            results.append((out, a.grad, bias.grad))
+    for run in (product, compiled):
+        torch.manual_seed(1)
+        a = torch.randn(5, 16, device=device, requires_grad=True)
+        bias = torch.randn(4, device=device, requires_grad=True)
+        out = run(a, bias)
+        out.square().sum().backward()
+        results.append((out, a.grad, bias.grad, state.idx))
     for eager, traced in zip(*results, strict=True):
-        torch.testing.assert_close(traced, eager)
+        assert (traced is None) == (eager is None)
+        if eager is not None:
+            torch.testing.assert_close(traced, eager)
+
+
+class Ops(TorchDispatchMode):
+    """Collects the names of the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+def test_the_forward_is_one_op_that_reads_nothing_back(device, threshold):
+    state = frozen(torch.randn(4, 16, device=device), threshold=threshold)
+    a = torch.randn(5, 16, device=device)
+    with torch.no_grad(), Ops() as ops:
+        bnb.matmul(a, state.CB, state=state)
+    assert ops.names == ["int8_linear.default"]
 
 
 # --- what is kept between calls -----------------------------------------------------------------
@@ -427,7 +449,9 @@ def test_state_refuses_unknown_names_and_can_be_copied():
     state = frozen(torch.randn(2, 3), threshold=6.0)
     with pytest.raises(AttributeError, match=r"MatmulLtState.*nothing"):
         _ = state.nothing
+    bnb.matmul(torch.tensor([[1.0, 7.0, -6.0]]), state.CB, state=state)
     for other in (copy.copy(state), copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert other.idx.tolist() == [1, 2]
         assert other.threshold == 6.0 and other.has_fp16_weights is False
         assert torch.equal(other.CB, state.CB) and torch.equal(other.SCB, state.SCB)
 

@@ -188,6 +188,16 @@ def test_a_replaced_weight_is_used(device, stage):
     assert layer.weight.dtype == torch.int8
 
 
+def test_a_parameter_moved_by_hand_keeps_its_statistics(device):
+    layer = after_forward(device)
+    want = layer(inputs(device))
+    # What PEFT does when it has read the values of a weight.
+    layer.weight = layer.weight.to(layer.weight.device)
+    assert layer.weight.CB is not None and layer.weight.SCB is None
+    assert torch.equal(layer(inputs(device)), want)
+    assert_consistent(layer, device)
+
+
 def test_statistics_set_on_the_state_are_used(device):
     layer, other = after_forward(device), quantized(device)
     layer.state.SCB = layer.state.SCB * 2
@@ -203,9 +213,10 @@ def test_lost_statistics_get_a_sentence(device):
         layer(inputs(device))
 
 
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
 @pytest.mark.parametrize("training", [False, True])
-def test_compiles_into_one_graph(device, training, compile_fresh):
-    layer = quantized(device).train(training)
+def test_compiles_into_one_graph(device, training, threshold, compile_fresh):
+    layer = quantized(device, threshold=threshold).train(training)
     eager = copy.deepcopy(layer)
     compiled = compile_fresh(layer, fullgraph=True, backend="aot_eager")
     for _ in range(2):
@@ -232,6 +243,27 @@ def test_a_trained_layer_compiles_into_one_graph(device, compile_fresh):
         out.square().sum().backward()
         want.square().sum().backward()
         torch.testing.assert_close(layer.weight.grad, eager.weight.grad)
+
+
+def test_outlier_features_need_the_threshold(device):
+    """Columns 20 to 60 times as large as the others, as transformers grow them."""
+    torch.manual_seed(4)
+    linear = nn.Linear(256, 128)
+    x = torch.randn(64, 256)
+    planted = x.clone()
+    planted[:, [3, 77, 200]] *= torch.tensor([20.0, 40.0, 60.0])
+
+    def error(x, threshold):
+        layer = Linear8bitLt(256, 128, has_fp16_weights=False, threshold=threshold)
+        layer.load_state_dict(linear.state_dict())
+        out = layer.to(device).eval()(x.to(device)).cpu()
+        # Against the quantized weight: what is looked at is the quantization of activations.
+        weight = int8_vectorwise_dequant(layer.weight.data, layer.state.SCB).cpu()
+        return (out - F.linear(x, weight, linear.bias)).square().mean().sqrt()
+
+    alone = error(x, 0.0)
+    assert error(planted, 6.0) < 1.2 * alone
+    assert error(planted, 0.0) > 5 * alone
 
 
 # --- moves --------------------------------------------------------------------------------------

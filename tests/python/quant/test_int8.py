@@ -323,6 +323,99 @@ def test_mixed_scaled_mm_matches_specification(int8, device, dtype):
     assert_close(out.view(10, 7), expected, dtype, expected, outlier_term, numpy(bias))
 
 
+# Shapes of one tile of a kernel and of several, whole and not, and such as vendors' libraries take.
+LAYERS = [(3, 5, 33), (1, 70, 64), (20, 16, 40), (70, 72, 136), (300, 3, 17)]
+
+
+def planted(rows, columns, outliers, device):
+    """Numbers below 4, and above it in the first rows of the last columns."""
+    x = torch.randn(rows, columns, device=device).clamp_(-3.5, 3.5)
+    for i in range(outliers):
+        x[i % rows, columns - 1 - i] = 5.0 + i
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outliers", [None, 0, 1, 200])
+@pytest.mark.parametrize(("rows", "outputs", "terms"), LAYERS)
+def test_linear_matches_specification(int8, device, rows, outputs, terms, outliers, dtype):
+    outliers = outliers and min(outliers, terms)
+    x = planted(rows, terms, outliers or 0, device).to(dtype)
+    b, col_stats = codes_and_stats(outputs, terms, device)
+    bias = torch.randn(outputs, device=device).half() if rows > 1 else None
+    threshold = 0.0 if outliers is None else 4.0
+    out, mask = int8.int8_linear(x, b, col_stats, bias, threshold)
+    shift = numpy(bias) if bias is not None else np.zeros(outputs)
+    expected = reference.linear(numpy(x), numpy(b), numpy(col_stats), shift, threshold)
+    assert (mask is None) == (outliers is None)
+    columns = []
+    if mask is not None:
+        assert mask.dtype == torch.bool and mask.shape == (terms,)
+        columns = numpy(mask).nonzero()[0]
+        assert columns.tolist() == list(range(terms - outliers, terms))
+    weight = reference.dequantize(numpy(b), numpy(col_stats))
+    outlier_term = np.abs(numpy(x)[:, columns]) @ np.abs(weight[:, columns]).T
+    assert_close(out, expected, dtype, expected, outlier_term, shift)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.0])
+@pytest.mark.parametrize(
+    ("shape", "outputs"), [((7,), 4), ((2, 3, 7), 4), ((0, 7), 4), ((2, 0), 4), ((2, 7), 0)]
+)
+def test_linear_keeps_leading_shape(int8, device, shape, outputs, threshold):
+    x = torch.randn(shape, device=device) * 2
+    b, col_stats = codes_and_stats(outputs, shape[-1], device)
+    bias = torch.randn(outputs, device=device)
+    out, mask = int8.int8_linear(x, b, col_stats, bias, threshold)
+    assert out.shape == (*shape[:-1], outputs)
+    if threshold:
+        any_outlier = (x[None].flatten(0, -2).abs() >= threshold).any(0)
+        assert torch.equal(mask, any_outlier)
+    rows = out.numel() // outputs if outputs else 0
+    if rows:
+        flat = numpy(x).reshape(rows, shape[-1])
+        stats = numpy(b), numpy(col_stats)
+        expected = reference.linear(flat, *stats, numpy(bias), threshold)
+        assert_close(out.view(rows, outputs), expected, torch.float32, 20 * np.ones_like(expected))
+
+
+def test_linear_of_strided_operands(int8, device):
+    x = planted(10, 24, 3, device)
+    b, col_stats = codes_and_stats(9, 24, device)
+    want, want_mask = int8.int8_linear(x, b, col_stats, None, 4.0)
+    wide = torch.stack([x, x * 2], -1)[..., 0]
+    out, mask = int8.int8_linear(wide, b.t().contiguous().t(), col_stats.view(1, 9), None, 4.0)
+    assert torch.equal(out, want) and torch.equal(mask, want_mask)
+
+
+def test_linear_multiplies_outliers_beyond_float16(int8, device):
+    x = torch.tensor([[1.0, 1e6, -0.5]], device=device)
+    codes = torch.tensor([[127, 127, 127]], dtype=torch.int8, device=device)
+    out, mask = int8.int8_linear(x, codes, torch.ones(1, device=device), None, 6.0)
+    assert mask.tolist() == [False, True, False]
+    assert abs(out.item() - 1000000.5) < 1
+
+
+def test_linear_of_the_same_rows_whatever_stands_beside_them(int8, device):
+    x = planted(300, 70, 0, device)
+    b, col_stats = codes_and_stats(66, 70, device)
+    many, _ = int8.int8_linear(x, b, col_stats)
+    for rows in (1, 5, 7, 40):
+        few, _ = int8.int8_linear(x[:rows], b, col_stats)
+        assert torch.equal(few, many[:rows])
+
+
+@pytest.mark.cpu_kernels
+def test_linear_on_each_instruction_set(cpu_isa):
+    torch.manual_seed(3)
+    x = planted(13, 200, 4, "cpu").bfloat16()
+    b, col_stats = codes_and_stats(70, 200, "cpu")
+    out, mask = ops.int8_linear(x, b, col_stats, None, 4.0)
+    want, want_mask = plain.int8_linear(x, b, col_stats, None, 4.0)
+    torch.testing.assert_close(out, want)
+    assert torch.equal(mask, want_mask)
+
+
 def test_mixed_scaled_mm_without_outliers_is_scaled_mm(int8, device):
     x = torch.randn(3, 40, device=device)
     b, col_stats = codes_and_stats(5, 40, device)
@@ -434,6 +527,16 @@ BAD = [
     ("int8_scaled_mm", "col_stats", (I8, B8, ROWS, ROWS)),
     ("int8_scaled_mm", "bias", (I8, B8, ROWS, COLS, ROWS)),
     ("int8_scaled_mm", "dtype", (I8, B8, ROWS, COLS, None, torch.int32)),
+    ("int8_linear", "A", (X.double(), B8, COLS)),
+    ("int8_linear", "A", (torch.tensor(1.0), B8, COLS)),
+    ("int8_linear", "CB", (X, B8.float(), COLS)),
+    ("int8_linear", "CB", (X, B8.t(), COLS)),
+    ("int8_linear", "SCB", (X, B8, ROWS)),
+    ("int8_linear", "SCB", (X, B8, COLS.half())),
+    ("int8_linear", "bias", (X, B8, COLS, ROWS)),
+    ("int8_linear", "bias", (X, B8, COLS, COLS.int())),
+    ("int8_linear", "threshold", (X, B8, COLS, None, -1.0)),
+    ("int8_linear", "threshold", (X, B8, COLS, None, NAN)),
     ("int8_mixed_scaled_mm", "A", (X.double(), I8, B8, ROWS, COLS)),
     ("int8_mixed_scaled_mm", "A", (X[:1], I8, B8, ROWS, COLS)),
     ("int8_mixed_scaled_mm", "SCA", (X, I8, B8, COLS, COLS)),
@@ -488,6 +591,7 @@ def _samples(device):
             (a, b, row_stats, col_stats),
             (a, b, row_stats, col_stats, col_stats, torch.float32),
         ],
+        "int8_linear": [(x, b, col_stats), (x.bfloat16(), b, col_stats, col_stats, 6.0)],
         "int8_mixed_scaled_mm": [
             (x, a, b, row_stats, col_stats),
             (x, a, b, row_stats, col_stats, columns, col_stats),

@@ -1,0 +1,134 @@
+// Hopper's copies of tiles of a matrix into shared memory, and what moves between the shared
+// memories of a cluster.
+// SPDX-License-Identifier: MIT
+//
+// A TensorMap describes a matrix in global memory and the tile that one copy takes. What of a tile
+// lies outside the matrix arrives as zeros. It is an argument of the kernel by value, in place
+// (BNB_GRID_CONSTANT).
+#pragma once
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "gpu/device/wgmma.cuh"
+#include "gpu/runtime/check.h"
+
+namespace bnb::gpu {
+
+// ---- On the host -------------------------------------------------------------------------------
+
+using TensorMap = CUtensorMap;
+
+// How the 16-byte chunks of a tile's rows are permuted: within rows of 64 or 128 bytes, so that
+// eight rows of one chunk lie in different banks.
+enum class Swizzle { k64 = CU_TENSOR_MAP_SWIZZLE_64B, k128 = CU_TENSOR_MAP_SWIZZLE_128B };
+
+// The driver's function, which the runtime library finds: nothing is linked against the driver.
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+    BNB_GPU_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                   cudaEnableDefault, &found));
+#else
+    BNB_GPU_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault,
+                                          &found));
+#endif
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  return encode;
+}
+
+// A matrix [rows, row_bytes] whose rows follow each other, in tiles of [tile_rows, width of the
+// swizzle]. Its address and row_bytes are multiples of 16.
+inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t row_bytes, int tile_rows,
+                            Swizzle swizzle) {
+  constexpr cuuint32_t kElement = 2;  // bytes; what they mean does not matter
+  TensorMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(row_bytes) / kElement,
+                              static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
+  const cuuint32_t tile[] = {(swizzle == Swizzle::k128 ? 128u : 64u) / kElement,
+                             static_cast<cuuint32_t>(tile_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult status = tensor_map_encoder()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(matrix), sizes, strides, tile,
+      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle),
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("cuTensorMapEncodeTiled failed with status " +
+                             std::to_string(static_cast<int>(status)));
+  }
+  return map;
+}
+
+// ---- In kernels --------------------------------------------------------------------------------
+
+#if BNB_HOPPER
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Starts a copy of the tile that begins at row `row` and 16-bit column `column`; counts at
+// `barrier`.
+__device__ __forceinline__ void tensor_copy(uint32_t shared, const TensorMap& map, int column,
+                                            int row, TransactionBarrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier.state))
+      : "memory");
+}
+
+// The same to the same place in every block of the cluster whose bit is set in `blocks`; counts at
+// the barrier of each.
+__device__ __forceinline__ void tensor_copy_to_cluster(uint32_t shared, const TensorMap& map,
+                                                       int column, int row,
+                                                       TransactionBarrier& barrier,
+                                                       uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier.state)), "h"(blocks)
+      : "memory");
+}
+
+// The address in the cluster of what lies at `shared` in its block `block`.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t shared, int block) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(block));
+  return there;
+}
+
+__device__ __forceinline__ uint4 load_in_cluster(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_in_cluster(uint32_t address, const float (&x)[4]) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]),
+               "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements, transposed: lane l names row l % 8 of matrix l / 8, and
+// lane 4 g + t gets elements [2t][g] and [2t + 1][g] of each.
+__device__ __forceinline__ void load_transposed(uint32_t row, uint32_t (&out)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(row)
+               : "memory");
+}
+
+#endif  // BNB_HOPPER
+
+}  // namespace bnb::gpu

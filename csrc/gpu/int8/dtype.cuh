@@ -1,0 +1,38 @@
+// Dtypes known at run time, in kernels and for launches of int8 products.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include "bitsandbytes/kernels/common.h"
+#include "gpu/device/vector_io.cuh"
+
+namespace bnb::gpu {
+
+__device__ __forceinline__ float read_as_float(DType dtype, const void* p, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return widen(static_cast<const Half*>(p)[i]);
+    case DType::kBFloat16:
+      return widen(static_cast<const BFloat16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+
+__device__ __forceinline__ float bias_at(const void* bias, DType dtype, int64_t col) {
+  return bias != nullptr ? read_as_float(dtype, bias, col) : 0.0f;
+}
+
+// Calls body with a null pointer that has the type of elements.
+template <class Body>
+void by_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return body(static_cast<Half*>(nullptr));
+    case DType::kBFloat16:
+      return body(static_cast<BFloat16*>(nullptr));
+    default:
+      return body(static_cast<float*>(nullptr));
+  }
+}
+
+}  // namespace bnb::gpu

@@ -1,0 +1,14 @@
+// The layer of LLM.int8() on Hopper's tensor cores.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include "bitsandbytes/kernels/int8.h"
+
+namespace bnb::gpu {
+
+// Whether the kernel below takes this product, on the current device.
+bool wgmma_int8_serves(const Int8ScaledMatmul& args);
+
+void wgmma_int8(const Int8ScaledMatmul& args, Stream stream);
+
+}  // namespace bnb::gpu

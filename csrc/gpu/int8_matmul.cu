@@ -1,0 +1,263 @@
+// LLM.int8(): the exact integer product, the layer, and values of products.
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+
+#include "bitsandbytes/blocks.h"
+#include "bitsandbytes/kernels/int8.h"
+#include "gpu/device/vector_io.cuh"
+#include "gpu/int8/dtype.cuh"
+#include "gpu/int8/wgmma.h"
+#include "gpu/runtime/check.h"
+
+namespace bnb::gpu {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTileM = 64;
+constexpr int kTileN = 64;
+constexpr int kTileK = 32;  // bytes, eight 32-bit words
+constexpr int kWords = kTileK / 4;
+// Every thread has the sums of rows ty + 16 i and columns tx + 16 j of a tile.
+constexpr int kThreadTile = 4;
+constexpr int kStride = 16;
+using Sums = int[kThreadTile][kThreadTile];
+
+__device__ __forceinline__ int thread_row() { return static_cast<int>(threadIdx.x) / kStride; }
+__device__ __forceinline__ int thread_col() { return static_cast<int>(threadIdx.x) % kStride; }
+
+// Bytes `from` to `from` + 3 of a row of k, as a word; zeros behind its end.
+__device__ __forceinline__ int load_word(const int8_t* row, int64_t from, int64_t k, bool aligned) {
+  if (aligned && from < k) return *reinterpret_cast<const int*>(row + from);
+  int word = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    if (from + byte < k) word |= static_cast<uint8_t>(row[from + byte]) << (8 * byte);
+  }
+  return word;
+}
+
+// a b^T by tiles of 64 x 64, each thread 4 x 4 of them, four products an instruction; then
+// finish(sums, first row, first column). Serves the shapes that the vendor's library refuses, and
+// devices without one.
+template <class Finish>
+__global__ void __launch_bounds__(kThreads)
+    int8_matmul_kernel(const int8_t* __restrict__ a,  // [m, k]
+                       const int8_t* __restrict__ b,  // [n, k]
+                       int64_t from_row, int64_t m, int64_t n, int64_t k, bool aligned,
+                       const Finish finish) {
+  // One word of padding per row spreads the rows over the memory banks.
+  __shared__ int tile_a[kTileM][kWords + 1];
+  __shared__ int tile_b[kTileN][kWords + 1];
+  const int64_t first_row = from_row + int64_t{blockIdx.y} * kTileM;
+  const int64_t first_col = int64_t{blockIdx.x} * kTileN;
+  Sums sums = {};
+  for (int64_t k0 = 0; k0 < k; k0 += kTileK) {
+    for (int word = threadIdx.x; word < kTileM * kWords; word += kThreads) {
+      const int row = word / kWords;
+      const int64_t from = k0 + (word % kWords) * 4;
+      const int64_t row_a = first_row + row;
+      const int64_t row_b = first_col + row;
+      tile_a[row][word % kWords] = row_a < m ? load_word(a + row_a * k, from, k, aligned) : 0;
+      tile_b[row][word % kWords] = row_b < n ? load_word(b + row_b * k, from, k, aligned) : 0;
+    }
+    __syncthreads();
+    for (int w = 0; w < kWords; ++w) {
+      int x[kThreadTile];
+      int y[kThreadTile];
+#pragma unroll
+      for (int i = 0; i < kThreadTile; ++i) x[i] = tile_a[thread_row() + kStride * i][w];
+#pragma unroll
+      for (int j = 0; j < kThreadTile; ++j) y[j] = tile_b[thread_col() + kStride * j][w];
+#pragma unroll
+      for (int i = 0; i < kThreadTile; ++i) {
+#pragma unroll
+        for (int j = 0; j < kThreadTile; ++j) sums[i][j] = dot4(x[i], y[j], sums[i][j]);
+      }
+    }
+    __syncthreads();
+  }
+  finish(sums, first_row, first_col);
+}
+
+// What becomes of sums: they are the result.
+struct StoreSums {
+  int32_t* out;  // [m, n]
+  int64_t m;
+  int64_t n;
+
+  __device__ __forceinline__ void operator()(const Sums& sums, int64_t first_row,
+                                             int64_t first_col) const {
+#pragma unroll
+    for (int i = 0; i < kThreadTile; ++i) {
+      const int64_t row = first_row + thread_row() + kStride * i;
+#pragma unroll
+      for (int j = 0; j < kThreadTile; ++j) {
+        const int64_t col = first_col + thread_col() + kStride * j;
+        if (row < m && col < n) out[row * n + col] = sums[i][j];
+      }
+    }
+  }
+};
+
+// Adds the products of outlier columns, without the scale of the weight. All threads of the block
+// take part; a batch of columns lies in shared memory.
+template <class T>
+__device__ __forceinline__ void add_outliers(const Int8ScaledMatmul& args, int64_t first_row,
+                                             int64_t first_col,
+                                             float (&added)[kThreadTile][kThreadTile]) {
+  constexpr int kBatch = 32;
+  __shared__ float values[kTileM][kBatch + 1];
+  __shared__ float weights[kTileN][kBatch + 1];
+  static_assert(kTileM == kTileN);
+  const int count = args.outliers[0];
+  for (int first = 0; first < count; first += kBatch) {
+    for (int i = threadIdx.x; i < kTileM * kBatch; i += kThreads) {
+      const int place = i % kBatch;
+      const bool there = first + place < count;
+      const int64_t column = there ? args.outliers[1 + first + place] : 0;
+      const int64_t row = first_row + i / kBatch;
+      const int64_t col = first_col + i / kBatch;
+      values[i / kBatch][place] =
+          there && row < args.m ? widen(static_cast<const T*>(args.values)[row * args.k + column])
+                                : 0.0f;
+      weights[i / kBatch][place] =
+          there && col < args.n ? static_cast<float>(args.b[col * args.k + column]) : 0.0f;
+    }
+    __syncthreads();
+    for (int place = 0; place < min(kBatch, count - first); ++place) {
+#pragma unroll
+      for (int i = 0; i < kThreadTile; ++i) {
+#pragma unroll
+        for (int j = 0; j < kThreadTile; ++j) {
+          added[i][j] = __fmaf_rn(values[thread_row() + kStride * i][place],
+                                  weights[thread_col() + kStride * j][place], added[i][j]);
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// What becomes of sums in the layer.
+template <class T>
+struct ScaleSums {
+  Int8ScaledMatmul args;
+
+  __device__ __forceinline__ void operator()(const Sums& sums, int64_t first_row,
+                                             int64_t first_col) const {
+    float added[kThreadTile][kThreadTile] = {};
+    if (args.outliers != nullptr) add_outliers<T>(args, first_row, first_col, added);
+#pragma unroll
+    for (int i = 0; i < kThreadTile; ++i) {
+      const int64_t row = first_row + thread_row() + kStride * i;
+      if (row >= args.m) continue;
+      const float row_scale = __fmul_rn(args.row_stats[row], kInt8Product);
+#pragma unroll
+      for (int j = 0; j < kThreadTile; ++j) {
+        const int64_t col = first_col + thread_col() + kStride * j;
+        if (col >= args.n) continue;
+        const float col_stat = args.col_stats[col];
+        float result = bias_at(args.bias, args.bias_dtype, col);
+        if (args.outliers != nullptr) {
+          result = __fmaf_rn(added[i][j], __fmul_rn(col_stat, 1.0f / kInt8Max), result);
+        }
+        result = __fmaf_rn(__int2float_rn(sums[i][j]), __fmul_rn(col_stat, row_scale), result);
+        static_cast<T*>(args.out)[row * args.n + col] = narrow<T>(result);
+      }
+    }
+  }
+};
+
+// The same where another kernel made the integer product.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    scale_product_kernel(const int32_t* __restrict__ product,  // [m, n]
+                         int64_t from_row, const ScaleSums<T> finish) {
+  const int64_t first_row = from_row + int64_t{blockIdx.y} * kTileM;
+  const int64_t first_col = int64_t{blockIdx.x} * kTileN;
+  Sums sums = {};
+#pragma unroll
+  for (int i = 0; i < kThreadTile; ++i) {
+    const int64_t row = first_row + thread_row() + kStride * i;
+#pragma unroll
+    for (int j = 0; j < kThreadTile; ++j) {
+      const int64_t col = first_col + thread_col() + kStride * j;
+      if (row < finish.args.m && col < finish.args.n) {
+        sums[i][j] = product[row * finish.args.n + col];
+      }
+    }
+  }
+  finish(sums, first_row, first_col);
+}
+
+// Calls body(grid, first row) for parts of all tiles: a grid's second dimension ends at 65535.
+template <class Body>
+void over_tiles(int64_t m, int64_t n, const Body& body) {
+  constexpr int64_t kMostRows = int64_t{65535} * kTileM;
+  for (int64_t row = 0; row < m; row += kMostRows) {
+    const int64_t rows = std::min(m - row, kMostRows);
+    body(dim3(static_cast<unsigned>(ceil_div(n, kTileN)),
+              static_cast<unsigned>(ceil_div(rows, kTileM))),
+         row);
+  }
+}
+
+template <class Finish>
+void matmul(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k, const Finish& finish,
+            Stream stream) {
+  const bool aligned = k % 4 == 0 && is_aligned(a, 4) && is_aligned(b, 4);
+  over_tiles(m, n, [&](dim3 grid, int64_t row) {
+    launch("int8_matmul_kernel", int8_matmul_kernel<Finish>, grid, kThreads, 0, stream, a, b, row,
+           m, n, k, aligned, finish);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) int8_mm_dequant_kernel(const Int8MmDequant args) {
+  T* const out = static_cast<T*>(args.out);
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    const float row_scale = __fmul_rn(args.row_stats[row], kInt8Product);
+    for (int64_t col = threadIdx.x; col < args.cols; col += kThreads) {
+      const float scale = __fmul_rn(args.col_stats[col], row_scale);
+      const float product = __int2float_rn(args.a[row * args.cols + col]);
+      out[row * args.cols + col] =
+          narrow<T>(__fmaf_rn(product, scale, bias_at(args.bias, args.bias_dtype, col)));
+    }
+  }
+}
+
+}  // namespace
+
+void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
+  matmul(args.a, args.b, args.m, args.n, args.k, StoreSums{args.out, args.m, args.n}, stream);
+}
+
+void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream) {
+  if (wgmma_int8_serves(args)) return wgmma_int8(args, stream);
+  by_dtype(args.dtype, [&]<class T>(T*) {
+    matmul(args.a, args.b, args.m, args.n, args.k, ScaleSums<T>{args}, stream);
+  });
+}
+
+void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product, Stream stream) {
+  if (args.outliers == nullptr) {
+    return int8_mm_dequant({args.dtype, args.bias_dtype, product, args.row_stats, args.col_stats,
+                            args.bias, args.out, args.m, args.n},
+                           stream);
+  }
+  by_dtype(args.dtype, [&]<class T>(T*) {
+    over_tiles(args.m, args.n, [&](dim3 grid, int64_t row) {
+      launch("scale_product_kernel", scale_product_kernel<T>, grid, kThreads, 0, stream, product,
+             row, ScaleSums<T>{args});
+    });
+  });
+}
+
+void int8_mm_dequant(const Int8MmDequant& args, Stream stream) {
+  const int blocks =
+      static_cast<int>(std::min<int64_t>(args.rows, int64_t{multiprocessors()} * 16));
+  by_dtype(args.dtype, [&]<class T>(T*) {
+    launch("int8_mm_dequant_kernel", int8_mm_dequant_kernel<T>, blocks, kThreads, 0, stream, args);
+  });
+}
+
+}  // namespace bnb::gpu
