@@ -19,11 +19,15 @@
 //
 // A table in shared memory decodes a byte to two weights. 16 bits hold its levels, times a multiple
 // of one's choice, more exactly than they hold dequantized weights. For few tokens, scales are
-// applied to sums over 64 k in float. For many, where registers do not suffice for two sets of sums,
-// weights are multiplied by them in float and rounded.
+// applied to sums over 64 k in float. For many, where registers do not suffice for two sets of
+// sums, weights are multiplied by them in float and rounded.
 #include "gpu/gemm/wgmma.cuh"
+#include "gpu/runtime/runtime.cuh"
+
+#if BNB_BULK_COPIES
 
 #include "gpu/device/scales.cuh"
+#include "gpu/device/tensor_copy.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/device/wgmma.cuh"
 #include "gpu/gemm/levels.cuh"
@@ -31,8 +35,6 @@
 #include "gpu/runtime/check.h"
 
 namespace bnb::gpu {
-
-#if BNB_BULK_COPIES
 
 namespace {
 
@@ -138,33 +140,34 @@ class TokenCopier {
   Slot<Shape> slot_;
 };
 
-// One thread starts the copies. The first of the weight need not wait for the kernel that orders the
-// tokens. `scales`: the copy engine copies scales, or the codes of nested ones.
-template <class Shape, bool kNested>
-__device__ __forceinline__ void copy_stages(const TileMap& code_map, const TileMap& scale_map,
-                                            bool scales, const WgmmaPlan& plan,
+// One thread starts the copies. The first of the weight need not wait for the kernel that orders
+// the tokens. `scales`: the copy engine copies scales, or the codes of nested ones.
+template <class Shape>
+__device__ __forceinline__ void copy_stages(const TensorMap& code_map, const TensorMap& scale_map,
+                                            bool scales, bool nested, const WgmmaPlan& plan,
                                             const char* ordered) {
   TokenCopier<Shape> tokens(plan, ordered);
   WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
   const int first_stages = min(walk.all_stages(static_cast<int>(blockIdx.x)), Shape::kStages);
-  const int bytes = Shape::kTokenStage + Shape::kCodeStage +
-                    (scales && !kNested ? Shape::kScaleStage : 0);
+  const int bytes =
+      Shape::kTokenStage + Shape::kCodeStage + (scales && !nested ? Shape::kScaleStage : 0);
   int stages = 0;
   Slot<Shape> slot;
   while (walk.next()) {
     const int row = walk.tile / plan.token_tiles * Shape::kRows;
     for (int stage = walk.begin; stage < walk.end; ++stage) {
       slot.empty().wait(slot.parity ^ 1u);
-      // The copy engine reads whole 16 bytes.
+      // The copy engine reads whole 16 bytes of a row, among which are the stage's scales.
       const int column = stage * Shape::kBlocks;
-      const int early_columns = column % (kNested ? 16 : 4);
-      store_shared(slot.scales_begin(), scales && !kNested ? 4 * early_columns : 0);
+      const int scale_byte = column * (nested ? 1 : 4);
+      store_shared(slot.scales_begin(), scales && !nested ? scale_byte % Shape::kScaleRow : 0);
       slot.full().arrive_and_expect(bytes);
-      bulk_copy_tile(slot.codes(), code_map, column * 32, row, slot.full());
+      tensor_copy(slot.codes(), code_map, column * 32 / 2, row, slot.full());
       if (scales) {
-        if constexpr (kNested) slot.coded().arrive_and_expect(Shape::kScaleStage);
-        bulk_copy_tile(slot.scales(), scale_map, column - early_columns, row,
-                       kNested ? slot.coded() : slot.full());
+        if (nested) slot.coded().arrive_and_expect(Shape::kScaleStage);
+        tensor_copy(slot.scales(), scale_map,
+                    scale_byte / Shape::kScaleRow * (Shape::kScaleRow / 2), row,
+                    nested ? slot.coded() : slot.full());
       }
       slot.advance();
       if (++stages < first_stages) continue;
@@ -183,7 +186,7 @@ constexpr int kScaleThreads = 96;
 // Codes that the copy engine left become the scales, in their place.
 template <class Shape>
 __device__ __forceinline__ void decode_scales(const Gemm4bit& args, const WgmmaPlan& plan,
-                                              const float (&levels)[kCodeLevels], int thread) {
+                                              const float* levels, int thread) {  // [kCodeLevels]
   constexpr int kCount = static_cast<int>(ceil_div(Shape::kRows, kScaleThreads));
   const Scales& scales = args.weight.scales;
   const int columns = static_cast<int>(args.weight.k / 64);
@@ -210,7 +213,7 @@ __device__ __forceinline__ void decode_scales(const Gemm4bit& args, const WgmmaP
         const int row = thread + i * kScaleThreads;
         if (row >= Shape::kRows) break;
         const uint32_t place = slot.scales() + row * Shape::kScaleRow;
-        const uint32_t begin = stage * Shape::kBlocks % 16;
+        const uint32_t begin = stage * Shape::kBlocks % Shape::kScaleRow;
         const uint32_t codes = load_shared(place + begin / 4 * 4) >> (8 * (begin % 4));
 #pragma unroll
         for (int block = 0; block < Shape::kBlocks; ++block) {
@@ -300,8 +303,7 @@ struct Multiplier {
 
   // The table's entry for a byte lies at 256 times the byte, the lane's copy at 4 times the lane.
   __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte) const {
-    const uint32_t at =
-        __byte_perm(word, 4 * lane, 0x7604u | static_cast<uint32_t>(byte) << 4);
+    const uint32_t at = __byte_perm(word, 4 * lane, 0x7604u | static_cast<uint32_t>(byte) << 4);
     uint32_t pair;
     asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(Shape::kTableAt));
     return pair;
@@ -313,9 +315,7 @@ struct Multiplier {
     return narrow_pair<T>(__fmul_rn(low, scale), __fmul_rn(high, scale));
   }
 
-  __device__ __forceinline__ uint32_t row() const {
-    return 16 * warp + row_of<Shape>(lane / 4);
-  }
+  __device__ __forceinline__ uint32_t row() const { return 16 * warp + row_of<Shape>(lane / 4); }
 
   // Waits for 64 k and reads their codes and scales.
   __device__ __forceinline__ void read(int block) {
@@ -343,7 +343,8 @@ struct Multiplier {
     const uint32_t swizzle = Shape::kBlocks == 2 ? (row() / 2 % 4) << 4 : 0;
     const uint32_t place = row() * kPitch + (lane % 4 * 8 ^ swizzle);
     codes[0] = load_shared2(coded.codes() + (place ^ static_cast<uint32_t>(block) << 5));
-    codes[1] = load_shared2(coded.codes() + (place ^ static_cast<uint32_t>(block) << 5) + 8 * kPitch);
+    codes[1] =
+        load_shared2(coded.codes() + (place ^ static_cast<uint32_t>(block) << 5) + 8 * kPitch);
     if (block == Shape::kBlocks - 1) coded.advance();
   }
 
@@ -460,8 +461,8 @@ struct Multiplier {
     }
   }
 
-  // Adds what others have of the tile to the warp's sums, or leaves the sums to them; whether it was
-  // the last.
+  // Adds what others have of the tile to the warp's sums, or leaves the sums to them; whether it
+  // was the last.
   __device__ __forceinline__ bool add_parts(const WgmmaWalk& walk) {
     if (walk.begin == 0 && walk.end == plan.stages) return true;
     const int split = walk.tile - plan.whole;
@@ -571,9 +572,7 @@ template <class TableType, class Shape>
 __device__ __forceinline__ void fill_table(const Levels4& levels, float multiple, int thread) {
   for (int i = thread; i < 256 * 8; i += 128 * Shape::kGroups) {
     const int byte = i / 8;
-    const uint32_t first = narrow<TableType>(__fmul_rn(levels[byte >> 4], multiple)).bits;
-    const uint32_t second = narrow<TableType>(__fmul_rn(levels[byte & 15], multiple)).bits;
-    const uint32_t pair = first | second << 16;
+    const uint32_t pair = pair_of_levels<TableType>(levels, byte, multiple);
     store_shared4(Shape::kTableAt + byte * 256 + i % 8 * 16, make_uint4(pair, pair, pair, pair));
   }
 }
@@ -591,23 +590,24 @@ constexpr int kMultiplyRegisters = Shape::kGroups == 2    ? 224
                                    : Shape::kTokens <= 32 ? 104
                                                           : 112;
 
-template <class T, class Shape, bool kNested>
+template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                            BNB_GRID_CONSTANT const Levels4 levels,
-                           BNB_GRID_CONSTANT const TileMap codes,
-                           BNB_GRID_CONSTANT const TileMap scales, bool copy_engine_scales,
+                           BNB_GRID_CONSTANT const TensorMap codes,
+                           BNB_GRID_CONSTANT const TensorMap scales, bool copy_engine_scales,
                            BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace, float multiple,
                            int log2_block) {
 #if BNB_HOPPER
   BNB_DYNAMIC_SHARED(dynamic);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
+  const bool nested = args.weight.scales.codes != nullptr;
   if (thread == 0) {
     if (shared_address(dynamic) != Shape::kStart) __trap();  // has_kernels() has looked
     Slot<Shape> slot;
     for (int i = 0; i < Shape::kStages; ++i) {
-      slot.full().init(copy_engine_scales && !kNested ? 1 : kScaleThreads + 1);
+      slot.full().init(copy_engine_scales && !nested ? 1 : kScaleThreads + 1);
       slot.empty().init(Shape::kWarps);
       slot.coded().init(1);
       slot.advance();
@@ -620,29 +620,37 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     using Mine = Multiplier<T, Shape>;
     fill_table<typename Mine::TableType, Shape>(levels, multiple, thread);
     named_barrier(1, 128 * Shape::kGroups);
-    Mine mine{args, plan, workspace, 1.0f / multiple, static_cast<uint32_t>(warp),
+    Mine mine{args,
+              plan,
+              workspace,
+              1.0f / multiple,
+              static_cast<uint32_t>(warp),
               static_cast<uint32_t>(thread % kWarp)};
     wait_for_previous_kernel();
     mine.run();
   } else {
     give_registers<kCopyRegisters<Shape>>();
-    auto& nested_levels = *reinterpret_cast<float(*)[kNested ? kCodeLevels : 1]>(
-        dynamic + Shape::kNestedAt - Shape::kStart);
     const int copier = thread - 128 * Shape::kGroups;
     if (copier < kWarp) {
       if (copier == 0) {
-        copy_stages<Shape, kNested>(codes, scales, copy_engine_scales, plan, workspace);
+        copy_stages<Shape>(codes, scales, copy_engine_scales, nested, plan, workspace);
       }
-    } else if (kNested || !copy_engine_scales) {
-      const ScaleReader<kNested> scale_of(args.weight.scales, nested_levels);
+    } else if (nested) {
+      auto* const nested_levels =
+          reinterpret_cast<float*>(dynamic + Shape::kNestedAt - Shape::kStart);
+      for (int i = copier - kWarp; i < kCodeLevels; i += kScaleThreads) {
+        nested_levels[i] = args.weight.scales.code[i];
+      }
       named_barrier(2, kScaleThreads);
-      if constexpr (kNested) {
-        if (copy_engine_scales) {
-          decode_scales<Shape>(args, plan, nested_levels, copier - kWarp);
-          return;
-        }
+      if (copy_engine_scales) {
+        decode_scales<Shape>(args, plan, nested_levels, copier - kWarp);
+      } else {
+        const ScaleReader<true> scale_of(args.weight.scales, nested_levels);
+        copy_scales<Shape, true>(args, plan, scale_of, log2_block - 6, copier - kWarp);
       }
-      copy_scales<Shape, kNested>(args, plan, scale_of, log2_block - 6, copier - kWarp);
+    } else if (!copy_engine_scales) {
+      const ScaleReader<false> scale_of(args.weight.scales, static_cast<const float*>(nullptr));
+      copy_scales<Shape, false>(args, plan, scale_of, log2_block - 6, copier - kWarp);
     }
   }
 #endif
@@ -650,23 +658,40 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 // ---- Launch -----------------------------------------------------------------------------------
 
-//                           tokens groups blocks stages scale sums
-using Shape16 = WgmmaShape<16, 4, 2, 6, true>;
-using Shape32 = WgmmaShape<32, 4, 2, 5, true>;
-using Shape64 = WgmmaShape<64, 4, 2, 4, true>;
-using Shape128 = WgmmaShape<128, 3, 1, 5, false>;
-using Shape256 = WgmmaShape<256, 2, 1, 4, false>;
+//                                tokens groups blocks stages scale sums
+using Wide16 = WgmmaShape<16, 4, 2, 6, true>;
+using Wide32 = WgmmaShape<32, 4, 2, 5, true>;
+using Wide64 = WgmmaShape<64, 4, 2, 4, true>;
+using Narrow16 = WgmmaShape<16, 2, 2, 8, true>;
+using Narrow32 = WgmmaShape<32, 2, 2, 7, true>;
+using Narrow64 = WgmmaShape<64, 2, 2, 5, true>;
+using Tokens128 = WgmmaShape<128, 2, 1, 6, false>;
+using Tokens192 = WgmmaShape<192, 2, 1, 5, false>;
+using Tokens256 = WgmmaShape<256, 2, 1, 4, false>;
 
+// Calls visit.operator()<Shape>() for the shape that suits a product.
 template <class Visitor>
-decltype(auto) with_shape(int64_t m, Visitor&& visit) {
-  if (m <= 16) return visit.template operator()<Shape16>();
-  if (m <= 32) return visit.template operator()<Shape32>();
-  if (m <= 64) return visit.template operator()<Shape64>();
-  if (m <= 128) return visit.template operator()<Shape128>();
-  return visit.template operator()<Shape256>();
+decltype(auto) with_shape(const Gemm4bit& args, int multiprocessors, Visitor&& visit) {
+  // Tiles of many rows of the weight share their tokens better, but end together later.
+  constexpr int kLongStages = 32;
+  const bool wide = ceil_div(args.weight.n, Wide16::kRows) * ceil_div(args.weight.k, 128) >=
+                    int64_t{kLongStages} * multiprocessors;
+  if (args.m <= 16 && wide) return visit.template operator()<Wide16>();
+  if (args.m <= 16) return visit.template operator()<Narrow16>();
+  if (args.m <= 32 && wide) return visit.template operator()<Wide32>();
+  if (args.m <= 32) return visit.template operator()<Narrow32>();
+  if (args.m <= 64 && wide) return visit.template operator()<Wide64>();
+  if (args.m <= 64) return visit.template operator()<Narrow64>();
+  // Measured times of tiles relate like these numbers.
+  const int64_t of_128 = ceil_div(args.m, 128) * 72;
+  const int64_t of_192 = ceil_div(args.m, 192) * 86;
+  const int64_t of_256 = ceil_div(args.m, 256) * 100;
+  if (of_128 < std::min(of_192, of_256)) return visit.template operator()<Tokens128>();
+  if (of_192 < of_256) return visit.template operator()<Tokens192>();
+  return visit.template operator()<Tokens256>();
 }
 
-template <class T, class Shape, bool kNested>
+template <class T, class Shape>
 void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   const Weight4bit& weight = args.weight;
   const auto plan = WgmmaPlan::make<Shape>(args.m, weight.n, weight.k, multiprocessors());
@@ -677,22 +702,22 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
          Shape::kTokens, plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace),
          reinterpret_cast<int*>(workspace + plan.arrivals_at), plan.arrivals);
 
-  TileMap codes;
-  BNB_GPU_CHECK(make_tile_map(&codes, weight.codes, 1, weight.n, weight.k / 2, Shape::kRows,
-                              32 * Shape::kBlocks, Shape::kBlocks == 2));
+  const TensorMap codes =
+      tensor_map(weight.codes, weight.n, weight.k / 2, Shape::kRows, 32 * Shape::kBlocks,
+                 Shape::kBlocks == 2 ? Swizzle::k64 : Swizzle::kNone);
   // Scales as a matrix of a column for every 64 k, if rows lie on 16 bytes.
-  constexpr int kBytes = kNested ? 1 : 4;
+  const bool nested = weight.scales.nested();
   const void* const scale_matrix =
-      kNested ? static_cast<const void*>(weight.scales.codes) : weight.scales.absmax;
-  const bool copy_engine_scales = weight.block_size == 64 && weight.k / 64 * kBytes % 16 == 0 &&
+      nested ? static_cast<const void*>(weight.scales.codes) : weight.scales.absmax;
+  const int64_t scale_bytes = weight.k / 64 * (nested ? 1 : 4);
+  const bool copy_engine_scales = weight.block_size == 64 && scale_bytes % 16 == 0 &&
                                   is_aligned(scale_matrix, 16) &&
-                                  (!kNested || log2_of(weight.scales.block_size) >= 0);
-  TileMap scales{};
-  if (copy_engine_scales) {
-    BNB_GPU_CHECK(make_tile_map(&scales, scale_matrix, kBytes, weight.n, weight.k / 64,
-                                Shape::kRows, Shape::kScaleRow / kBytes, false));
-  }
-  auto* kernel = &wgmma_gemm_4bit_kernel<T, Shape, kNested>;
+                                  (!nested || log2_of(weight.scales.block_size) >= 0);
+  const TensorMap scales = copy_engine_scales
+                               ? tensor_map(scale_matrix, weight.n, scale_bytes, Shape::kRows,
+                                            Shape::kScaleRow, Swizzle::kNone)
+                               : codes;  // not used
+  auto* kernel = &wgmma_gemm_4bit_kernel<T, Shape>;
   constexpr int kShared = Shape::kEnd - Shape::kStart;
   allow_shared(reinterpret_cast<const void*>(kernel), kShared);
   using TableType = std::conditional_t<Shape::kScaleSums, T, Half>;
@@ -707,10 +732,9 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &early;
   config.numAttrs = 1;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, args, Levels4(weight), codes, scales,
-                                   copy_engine_scales, plan, workspace,
-                                   level_multiple<TableType>(weight.code),
-                                   log2_of(weight.block_size)));
+  BNB_GPU_CHECK(cudaLaunchKernelEx(
+      &config, kernel, args, Levels4(weight), codes, scales, copy_engine_scales, plan, workspace,
+      level_multiple<TableType>(weight.code), log2_of(weight.block_size)));
 }
 
 // Whether the device has a kernel of sm_90a, which this one tells by its shared memory: for other
@@ -732,13 +756,13 @@ bool has_kernels() {
   BNB_GPU_CHECK(cudaGetDevice(&device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  BNB_GPU_CHECK(
-      cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
-  if (major != 9 || minor != 0 || reserved != Shape16::kStart) return false;
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
+  if (major != 9 || minor != 0 || reserved != Wide16::kStart) return false;
   static const bool built = [] {
     cudaFuncAttributes attributes{};
-    const bool found = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(
-                                                              &marker_kernel)) == cudaSuccess;
+    const bool found =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&marker_kernel)) ==
+        cudaSuccess;
     cudaGetLastError();
     return found && attributes.sharedSizeBytes > 0;
   }();
@@ -750,36 +774,39 @@ bool has_kernels() {
 bool wgmma_gemm_4bit_serves(const Gemm4bit& args) {
   const Weight4bit& weight = args.weight;
   return args.dtype != DType::kFloat32 && args.m > 0 && weight.n > 0 && weight.k > 0 &&
-         weight.k % 64 == 0 && weight.k <= kLongest && weight.block_size >= 64 && is_aligned(weight.codes, 16) &&
-         is_aligned(args.a, 4) && has_kernels();
+         weight.k % 64 == 0 && weight.k <= kLongest && weight.n <= kMostRows &&
+         weight.block_size >= 64 && is_aligned(weight.codes, 16) && is_aligned(args.a, 4) &&
+         has_kernels();
 }
 
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit& args) {
-  return with_shape(args.m, [&]<class Shape>() {
-    return WgmmaPlan::make<Shape>(args.m, args.weight.n, args.weight.k, multiprocessors()).bytes;
+  const int count = multiprocessors();
+  return with_shape(args, count, [&]<class Shape>() {
+    return WgmmaPlan::make<Shape>(args.m, args.weight.n, args.weight.k, count).bytes;
   });
 }
 
 void wgmma_gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream) {
   char* const memory = static_cast<char*>(workspace);
-  with_shape(args.m, [&]<class Shape>() {
-    const bool nested = args.weight.scales.nested();
+  with_shape(args, multiprocessors(), [&]<class Shape>() {
     if (args.dtype == DType::kBFloat16) {
-      nested ? launch_wgmma<BFloat16, Shape, true>(args, memory, stream)
-             : launch_wgmma<BFloat16, Shape, false>(args, memory, stream);
+      launch_wgmma<BFloat16, Shape>(args, memory, stream);
     } else {
-      nested ? launch_wgmma<Half, Shape, true>(args, memory, stream)
-             : launch_wgmma<Half, Shape, false>(args, memory, stream);
+      launch_wgmma<Half, Shape>(args, memory, stream);
     }
   });
 }
 
+}  // namespace bnb::gpu
+
 #else
+
+namespace bnb::gpu {
 
 bool wgmma_gemm_4bit_serves(const Gemm4bit&) { return false; }
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit&) { return 0; }
 void wgmma_gemm_4bit(const Gemm4bit&, void*, Stream) {}
 
-#endif  // BNB_BULK_COPIES
-
 }  // namespace bnb::gpu
+
+#endif  // BNB_BULK_COPIES

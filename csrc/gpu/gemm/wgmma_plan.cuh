@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: MIT
 //
 // A tile of the product is some rows of the weight by some rows of a (tokens). Tiles that fill all
-// blocks of threads evenly are taken whole. What remains is a line of stages (pieces of k), of which
-// every block takes an equal part, whatever tiles it cuts (stream-K, Osama et al. 2023,
+// blocks of threads evenly are taken whole. What remains is a line of stages (pieces of k), of
+// which every block takes an equal part, whatever tiles it cuts (stream-K, Osama et al. 2023,
 // arXiv:2301.03598):
 //
 //     tiles     | whole: 0 1 2 ... | split:    a    |    b    |    c    |
@@ -52,13 +52,15 @@ struct WgmmaShape {
   static constexpr int kNestedAt = kScalesAt + kStages * kScaleStage;  // levels of nested scales
   static constexpr int kEnd = kNestedAt + 1024;
   static constexpr int kBarrierPiece = 4 * kWarps;
-  static_assert(kStages <= 8);
+  static constexpr int kMostShared = 228 * 1024;  // of a multiprocessor, and of a block
+  static_assert(kStages <= 8 && kEnd <= kMostShared);
 
   BNB_HD static constexpr int piece(int i) { return kTableAt + 128 + 256 * i; }
 };
 
 // Products of its numbers fit 32 bits as long as k does not exceed kLongest.
 inline constexpr int64_t kLongest = 1 << 22;
+inline constexpr int64_t kMostRows = 1 << 30;
 
 struct WgmmaPlan {
   int blocks;  // of threads
