@@ -8,9 +8,9 @@
 //
 // A block of threads makes tiles of kFeatures x kTokens. Stages of 128 terms go through a ring:
 //
-//     one thread      starts the copies of weights [kFeatures, 128] and tokens [kTokens, 128]
-//     its warps       gather the outlier columns, 64 to a stage, as 16-bit numbers
 //     warpgroups      multiply 64 features each, scale the sums and store them
+//     one warp        starts the copies of weights [kFeatures, 128] and tokens [kTokens, 128]
+//     other warps     gather the outlier columns, 64 to a stage, as 16-bit numbers
 //
 // For many tokens, tiles are large, blocks stay for several, and two neighbours in a cluster, which
 // make tiles of the same tokens, copy half of those each to both. For few tokens, tiles are small,
@@ -144,6 +144,10 @@ struct Int8Product {
   static constexpr int kTokens = Shape::kTokens;
   static constexpr int kSums = Shape::kSums;
   static constexpr int kChunk = std::min(kTokens, 64);  // tokens that are finished at a time
+  using SlabPack = Pack<Slab, 8>;
+  // Barriers of the warps that copy, and of each warpgroup.
+  static constexpr int kCopyBarrier = 1;
+  static constexpr int kGroupBarrier = 2;
 
   const Int8Task& task;
   char* shared;
@@ -217,62 +221,91 @@ struct Int8Product {
       }
       place.advance(job.last_stage - job.first_stage);
       __syncwarp();
-      if (job.split > 0) return;
-      const int slabs = slab_count(outliers);
+      const int slabs = job.split == 0 ? slab_count(outliers) : 0;
       for (int i = 0; i < slabs * rounds(slabs); ++i) {
-        const int first = i % slabs * kSlabColumns;
         barriers[place.slot].empty.wait(place.phase ^ 1);
-        gather(job, first, min(kSlabColumns, outliers - first), stage(place.slot), thread);
-        fence_shared_for_async();
-        if constexpr (Shape::kCopyWarps > 1) {
-          named_barrier(1, Shape::kCopiers);
-        } else {
-          __syncwarp();
-        }
+        named_barrier(kCopyBarrier, Shape::kCopiers);  // the place is free
+        named_barrier(kCopyBarrier, Shape::kCopiers);  // the columns are there
         if (thread == 0) barriers[place.slot].full.arrive();
         place.advance();
       }
     });
   }
 
-  // Some outlier columns of the weights and of the tokens, and zeros for the other terms of a stage.
-  __device__ __forceinline__ void gather(const Job& job, int first, int columns, char* to,
-                                         int thread) const {
-    const Int8ScaledMatmul& args = task.args;
-    const int32_t* const list = args.outliers + 1 + first;
+  // Gathers outlier columns of the weights and of the tokens, with zeros for the other terms of a
+  // stage. The first kHeld packs of 8 terms are read while the tensor cores are busy with the tile.
+  __device__ __forceinline__ void gather(int thread) const {
+    constexpr int kGatherers = Shape::kCopiers - kWarp;
+    constexpr int kLines = Shape::kFeatures + kTokens;
+    constexpr int kOwn = static_cast<int>(ceil_div(kLines, kGatherers));
     constexpr int kPacks = kSlabTerms / 8;
-    for (int i = thread; i < (Shape::kFeatures + kTokens) * kPacks; i += Shape::kCopiers) {
-      const int line = i / kPacks;
-      const int chunk = i % kPacks;
-      Pack<Slab, 8> pack;
-      if (line < Shape::kFeatures) {
-        const int64_t feature = job.feature + line;
+    constexpr int kHeld = 1;
+    const int outliers = outlier_count();
+    if (outliers == 0) return;
+    const int slabs = slab_count(outliers);
+    Place place;
+    for_each_tile([&](const Job& job) {
+      place.advance(job.last_stage - job.first_stage);
+      if (job.split > 0) return;
+      for (int i = 0; i < slabs * rounds(slabs); ++i) {
+        const int first = i % slabs * kSlabColumns;
+        const int columns = min(kSlabColumns, outliers - first);
+        SlabPack held[kHeld][kOwn];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int column = (8 * chunk + e) / kParts;
-          const bool there = column < columns && feature < args.n;
-          const int8_t code = there ? args.b[feature * args.k + list[column]] : int8_t{0};
-          pack.values[e] = narrow<Slab>(static_cast<float>(code));
-        }
-        *reinterpret_cast<Pack<Slab, 8>*>(to + swizzled(line, chunk)) = pack;
-      } else {
-        const int64_t token = job.token + line - Shape::kFeatures;
-        const T* const values = static_cast<const T*>(args.values) + token * args.k;
+        for (int o = 0; o < kOwn; ++o) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int column = (8 * chunk + e) / kParts;
-          const bool there = column < columns && token < args.m;
-          const T value = there ? values[list[column]] : T{};
-          if constexpr (kParts == 1) {
-            pack.values[e] = value;
-          } else {
-            pack.values[e] = part_of(value, (8 * chunk + e) % kParts);
+          for (int pack = 0; pack < kHeld; ++pack) {
+            held[pack][o] = read_slab(job, thread + o * kGatherers, first, columns, pack);
           }
         }
-        *reinterpret_cast<Pack<Slab, 8>*>(to + Shape::kWeightBytes +
-                                          swizzled(line - Shape::kFeatures, chunk)) = pack;
+        named_barrier(kCopyBarrier, Shape::kCopiers);
+#pragma unroll
+        for (int o = 0; o < kOwn; ++o) {
+          const int line = thread + o * kGatherers;
+          if (line >= kLines) break;
+          char* const to = stage(place.slot);
+#pragma unroll
+          for (int pack = 0; pack < kHeld; ++pack) {
+            *reinterpret_cast<SlabPack*>(to + swizzled(line, pack)) = held[pack][o];
+          }
+#pragma unroll 1
+          for (int pack = kHeld; pack < kPacks; ++pack) {
+            *reinterpret_cast<SlabPack*>(to + swizzled(line, pack)) =
+                read_slab(job, line, first, columns, pack);
+          }
+        }
+        fence_shared_for_async();
+        named_barrier(kCopyBarrier, Shape::kCopiers);
+        place.advance();
+      }
+    });
+  }
+
+  // Eight terms of a line: of a feature's weights, or of a token after all features.
+  __device__ __forceinline__ SlabPack read_slab(const Job& job, int line, int first, int columns,
+                                                int pack) const {
+    const Int8ScaledMatmul& args = task.args;
+    const int32_t* const list = args.outliers + 1 + first;
+    SlabPack terms{};
+    if (8 * pack >= columns * kParts) return terms;
+    const bool weight = line < Shape::kFeatures;
+    const int64_t row = weight ? job.feature + line : job.token + line - Shape::kFeatures;
+    if (row >= (weight ? args.n : args.m)) return terms;
+    const int8_t* const codes = args.b + row * args.k;
+    const T* const values = static_cast<const T*>(args.values) + row * args.k;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int column = (8 * pack + e) / kParts;
+      if (column >= columns) continue;
+      if (weight) {
+        terms.values[e] = narrow<Slab>(static_cast<float>(codes[list[column]]));
+      } else if constexpr (kParts == 1) {
+        terms.values[e] = values[list[column]];
+      } else {
+        terms.values[e] = part_of(values[list[column]], (8 * pack + e) % kParts);
       }
     }
+    return terms;
   }
 
   // ---- Products ------------------------------------------------------------------------------
@@ -392,7 +425,7 @@ struct Int8Product {
         for (int i = 0; i < kOwn; ++i) {
           scales[at.thread + i * kGroup] = __fmul_rn(own_scales[i], kInt8Product);
         }
-        named_barrier(2 + at.group, kGroup);
+        named_barrier(kGroupBarrier + at.group, kGroup);
         const Finish finish{scales, {features[0], features[1]}, {biases[0], biases[1]}};
         if (outliers == 0) {
           store<false>(job, at, finish, d, 0, place);
@@ -425,7 +458,7 @@ struct Int8Product {
       if constexpr (kOutliers) multiply_outliers(slabs, chunk, at, place, added);
 #pragma unroll
       for (int row = 0; row < kChunk; row += kRows) {
-        if (chunk + row > 0) named_barrier(2 + at.group, kGroup);
+        if (chunk + row > 0) named_barrier(kGroupBarrier + at.group, kGroup);
         stage_rows<kRows>(at, [&](int unit, int e) {
           const int j = row / 8 + unit;
           const int token = chunk * kChunk + 8 * j + 2 * at.t;
@@ -438,12 +471,12 @@ struct Int8Product {
           return __fmaf_rn(__int2float_rn(sums[chunk * (kChunk / 2) + 4 * j + e]),
                            __fmul_rn(feature, e % 2 == 0 ? scale.x : scale.y), result);
         });
-        named_barrier(2 + at.group, kGroup);
+        named_barrier(kGroupBarrier + at.group, kGroup);
         store_rows<kRows>(job, at, chunk * kChunk + row);
       }
     }
     // The chunk's place, and the scales, are free only when all have read them.
-    named_barrier(2 + at.group, kGroup);
+    named_barrier(kGroupBarrier + at.group, kGroup);
   }
 
   __device__ __forceinline__ char* staging(const Position& at) const {
@@ -521,7 +554,7 @@ struct Int8Product {
     const Int8ScaledMatmul& args = task.args;
     constexpr int kAddedAt = kTokens * Shape::kFeatures;
     int* const sums = reinterpret_cast<int*>(shared);
-    named_barrier(2, kGroup);  // the ring is no longer read
+    named_barrier(kGroupBarrier, kGroup);  // the ring is no longer read
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int token = i / 4 * 8 + 2 * at.t + i % 2;
@@ -605,12 +638,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   if (Shape::kFan > 1) cluster_barrier();
   wait_for_previous_kernel();
   if (thread >= Shape::kMakers) {
-    if constexpr (!Shape::kSplits) give_registers<56>();
-    product.copy(token_map, weight_map, thread - Shape::kMakers);
+    if constexpr (!Shape::kSplits) give_registers<72>();
+    if (thread < Shape::kMakers + kWarp) {
+      product.copy(token_map, weight_map, thread - Shape::kMakers);
+    } else {
+      product.gather(thread - Shape::kMakers - kWarp);
+    }
     __syncwarp();
     if (Shape::kSplits) cluster_barrier();  // the one of exchange()
   } else {
-    if constexpr (!Shape::kSplits) take_registers<224>();
+    if constexpr (!Shape::kSplits) take_registers<216>();
     product.make(thread);
   }
   // Others may still arrive at this block's barriers, or read its sums.
@@ -620,9 +657,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 
 // ---- On the host -------------------------------------------------------------------------------
 
-using Tokens16 = Int8Shape<16, 1, 1, 5, 4, true>;
-using Tokens32 = Int8Shape<32, 1, 1, 4, 4, true>;
-using Tokens64 = Int8Shape<64, 1, 1, 3, 4, true>;
+using Tokens16 = Int8Shape<16, 1, 2, 5, 4, true>;
+using Tokens32 = Int8Shape<32, 1, 2, 4, 4, true>;
+using Tokens64 = Int8Shape<64, 1, 2, 4, 3, true>;
 using Tokens128 = Int8Shape<128, 2, 4, 6, 1, false>;
 using Tokens256 = Int8Shape<256, 2, 4, 4, 1, false>;
 
