@@ -19,18 +19,19 @@ else
 endif
 
 BUILD := build/dev
-NATIVE := $(shell find CMakeLists.txt cmake csrc include tests/cpp pyproject.toml -type f)
+NATIVE := $(shell find CMakeLists.txt cmake csrc examples/cpp include tests/cpp pyproject.toml -type f)
 # The C++ tests are built where GoogleTest is; `make cpp-test` sees to it.
 HAVE_GTEST = $(shell scripts/ensure_gtest.sh --check)
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test cpp-test python-test integration-test emulated-test build lint format cuda-check hip-check gpu-test gpu-bench cpu-bench clean
+.PHONY: help quickstart test cpp-check cpp-test python-test integration-test emulated-test build lint format cuda-check hip-check gpu-test gpu-bench cpu-bench clean
 
 help:
 	@echo "make quickstart  train and quantize a real model; table and picture in out/"
 	@echo "make test        C++ and Python tests"
 	@echo "make emulated-test   tests of the GPU's kernels without a GPU"
 	@echo "make integration-test  tests with the released transformers, PEFT and accelerate"
+	@echo "make cpp-check   the libraries for C++ programs, without torch and Python, and their example"
 	@echo "make build       environment and an editable build with C++ tests"
 	@echo "make lint        formatting and lint, as CI checks them; make format mends formatting"
 	@echo "make gpu-test    all tests, failing where no CUDA device is found"
@@ -75,7 +76,7 @@ integration-test: build
 # Modules whose tests the kernels of the GPU must pass on any machine.
 EMULATED = $(addprefix tests/python/,quant autograd/test_matmul4.py optim/test_bounds.py \
   optim/test_one_state.py optim/test_plan.py optim/test_rules.py optim/test_settings.py \
-  optim/test_stochastic_rounding.py optim/test_tensorwise.py)
+  optim/test_stochastic_rounding.py optim/test_tensorwise.py optim/test_optim_numerics.py)
 
 emulated-test: build
 	@echo "== Python tests of the GPU's kernels, on a GPU made of fibers"
@@ -102,6 +103,9 @@ cuda-check: $(ENVIRONMENT)
 	cmake -G Ninja -S . -B build/cuda-check -DPython_EXECUTABLE=$(PY) -DCOMPUTE_BACKEND=cuda \
 	  "-DCOMPUTE_CAPABILITY=80-real;90a-real" -DBNB_WERROR=ON
 	cmake --build build/cuda-check --parallel $(JOBS)
+
+cpp-check:
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) scripts/cpp_check.sh
 
 hip-check:
 	scripts/hip_check.sh

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Benchmarks on one CUDA device, against its own copy bandwidth and PyTorch's fused optimizer.
 
-    python benchmarks/gpu.py [--out FILE] [--only optimizer,quantize,quantize_4bit,quantiles]
+    python benchmarks/gpu.py [--out FILE] [--only optimizer,quantize,linear4bit,...]
 
 Every row names its floor: the bytes the work must move at least, over the measured bandwidth of a
 device-to-device copy (bytes read plus bytes written).
@@ -12,6 +12,7 @@ import functools
 import gc
 from pathlib import Path
 
+import layers
 import torch
 from harness import Record, time_cuda, time_host
 from torch import nn
@@ -197,23 +198,27 @@ def quantiles(record: Record, bandwidth: float) -> None:
         record.add(row, ms, times_torch_quantile=reference / ms, of_copy=floor / ms)
 
 
+PARTS = {
+    "optimizer": optimizer,
+    "quantize": quantize,
+    "quantize_4bit": quantize_4bit,
+    "quantiles": quantiles,
+    "linear4bit": layers.linear4bit,
+    "training": layers.training,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     default = Path(__file__).parent / "results" / "gpu.json"
     parser.add_argument("--out", type=Path, default=default)
-    parser.add_argument("--only", default="optimizer,quantize,quantize_4bit,quantiles")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts: {', '.join(PARTS)}")
     args = parser.parse_args()
     torch.manual_seed(0)
     record = Record("cuda")
     bandwidth = copy_bandwidth(record)
     for name in args.only.split(","):
-        parts = {
-            "optimizer": optimizer,
-            "quantize": quantize,
-            "quantize_4bit": quantize_4bit,
-            "quantiles": quantiles,
-        }
-        parts[name](record, bandwidth)
+        PARTS[name](record, bandwidth)
     record.write(args.out)
 
 

@@ -19,7 +19,8 @@ function(bnb_target target)
   if(BNB_SANITIZE)
     set(flags -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${flags}>)
-    target_link_options(${target} PRIVATE -fsanitize=address,undefined)
+    # Programs must load the sanitizers before this library does.
+    target_link_options(${target} PUBLIC -fsanitize=address,undefined)
   endif()
 endfunction()
 
@@ -39,4 +40,15 @@ function(bnb_gpu_target target)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:HIP>:-ffp-contract=off>)
     target_link_libraries(${target} PRIVATE hip::host)
   endif()
+endfunction()
+
+# bnb_public_target(<target>): a library that C++ programs link to, as bitsandbytes::<name> where
+# <target> is bitsandbytes_<name>. Its functions are visible, and bring their headers.
+function(bnb_public_target target)
+  string(REPLACE "bitsandbytes_" "" name ${target})
+  add_library(bitsandbytes::${name} ALIAS ${target})
+  set_target_properties(${target} PROPERTIES EXPORT_NAME ${name} CXX_VISIBILITY_PRESET default)
+  target_compile_features(${target} INTERFACE cxx_std_20)
+  target_include_directories(${target} INTERFACE $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
+                                                 $<INSTALL_INTERFACE:include>)
 endfunction()

@@ -152,7 +152,7 @@ class Options {
 
   // Returns false where the plan does not serve them.
   bool read(PlannedStep& step) {
-    step.step = static_cast<const int64_t*>(number_on_device(dlpack::kInteger, 64));
+    step.step = static_cast<int64_t*>(number_on_device(dlpack::kInteger, 64));
     if (step.step == nullptr) return false;
     if (!next_is_none()) {
       const Py_ssize_t at = at_;
@@ -213,7 +213,7 @@ class Options {
     return !(value == -1.0 && PyErr_Occurred()) || refuse();
   }
 
-  const void* number_on_device(uint8_t code, uint8_t bits) {
+  void* number_on_device(uint8_t code, uint8_t bits) {
     PyObject* object = item(at_++);
     dlpack::Tensor t{};
     const bool fits = reader_.is_tensor(object) && reader_.read(object, t) &&
@@ -332,9 +332,9 @@ void define_step_plan(py::module_& m) {
            "dropped with this object.")
       .def("take", &StepPlan::take, py::arg("grads"), py::arg("options"),
            py::arg("percentile") = kNoPercentile,
-           "Takes a step, after percentile clipping if that is asked for, and returns True; or "
-           "returns False, having written nothing, where gradients or options need the op, or "
-           "where the plan is stale.")
+           "Takes a step, after percentile clipping if that is asked for, counts it, and returns "
+           "True; or returns False, having written nothing, where gradients or options need the "
+           "op, or where the plan is stale.")
       .def_property_readonly("stale", &StepPlan::stale,
                              "Whether parameters or states lie elsewhere than when it was made.");
 }

@@ -15,6 +15,7 @@
 #include <algorithm>
 
 #include "bitsandbytes/blocks.h"
+#include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/quantiles.h"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/check.h"
@@ -381,6 +382,8 @@ int64_t quantile_workspace_bytes(DType dtype) {
 }
 
 void estimate_quantiles(const EstimateQuantiles& args, void* workspace, Stream stream) {
+  check_arguments(args);
+  ArgumentCheck("estimate_quantiles").pointer("workspace", static_cast<const Count*>(workspace), 1);
   switch (args.dtype) {
     case DType::kFloat16:
       return estimate<Half>(args, workspace, stream);

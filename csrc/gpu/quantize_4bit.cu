@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "bitsandbytes/blocks.h"
+#include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/quantize_4bit.h"
 #include "gpu/device/scales.cuh"
 #include "gpu/device/tile.cuh"
@@ -214,6 +215,8 @@ void dequantize(const Dequantize4bit& args, Stream stream) {
 }  // namespace
 
 void quantize_4bit(const Quantize4bit& args, Stream stream) {
+  check_arguments(args);
+  if (args.n == 0) return;
   switch (args.dtype) {
     case DType::kFloat16:
       return quantize<Half>(args, stream);
@@ -225,6 +228,8 @@ void quantize_4bit(const Quantize4bit& args, Stream stream) {
 }
 
 void dequantize_4bit(const Dequantize4bit& args, Stream stream) {
+  check_arguments(args);
+  if (args.n == 0) return;
   switch (args.dtype) {
     case DType::kFloat16:
       return dequantize<Half>(args, stream);

@@ -1,6 +1,7 @@
 // 8-bit blockwise quantization and its inverse, for any table of 256 levels.
 // SPDX-License-Identifier: MIT
 #include "bitsandbytes/blocks.h"
+#include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/quantize.h"
 #include "gpu/device/code8.cuh"
 #include "gpu/device/scales.cuh"
@@ -357,6 +358,8 @@ void dequantize(const DequantizeBlockwise& args, Stream stream) {
 }  // namespace
 
 void quantize_blockwise(const QuantizeBlockwise& args, Stream stream) {
+  check_arguments(args, BlockSizes::kPowersOfTwo);
+  if (args.n == 0) return;
   switch (args.dtype) {
     case DType::kFloat16:
       return quantize<Half>(args, stream);
@@ -368,6 +371,8 @@ void quantize_blockwise(const QuantizeBlockwise& args, Stream stream) {
 }
 
 void dequantize_blockwise(const DequantizeBlockwise& args, Stream stream) {
+  check_arguments(args);
+  if (args.n == 0) return;
   switch (args.dtype) {
     case DType::kFloat16:
       return dequantize<Half>(args, stream);

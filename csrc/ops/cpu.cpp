@@ -1,25 +1,28 @@
 // The ops on the CPU: kernels of csrc/cpu, spread over torch's threads.
 // SPDX-License-Identifier: MIT
+#include "bitsandbytes/cpu.h"
+
 #include <algorithm>
 #include <span>
 
 #include "cpu/bounds.h"
 #include "cpu/dispatch.h"
-#include "cpu/quantiles.h"
-#include "cpu/quantize.h"
+#include "cpu/parallel.h"
 #include "ops/registration.h"
 
 namespace bnb::ops {
 namespace {
 
-// Elements a thread should get at least, so that waking it pays.
-constexpr int64_t kGrain = 32768;
+cpu::Threads threads() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t count, int64_t grain, const cpu::Threads::Body& body) {
+            torch::stable::parallel_for(0, count, grain, body);
+          }};
+}
 
-// Splits [0, count) over threads; `elements` is the work behind one index.
 template <class Body>
 void parallel(int64_t count, int64_t elements, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, count, grain, body);
+  cpu::parallel(threads(), count, elements, body);
 }
 
 struct Cpu {
@@ -30,29 +33,16 @@ struct Cpu {
   static void check_quantize_block_size(const char*, int64_t) {}
 
   static void quantize_blockwise(const QuantizeBlockwise& args, const Scope&) {
-    const cpu::Quantizer quantizer(args);
-    parallel(ceil_div(args.n, args.block_size), args.block_size,
-             [&](int64_t first, int64_t last) { quantizer.run(first, last); });
+    cpu::quantize_blockwise(args, threads());
   }
-
   static void dequantize_blockwise(const DequantizeBlockwise& args, const Scope&) {
-    const cpu::Code code = cpu::prepare_code(args.code);
-    const cpu::Kernels& kernels = cpu::kernels();
-    parallel(args.n, 1, [&](int64_t first, int64_t last) {
-      kernels.dequantize_blockwise(args, code, first, last);
-    });
+    cpu::dequantize_blockwise(args, threads());
   }
-
   static void quantize_4bit(const Quantize4bit& args, const Scope&) {
-    const cpu::Kernels& kernels = cpu::kernels();
-    parallel(ceil_div(args.n, args.block_size), args.block_size,
-             [&](int64_t first, int64_t last) { kernels.quantize_4bit(args, first, last); });
+    cpu::quantize_4bit(args, threads());
   }
-
   static void dequantize_4bit(const Dequantize4bit& args, const Scope&) {
-    const cpu::Kernels& kernels = cpu::kernels();
-    parallel(ceil_div(args.n, args.block_size), args.block_size,
-             [&](int64_t first, int64_t last) { kernels.dequantize_4bit(args, first, last); });
+    cpu::dequantize_4bit(args, threads());
   }
 
   static const float* levels(Code4 code) { return kCodes4[static_cast<int>(code)].levels.values; }
@@ -77,7 +67,7 @@ struct Cpu {
                           const Multiply& multiply) {
     parallel(rows, row_work, stage);
     // Without terms to add there still are results to write.
-    const int64_t busy = ceil_div(panels * std::max<int64_t>(panel_work, 1), kGrain);
+    const int64_t busy = ceil_div(panels * std::max<int64_t>(panel_work, 1), cpu::kGrain);
     const int64_t threads = std::min({panels, busy, int64_t{torch::stable::get_num_threads()}});
     torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       for (int64_t t = first; t < last; ++t) {
@@ -122,14 +112,7 @@ struct Cpu {
   static int64_t quantile_workspace_bytes(DType) { return 0; }
 
   static void estimate_quantiles(const EstimateQuantiles& args, void*, const Scope&) {
-    const int64_t threads = torch::stable::get_num_threads();
-    cpu::QuantileSearch search(args, std::clamp<int64_t>(args.n / kGrain, 1, threads));
-    for (int pass = 0; pass < search.passes(); ++pass) {
-      torch::stable::parallel_for(0, search.pieces(), 1, [&](int64_t first, int64_t last) {
-        for (int64_t piece = first; piece < last; ++piece) search.count(pass, piece);
-      });
-      search.locate(pass);
-    }
+    cpu::estimate_quantiles(args, threads());
   }
 
   static void list_outliers(const Int8VectorwiseQuant& args) {
@@ -227,6 +210,7 @@ struct Cpu {
       kernels.optimizer_step(args, format, tensors[i], static_cast<int64_t>(i), codes.values, first,
                              last);
     });
+    cpu::leave_step(args, tensors.size());
   }
 
   static void optimizer_step_32bit(const OptimizerStep& args,

@@ -12,6 +12,7 @@ void run_product(const Tensor& like, const Arguments& args,
                  void (*kernel)(const Arguments&, void*, const typename Backend::Scope&)) {
   const typename Backend::Scope scope(like);
   const int64_t bytes = Backend::workspace_bytes(args);
+  if (bytes == 0) return kernel(args, nullptr, scope);
   const Tensor workspace = new_empty(like, {bytes}, ScalarType::Byte);
   kernel(args, workspace.mutable_data_ptr(), scope);
 }

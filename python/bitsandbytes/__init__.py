@@ -16,8 +16,15 @@ from . import utils
 from ._version import __version__
 
 # The ops must exist before anything that calls them.
-from . import autograd, functional, nn, optim  # isort: skip
-from .autograd._functions import MatmulLtState, matmul, matmul_4bit
+from . import autograd, functional, nn, optim, research  # isort: skip
+from .autograd._functions import (
+    MatmulLtState,
+    bmm_cublas,
+    matmul,
+    matmul_4bit,
+    matmul_cublas,
+    mm_cublas,
+)
 from .nn import modules
 from .optim import adam
 
@@ -26,13 +33,17 @@ __all__ = [
     "__version__",
     "adam",
     "autograd",
+    "bmm_cublas",
     "features",
     "functional",
     "matmul",
     "matmul_4bit",
+    "matmul_cublas",
+    "mm_cublas",
     "modules",
     "nn",
     "optim",
+    "research",
     "supported_torch_devices",
     "utils",
 ]

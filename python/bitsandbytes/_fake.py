@@ -315,6 +315,19 @@ def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]
     return out, row_stats, A.new_empty((count,), dtype=torch.int64)
 
 
+@register_fake("int8_double_quant")
+def _(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    op = "int8_double_quant"
+    _check(A.dtype in FLOATS, op, "A", "float32, float16 or bfloat16", A.dtype)
+    codes = [A.new_empty(A.shape, dtype=torch.int8) for _ in range(2)]
+    row_stats = A.new_empty((math.prod(A.shape[:-1]),), dtype=torch.float32)
+    col_stats = A.new_empty((A.shape[-1],), dtype=torch.float32)
+    if threshold == 0.0:
+        return *codes, row_stats, col_stats, None
+    count = torch.library.get_ctx().new_dynamic_size()
+    return *codes, row_stats, col_stats, A.new_empty((count,), dtype=torch.int64)
+
+
 @register_fake("int8_vectorwise_dequant")
 def _(A: Tensor, stats: Tensor) -> Tensor:
     _check(A.dtype == torch.int8, "int8_vectorwise_dequant", "A", "int8", A.dtype)

@@ -80,13 +80,15 @@ SCHEMAS = (
     # LLM.int8()
     "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
     "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",
+    # By rows and by columns at once
+    "int8_double_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)",
     "int8_linear_matmul(Tensor A, Tensor B) -> Tensor",
     "int8_linear_matmul.out(Tensor A, Tensor B, Tensor(a!) out) -> ()",
     "int8_mm_dequant(Tensor A, Tensor row_stats, Tensor col_stats, ScalarType? dtype=None, "
     "Tensor? bias=None) -> Tensor",
     "int8_scaled_mm(Tensor A, Tensor B, Tensor row_stats, Tensor col_stats, Tensor? bias=None, "
     "ScalarType? dtype=None) -> Tensor",
-    # The layer: quantizes the rows of A. With a threshold comes the mask of the outlier columns, too.
+    # The layer: quantizes the rows of A. The second result is the mask of outlier columns.
     "int8_linear(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.0) "
     "-> (Tensor, Tensor?)",
     "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, "
@@ -128,8 +130,8 @@ SCHEMAS = (
 # where there are native kernels only, and is never called where a tracer looks on.
 _PLAN_SCHEMA = (
     "_optimizer_plan(str rule, Tensor[] params, Tensor[] state1, Tensor[] state2, "
-    "Tensor[] absmax1, Tensor[] absmax2, Tensor? qmap1, Tensor? qmap2, Tensor step, "
-    "Tensor[] gnorm_vec) -> int"
+    "Tensor[] absmax1, Tensor[] absmax2, Tensor? qmap1, Tensor? qmap2, Tensor? max1, Tensor? max2, "
+    "Tensor? new_max1, Tensor? new_max2, Tensor step, Tensor tickets, Tensor[] gnorm_vec) -> int"
 )
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")

@@ -52,6 +52,7 @@ from .quant.cpu_packing import (
     _convert_weight_packed_for_cpu_inverse,
     has_avx512bf16,
 )
+from .quant.double import double_quant, get_colrow_absmax, get_row_absmax, int8_double_quant
 from .quant.four_bit import (
     dequantize_4bit,
     dequantize_fp4,
@@ -68,15 +69,44 @@ from .quant.int8 import (
     int8_vectorwise_dequant,
     int8_vectorwise_quant,
 )
+from .quant.integer import batched_igemm, check_matmul, igemm
+from .quant.layouts import (
+    extract_outliers,
+    get_special_format_str,
+    get_transform_buffer,
+    igemmlt,
+    mm_dequant,
+    nvidia_transform,
+    transform,
+)
 from .quant.quantiles import create_quantile_map, estimate_quantiles, histogram_scatter_add_2d
+from .quant.sparse import (
+    COOSparseTensor,
+    CSCSparseTensor,
+    CSRSparseTensor,
+    coo2csc,
+    coo2csr,
+    coo_zeros,
+    spmm_coo,
+    spmm_coo_very_sparse,
+)
 from .quant.state import QuantState
 from .quant.tensorwise import dequantize, dequantize_no_absmax, quantize, quantize_no_absmax
+from .quant.vectorwise import (
+    dequant_min_max,
+    vectorwise_dequant,
+    vectorwise_mm_dequant,
+    vectorwise_quant,
+)
 from .utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
     "FIRST_CUDA_DEVICE",
     "Any",
     "C",
+    "COOSparseTensor",
+    "CSCSparseTensor",
+    "CSRSparseTensor",
     "CUBLAS_Context",
     "GlobalPageManager",
     "Iterable",
@@ -89,28 +119,43 @@ __all__ = [
     "_get_tensor_stream",
     "_mul",
     "arange",
+    "batched_igemm",
+    "check_matmul",
+    "coo2csc",
+    "coo2csr",
+    "coo_zeros",
     "create_dynamic_map",
     "create_fp8_map",
     "create_linear_map",
     "create_normal_map",
     "create_quantile_map",
     "ct",
+    "dequant_min_max",
     "dequantize",
     "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
     "dequantize_no_absmax",
+    "double_quant",
     "dtype2bytes",
     "elementwise_func",
     "estimate_quantiles",
+    "extract_outliers",
     "fill",
     "gemv_4bit",
     "get_4bit_type",
+    "get_colrow_absmax",
     "get_paged",
     "get_ptr",
+    "get_row_absmax",
+    "get_special_format_str",
+    "get_transform_buffer",
     "has_avx512bf16",
     "histogram_scatter_add_2d",
+    "igemm",
+    "igemmlt",
+    "int8_double_quant",
     "int8_linear_matmul",
     "int8_mm_dequant",
     "int8_vectorwise_dequant",
@@ -118,7 +163,9 @@ __all__ = [
     "is_on_gpu",
     "itertools",
     "lib",
+    "mm_dequant",
     "name2qmap",
+    "nvidia_transform",
     "optimizer_update_8bit",
     "optimizer_update_8bit_blockwise",
     "optimizer_update_32bit",
@@ -135,8 +182,14 @@ __all__ = [
     "quantize_fp4",
     "quantize_nf4",
     "quantize_no_absmax",
+    "spmm_coo",
+    "spmm_coo_very_sparse",
     "torch",
+    "transform",
     "unpack_tensor_to_dict",
+    "vectorwise_dequant",
+    "vectorwise_mm_dequant",
+    "vectorwise_quant",
 ]
 
 C = 127.0

@@ -263,6 +263,13 @@ def _(device):
     return [(x,), (x.half().view(2, 3, 33),), (x.bfloat16(), 6.0)]
 
 
+@samples("int8_double_quant")
+def _(device):
+    x = torch.randn(6, 33, device=device)
+    x[2, 3] = 9
+    return [(x,), (x.half().view(2, 3, 33),), (x.bfloat16(), 6.0)]
+
+
 @samples("int8_vectorwise_dequant")
 def _(device):
     a, _, row_stats, _ = _int8(device)

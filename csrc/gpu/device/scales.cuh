@@ -48,6 +48,19 @@ class ScaleReader {
     }
   }
 
+  // Of blocks b and b + 1, where b is even, in one access; codes' blocks have an even size.
+  __device__ __forceinline__ void load_pair(int64_t block, Stored& first, Stored& second) const {
+    if constexpr (kNested) {
+      const uint16_t codes = *reinterpret_cast<const uint16_t*>(scales_.codes + block);
+      first = {scales_.absmax[block >> shift_], static_cast<uint8_t>(codes & 0xff)};
+      second = {first.absmax, static_cast<uint8_t>(codes >> 8)};
+    } else {
+      const float2 pair = *reinterpret_cast<const float2*>(scales_.absmax + block);
+      first = {pair.x, 0};
+      second = {pair.y, 0};
+    }
+  }
+
   __device__ __forceinline__ float value(Stored stored) const {
     if constexpr (kNested) {
       return __fadd_rn(__fmul_rn(code_[stored.code], stored.absmax), offset_);

@@ -1,6 +1,5 @@
-// Hopper's instructions behind names: warpgroup products, barriers of transactions, bulk copies,
-// clusters. For targets with BNB_HOPPER only (sm_90a).
-// SPDX-License-Identifier: MIT
+// Hopper's instructions behind names: warpgroup products, barriers of transactions, bulk copies.
+// For targets with BNB_HOPPER only (sm_90a). SPDX-License-Identifier: MIT
 //
 // A warpgroup is four consecutive warps of which the first has a number divisible by four. It
 // multiplies A [64, 16] in registers by B [16, n] in shared memory into float sums in registers.
@@ -50,12 +49,16 @@ __host__ __device__ __forceinline__ constexpr uint32_t swizzled(uint32_t row, ui
 
 // Descriptor of 16 elements of k, from chunk 2 s on, of a tile that begins at `tile` (a multiple of
 // 1024): K is the inner dimension, groups of eight rows follow each other.
-__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t tile, int s = 0) {
+__device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t tile) {
   constexpr uint32_t kSwizzle128 = 1u << 30;
   constexpr uint32_t kGroupStride = 8 * kSwizzleRow >> 4;
   constexpr uint32_t kUnused = 1u << 16;  // leading dimension: one atom wide
-  const uint32_t low = (((tile & 0x3ffffu) >> 4) | kUnused) + static_cast<uint32_t>(2 * s);
-  return static_cast<uint64_t>(kSwizzle128 | kGroupStride) << 32 | low;
+  return static_cast<uint64_t>(kSwizzle128 | kGroupStride) << 32 | kUnused | (tile & 0x3ffffu) >> 4;
+}
+// The address, in the lower word, never carries.
+__device__ __forceinline__ uint64_t advance_k(uint64_t descriptor, int s) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(s * (32 >> 4));
+  return (descriptor & 0xffffffff00000000u) | low;
 }
 
 // ---- Warpgroup products -----------------------------------------------------------------------
@@ -241,51 +244,60 @@ __device__ __forceinline__ void fence_shared_for_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A barrier in shared memory (mbarrier). A phase ends when `arrivals` have arrived and all bytes
-// that were announced have come; phases have parity 0, 1, 0 ...
-struct TransactionBarrier {
-  uint64_t state;
+// Waits for the end of a phase of this parity of the barrier at `address`. What others did before
+// they arrived is visible if they are of this block.
+__device__ __forceinline__ void wait_for_phase(uint32_t address, uint32_t parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"(address),
+      "r"(parity)
+      : "memory");
+}
 
-  __device__ __forceinline__ void init(int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
-                 "r"(arrivals)
+// A barrier in shared memory (mbarrier), by its address. A phase ends when `arrivals` have arrived
+// and all bytes that were announced have come; phases have parity 0, 1, 0 ...
+struct BarrierAt {
+  uint32_t address;
+
+  __device__ __forceinline__ void init(int arrivals) const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(arrivals)
                  : "memory");
   }
-  __device__ __forceinline__ void arrive() {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state))
-                 : "memory");
+  __device__ __forceinline__ void arrive() const {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
   }
-  // Arrives at the same barrier of another block of the cluster.
-  __device__ __forceinline__ void arrive_at(int block) {
+  // Arrives at the same barrier of another block of the cluster. That tells it what has been read
+  // here, not what has been written.
+  __device__ __forceinline__ void arrive_at(int block) const {
     asm volatile(
         "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(
-            shared_address(&state)),
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(address),
         "r"(block)
         : "memory");
   }
-  __device__ __forceinline__ void arrive_and_expect(int bytes) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state)),
-        "r"(bytes)
-        : "memory");
+  __device__ __forceinline__ void arrive_and_expect(int bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+                 : "memory");
   }
   // Arrives when all copies that this thread started with start_copy() have ended.
-  __device__ __forceinline__ void arrive_after_copies() {
-    asm volatile(
-        "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&state))
-        : "memory");
+  __device__ __forceinline__ void arrive_after_copies() const {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
   }
-  // Waits for the end of the phase of this parity. What others did before they arrived is visible if
-  // they are of this block; others only tell that they have read.
-  __device__ __forceinline__ void wait(uint32_t parity) {
-    asm volatile(
-        "{.reg .pred done;\n"
-        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;}" ::"r"(shared_address(&state)),
-        "r"(parity)
-        : "memory");
-  }
+  __device__ __forceinline__ void wait(uint32_t parity) const { wait_for_phase(address, parity); }
+};
+
+// The same as a variable in shared memory.
+struct TransactionBarrier {
+  uint64_t state;
+
+  __device__ __forceinline__ BarrierAt at() { return {shared_address(&state)}; }
+  __device__ __forceinline__ void init(int arrivals) { at().init(arrivals); }
+  __device__ __forceinline__ void arrive() { at().arrive(); }
+  __device__ __forceinline__ void arrive_at(int block) { at().arrive_at(block); }
+  __device__ __forceinline__ void arrive_and_expect(int bytes) { at().arrive_and_expect(bytes); }
+  __device__ __forceinline__ void arrive_after_copies() { at().arrive_after_copies(); }
+  __device__ __forceinline__ void wait(uint32_t parity) { at().wait(parity); }
 };
 
 // After init() and before the barrier that lets others use it.
@@ -311,38 +323,55 @@ __device__ __forceinline__ void start_copy_if(bool present, uint32_t shared, con
 // ---- Bulk copies ------------------------------------------------------------------------------
 
 // Starts a copy of `bytes` (a multiple of 16, like both addresses) that counts at `barrier`.
-__device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes,
-                                          TransactionBarrier& barrier) {
+__device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, int bytes,
+                                          BarrierAt barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(&barrier.state))
+          "r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier.address)
       : "memory");
 }
 
-// The same to the same place in every block of the cluster whose bit is set in `blocks`; counts at
-// the barrier of each.
-__device__ __forceinline__ void bulk_copy_to_cluster(void* shared, const void* global, int bytes,
-                                                     TransactionBarrier& barrier, uint16_t blocks) {
+// Starts a copy of the tile that begins at column x of row y, zeros beyond the matrix's ends.
+__device__ __forceinline__ void bulk_copy_tile(uint32_t shared, const TileMap& map, int x, int y,
+                                               BarrierAt barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(&barrier.state)), "h"(blocks)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+      "l"(&map), "r"(x), "r"(y), "r"(barrier.address)
       : "memory");
 }
 
-// ---- Stores of transposed tiles ---------------------------------------------------------------
+// ---- Shared memory by address -----------------------------------------------------------------
 
-// Stores four 8 x 8 matrices of 16-bit elements, transposed: lane 4 g + t holds row g, columns 2 t
-// and 2 t + 1 of matrix i in words[i]; lane 8 i + c names the place, of 16 bytes, of column c.
-__device__ __forceinline__ void store_transposed(uint32_t place, const uint32_t (&words)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   place),
-               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ uint2 load_shared2(uint32_t address) {
+  uint2 x;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
+  return x;
+}
+__device__ __forceinline__ uint4 load_shared4(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void store_shared4(uint32_t address, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
                : "memory");
 }
 
-// ---- Clusters and launches --------------------------------------------------------------------
+// ---- Clusters ---------------------------------------------------------------------------------
 
 __device__ __forceinline__ int cluster_rank() {
   int rank;
@@ -355,6 +384,19 @@ __device__ __forceinline__ void cluster_barrier() {
                    : "memory");
 }
 
+// ---- Stores of transposed tiles ---------------------------------------------------------------
+
+// Stores four 8 x 8 matrices of 16-bit elements, transposed: lane 4 g + t holds row g, columns 2 t
+// and 2 t + 1 of matrix i in words[i]; lane 8 i + c names the place, of 16 bytes, of column c.
+__device__ __forceinline__ void store_transposed(uint32_t place, const uint32_t (&words)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(place),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+
+// ---- Launches ---------------------------------------------------------------------------------
+
 // With programmatic launches: lets the next kernel of the stream start; waits for the end of the
 // kernel before, and for its stores.
 __device__ __forceinline__ void let_next_kernel_start() {
@@ -362,6 +404,17 @@ __device__ __forceinline__ void let_next_kernel_start() {
 }
 __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Counts an arrival; returns how many were before. What this thread, and others that it has
+// synchronised with, stored is visible to who comes later, and theirs to this one.
+__device__ __forceinline__ int count_arrival(int* counter) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
 }
 
 }  // namespace bnb::gpu

@@ -45,20 +45,13 @@ constexpr float level_multiple(Code4 code) {
   }
 }
 
-// Two weights of type T in a word, the first in the lower half, for every byte of codes. There is a
-// copy for every lane, whose words lie in a bank of their own: lookups never conflict.
-inline constexpr int kPairTableWords = 256 * kWarp;
-
+// The two weights of a byte of codes, the first in the lower half of a word.
 template <class T>
-__device__ __forceinline__ void fill_pair_table(const Levels4& levels, float multiple,
-                                                uint32_t* table) {  // [256, kWarp]
-  for (int i = static_cast<int>(threadIdx.x); i < kPairTableWords;
-       i += static_cast<int>(blockDim.x)) {
-    const int byte = i / kWarp;
-    const T first = narrow<T>(__fmul_rn(levels[byte >> 4], multiple));
-    const T second = narrow<T>(__fmul_rn(levels[byte & 15], multiple));
-    table[i] = first.bits | (static_cast<uint32_t>(second.bits) << 16);
-  }
+__device__ __forceinline__ uint32_t pair_of_levels(const Levels4& levels, int byte,
+                                                   float multiple) {
+  const T first = narrow<T>(__fmul_rn(levels[byte >> 4], multiple));
+  const T second = narrow<T>(__fmul_rn(levels[byte & 15], multiple));
+  return first.bits | (static_cast<uint32_t>(second.bits) << 16);
 }
 
 }  // namespace bnb::gpu

@@ -4,10 +4,10 @@
 // The product is made transposed: the weight is A, from registers, and the rows of a ("tokens") are
 // B, from shared memory. A block of threads has a warpgroup that copies and some that multiply:
 //
-//     codes ---- cp.async ---------> [stages] --> registers --> table --> A --+
-//     scales --- cp.async ---------> [stages] -------------------------+      v
-//     tokens --- permuted copy, then bulk copies --> [stages] -------- | -> wgmma --> sums --> out
-//                                                                      +-> weights or sums
+//     codes ---- copy engine -------> [stages] --> registers --> table --> A --+
+//     scales --- cp.async ----------> [stages] -------------------------+      v
+//     tokens --- ordered by a kernel, copy engine --> [stages] -------- | -> wgmma --> sums --> out
+//                                                                       +-> weights or sums
 //
 // k is a summation index, so its order is free. Lane t of four takes k = 16 t to 16 t + 15 of every
 // 64, which are eight consecutive bytes of a row: byte 2 s + h gives it positions 8 h + 2 t and
@@ -32,7 +32,7 @@
 
 namespace bnb::gpu {
 
-#if BNB_CLUSTERS
+#if BNB_BULK_COPIES
 
 namespace {
 
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kOrderThreads)
       const uint32_t* pairs = a + (source * k + 64 * block) / 2 + chunk;
       words = make_uint4(pairs[0], pairs[8], pairs[16], pairs[24]);
     }
-    out[row * 8 + (chunk ^ (token & 7))] = words;
+    __stcg(out + row * 8 + (chunk ^ (token & 7)), words);
   }
 #endif
 }
@@ -72,75 +72,53 @@ __global__ void __launch_bounds__(kOrderThreads)
 
 // ---- Copies -----------------------------------------------------------------------------------
 
-// The start of everything in shared memory.
-template <class Shape>
-struct SharedParts {
-  char* base;
-
-  __device__ __forceinline__ char* tokens(int slot) const {
-    return base + slot * Shape::kTokenStage;
-  }
-  __device__ __forceinline__ uint32_t* table() const {
-    return reinterpret_cast<uint32_t*>(base + Shape::kTableAt);
-  }
-  __device__ __forceinline__ char* codes(int slot) const {
-    return base + Shape::kCodesAt + slot * Shape::kCodeStage;
-  }
-  __device__ __forceinline__ float* scales(int slot) const {  // [kRows, kBlocks]
-    return reinterpret_cast<float*>(base + Shape::kScalesAt + slot * Shape::kScaleStage);
-  }
-  __device__ __forceinline__ char* scratch(int warp) const {
-    return base + Shape::kScratchAt + warp * Shape::kScratch;
-  }
-};
-
-// Where the codes of 64 k of a row lie among those of its stage: permuted, so that four rows lie in
-// different banks.
-template <class Shape>
-__device__ __forceinline__ int place_of_codes(int row, int block) {
-  constexpr int kRowsPer128 = 4 / Shape::kBlocks;
-  static_assert(Shape::kBlocks == 1 || Shape::kBlocks == 2 || Shape::kBlocks == 4);
-  return row * Shape::kCodeRow + ((block ^ (row / kRowsPer128 & (Shape::kBlocks - 1))) << 5);
-}
-
 // A place in the ring of stages.
 template <class Shape>
 struct Slot {
-  int number = 0;
+  uint32_t number = 0;
   uint32_t parity = 0;
+
   __device__ __forceinline__ void advance() {
     if (++number == Shape::kStages) {
       number = 0;
       parity ^= 1u;
     }
   }
+  // Codes, scales and tokens are there.
+  __device__ __forceinline__ BarrierAt full() const {
+    return {Shape::piece(Shape::kBarrierPiece) + 8 * number};
+  }
+  // All who read them have done so.
+  __device__ __forceinline__ BarrierAt empty() const {
+    return {Shape::piece(Shape::kBarrierPiece) + 64 + 8 * number};
+  }
+  __device__ __forceinline__ uint32_t tokens() const {
+    return Shape::kStart + number * Shape::kTokenStage;
+  }
+  __device__ __forceinline__ uint32_t codes() const {
+    return Shape::kCodesAt + number * Shape::kCodeStage;
+  }
+  // Of a row, for all blocks of the stage.
+  __device__ __forceinline__ uint32_t scales(uint32_t row) const {
+    return Shape::piece(0) + (number * Shape::kScalePieces + row / Shape::kRowsPerPiece) * 256 +
+           row % Shape::kRowsPerPiece * (4 * Shape::kBlocks);
+  }
 };
 
-// Copies of tokens, by one thread: a part of them in each block of a cluster, to all of its blocks.
+// Tokens of the stages of a walk, one after the other, to slots that are free.
 template <class Shape>
 class TokenCopier {
  public:
-  __device__ __forceinline__ TokenCopier(const WgmmaPlan& plan, const char* ordered, int cluster,
-                                         int rank)
-      : plan_(plan), ordered_(ordered), rank_(rank), walk_(plan, cluster) {}
+  __device__ __forceinline__ TokenCopier(const WgmmaPlan& plan, const char* ordered)
+      : plan_(plan), ordered_(ordered), walk_(plan, static_cast<int>(blockIdx.x)) {}
 
-  // The next stage, whose slot is free.
-  __device__ __forceinline__ void copy(const SharedParts<Shape>& parts, TransactionBarrier* full) {
-    constexpr int kPart = Shape::kTokenStage / Shape::kCluster;
+  __device__ __forceinline__ void copy() {
     if (stage_ == walk_.end) {
       walk_.next();
       stage_ = walk_.begin;
     }
     const int64_t at = int64_t{walk_.tile % plan_.token_tiles} * plan_.stages + stage_;
-    const char* from = ordered_ + at * Shape::kTokenStage;
-    TransactionBarrier& barrier = full[slot_.number];
-    barrier.arrive_and_expect(Shape::kTokenStage);
-    if constexpr (Shape::kCluster == 1) {
-      bulk_copy(parts.tokens(slot_.number), from, kPart, barrier);
-    } else {
-      bulk_copy_to_cluster(parts.tokens(slot_.number) + rank_ * kPart, from + rank_ * kPart, kPart,
-                           barrier, (1u << Shape::kCluster) - 1u);
-    }
+    bulk_copy(slot_.tokens(), ordered_ + at * Shape::kTokenStage, Shape::kTokenStage, slot_.full());
     ++stage_;
     slot_.advance();
   }
@@ -148,123 +126,94 @@ class TokenCopier {
  private:
   const WgmmaPlan& plan_;
   const char* ordered_;
-  int rank_;
   WgmmaWalk walk_;
   int stage_ = 0;
   Slot<Shape> slot_;
 };
 
-// A warpgroup that copies. The first codes and scales need not wait for the kernel that orders the
-// tokens.
+// One thread starts the copies of codes and tokens. The first codes need not wait for the kernel
+// that orders the tokens.
+template <class Shape>
+__device__ __forceinline__ void copy_codes_and_tokens(const TileMap& codes, const WgmmaPlan& plan,
+                                                      const char* ordered) {
+  TokenCopier<Shape> tokens(plan, ordered);
+  WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
+  const int first_stages = min(walk.all_stages(static_cast<int>(blockIdx.x)), Shape::kStages);
+  int stages = 0;
+  Slot<Shape> slot;
+  while (walk.next()) {
+    const int row = walk.tile / plan.token_tiles * Shape::kRows;
+    for (int stage = walk.begin; stage < walk.end; ++stage) {
+      slot.empty().wait(slot.parity ^ 1u);
+      slot.full().arrive_and_expect(Shape::kTokenStage + Shape::kCodeStage);
+      bulk_copy_tile(slot.codes(), codes, stage * (Shape::kBlocks * 32), row, slot.full());
+      slot.advance();
+      if (++stages < first_stages) continue;
+      if (stages == first_stages) {
+        wait_for_previous_kernel();
+        for (int i = 1; i < first_stages; ++i) tokens.copy();
+      }
+      tokens.copy();
+    }
+  }
+}
+
+// Some warps copy scales.
+constexpr int kScaleThreads = 96;
+
+// `pairs`: the scales of two blocks of 64 lie side by side and can be read at a time.
 template <class Shape, bool kNested>
-struct Copier {
-  static constexpr int kThreads = 128;
-  static constexpr int kChunks = 2 * Shape::kBlocks;            // of a row, 16 bytes each
-  static constexpr int kCodeRows = kThreads / kChunks;          // at a time
-  static constexpr int kScaleRows = kThreads / Shape::kBlocks;  // at a time
-
-  const Gemm4bit& args;
-  const WgmmaPlan& plan;
-  const SharedParts<Shape>& parts;
-  const ScaleReader<kNested>& scale_of;
-  TransactionBarrier* full;
-  TransactionBarrier* empty;
-  int log2_blocks;  // of 64 in a block of the weight
-  bool pairs;       // of scales of a row can be read at a time
-  int rank;
-  int thread;
-
-  // The scales of one stage to [kRows, kBlocks].
-  __device__ __forceinline__ void copy_scales(int64_t first, int rows, int stage,
-                                              uint32_t to) const {
-    const int columns = static_cast<int>(args.weight.k / 64);
-    const int row = thread / Shape::kBlocks;
-    const int column = min(stage * Shape::kBlocks + thread % Shape::kBlocks, columns - 1);
-    int64_t scale = (first + row) * columns + column;
-    constexpr int kCount = Shape::kRows / kScaleRows;
-    if constexpr (kNested) {
-      float numbers[kCount];
+__device__ __forceinline__ void copy_scales(const Gemm4bit& args, const WgmmaPlan& plan,
+                                            const ScaleReader<kNested>& scale_of, int log2_blocks,
+                                            bool pairs, int thread) {
+  const int columns = static_cast<int>(args.weight.k / 64);
+  WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
+  Slot<Shape> slot;
+  while (walk.next()) {
+    const int64_t first = int64_t{walk.tile / plan.token_tiles} * Shape::kRows;
+    const int rows = static_cast<int>(min(args.weight.n - first, int64_t{Shape::kRows}));
+    for (int stage = walk.begin; stage < walk.end; ++stage) {
+      slot.empty().wait(slot.parity ^ 1u);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        numbers[i] = row + i * kScaleRows < rows ? scale_of(scale >> log2_blocks) : 0.0f;
-        scale += int64_t{kScaleRows} * columns;
-      }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(to + 4 * (thread + i * kThreads)),
-                     "f"(numbers[i])
-                     : "memory");
-      }
-    } else if (Shape::kBlocks == 2 && pairs) {
-      const float* from = args.weight.scales.absmax + (first + thread) * columns + 2 * stage;
-#pragma unroll
-      for (int i = 0; i < Shape::kRows; i += kThreads) {
-        start_copy_if<8>(thread + i < rows, to + 8 * (thread + i), from + int64_t{i} * columns);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        start_copy_if<4>(row + i * kScaleRows < rows, to + 4 * (thread + i * kThreads),
-                         args.weight.scales.absmax + (scale >> log2_blocks));
-        scale += int64_t{kScaleRows} * columns;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void run(const char* ordered, int cluster) const {
-    const int64_t n = args.weight.n;
-    const int columns = static_cast<int>(args.weight.k / 64);
-    const int64_t pitch = int64_t{columns} * 32;
-    const int code_row = thread / kChunks;
-    const int code_block = thread / 2 % Shape::kBlocks;
-    const uint32_t code_place = shared_address(parts.codes(0)) +
-                                place_of_codes<Shape>(code_row, code_block) + thread % 2 * 16;
-    const uint32_t scale_place = shared_address(parts.scales(0));
-    TokenCopier<Shape> tokens(plan, ordered, cluster, rank);
-    Slot<Shape> slot;
-    WgmmaWalk walk(plan, cluster);
-    const int first_stages = min(walk.all_stages(cluster), Shape::kStages);
-    int early = first_stages;
-    while (walk.next()) {
-      const int64_t first =
-          (int64_t{walk.tile / plan.token_tiles} * Shape::kCluster + rank) * Shape::kRows;
-      const int rows = static_cast<int>(min(n - first, int64_t{Shape::kRows}));
-      for (int stage = walk.begin; stage < walk.end; ++stage) {
-        empty[slot.number].wait(slot.parity ^ 1u);
-        // Zeros beyond the last row. Beyond the last column those before, which meet tokens of
-        // zeros.
-        const int code_column = min(stage * Shape::kBlocks + code_block, columns - 1);
-        const uint8_t* codes = args.weight.codes + (first + code_row) * pitch + code_column * 32 +
-                               thread % 2 * 16;
-#pragma unroll
-        for (int i = 0; i < Shape::kRows; i += kCodeRows) {
-          start_copy_if<16>(code_row + i < rows,
-                            code_place + slot.number * Shape::kCodeStage + i * Shape::kCodeRow,
-                            codes);
-          codes += kCodeRows * pitch;
+      for (int i = 0; i < Shape::kRows; i += kScaleThreads) {
+        const int row = i + thread;
+        if (row >= Shape::kRows) break;
+        const int64_t begin = (first + row) * columns;
+        const uint32_t to = slot.scales(row);
+        if (!kNested && pairs) {
+          start_copy_if<8>(row < rows, to, args.weight.scales.absmax + begin + 2 * stage);
+          continue;
         }
-        copy_scales(first, rows, stage, scale_place + slot.number * Shape::kScaleStage);
-        full[slot.number].arrive_after_copies();
-        if constexpr (kNested) full[slot.number].arrive();
-        slot.advance();
-        if (thread == 0) {
-          if (early == 1) {
-            wait_for_previous_kernel();
-            for (int i = 1; i < first_stages; ++i) tokens.copy(parts, full);
-          }
-          if (early > 1) {
-            --early;
+#pragma unroll
+        for (int block = 0; block < Shape::kBlocks; ++block) {
+          // Beyond the end of k the last, which meet tokens of zeros.
+          const int column = min(stage * Shape::kBlocks + block, columns - 1);
+          const int64_t scale = (begin + column) >> log2_blocks;
+          if constexpr (kNested) {
+            store_shared(to + 4 * block, float_bits(row < rows ? scale_of(scale) : 0.0f));
           } else {
-            early = 0;
-            tokens.copy(parts, full);
+            start_copy_if<4>(row < rows, to + 4 * block, args.weight.scales.absmax + scale);
           }
         }
       }
+      if constexpr (kNested) {
+        slot.full().arrive();
+      } else {
+        slot.full().arrive_after_copies();
+      }
+      slot.advance();
     }
   }
-};
+}
 
 // ---- Products ---------------------------------------------------------------------------------
+
+// The row of eight that lane 4 g + t of a fragment holds: one for which lanes that read together
+// find codes in different banks, see make_tile_map().
+template <class Shape>
+__device__ __forceinline__ constexpr uint32_t row_of(uint32_t g) {
+  return Shape::kBlocks == 2 ? (g & 1u) | (g & 2u) << 1 | (g & 4u) >> 1 : g;
+}
 
 template <class T>
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
@@ -285,28 +234,24 @@ struct Multiplier {
 
   const Gemm4bit& args;
   const WgmmaPlan& plan;
-  const SharedParts<Shape>& parts;
   char* workspace;
-  TransactionBarrier* full;
-  TransactionBarrier* empty;
   float unit;  // 1 / multiple of the levels
-  int rank;
-  int cluster;
-  int warp;  // of those that multiply
-  int lane;
+  uint32_t warp;
+  uint32_t lane;
 
-  uint32_t lane_table;   // address of the lane's copy
-  uint32_t a[4][4];      // weights of 64 k: [product][fragment]
-  uint2 codes[2];        // of rows g and g + 8
+  uint32_t a[4][4];                // weights of 64 k: [product][fragment]
+  uint2 codes[2];                  // of two rows, eight apart
   float scale[Shape::kBlocks][2];  // of the same
   float sums[kSums];
-  Slot<Shape> slot;      // of what is multiplied ...
-  Slot<Shape> coded;     // ... and of what is decoded
+  Slot<Shape> slot;   // of what is multiplied ...
+  Slot<Shape> coded;  // ... and of what is decoded
 
+  // The table's entry for a byte lies at 256 times the byte, the lane's copy at 4 times the lane.
   __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte) const {
+    const uint32_t at =
+        __byte_perm(word, 4 * lane, 0x7604u | static_cast<uint32_t>(byte) << 4);
     uint32_t pair;
-    const uint32_t at = __byte_perm(word, 0, 0x4440u + static_cast<uint32_t>(byte));
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(at * (kWarp * 4) + lane_table));
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(Shape::kTableAt));
     return pair;
   }
 
@@ -316,26 +261,36 @@ struct Multiplier {
     return narrow_pair<T>(__fmul_rn(low, scale), __fmul_rn(high, scale));
   }
 
+  __device__ __forceinline__ uint32_t row() const {
+    return 16 * warp + row_of<Shape>(lane / 4);
+  }
+
   // Waits for 64 k and reads their codes and scales.
   __device__ __forceinline__ void read(int block) {
-    if (block == 0) full[coded.number].wait(coded.parity);
-    const int row = 16 * warp + lane / 4;
-    const char* from = parts.codes(coded.number) + lane % 4 * 8;
-    codes[0] = *reinterpret_cast<const uint2*>(from + place_of_codes<Shape>(row, block));
-    codes[1] = *reinterpret_cast<const uint2*>(from + place_of_codes<Shape>(row + 8, block));
     if (block == 0) {
-      const auto* scales = reinterpret_cast<const Pack<float, Shape::kBlocks>*>(
-          parts.scales(coded.number));
+      coded.full().wait(coded.parity);
+      const uint32_t from = coded.scales(row());
+      constexpr int kNext = 8 * 4 * Shape::kBlocks;  // eight rows on, in the same piece
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const auto numbers = scales[row + 8 * i];
+        if constexpr (Shape::kBlocks == 2) {
+          const uint2 numbers = load_shared2(from + i * kNext);
+          scale[0][i] = bits_float(numbers.x);
+          scale[1][i] = bits_float(numbers.y);
+        } else {
+          scale[0][i] = bits_float(load_shared(from + i * kNext));
+        }
+        if constexpr (!Shape::kScaleSums) {
 #pragma unroll
-        for (int b = 0; b < Shape::kBlocks; ++b) {
-          scale[b][i] =
-              Shape::kScaleSums ? numbers.values[b] : __fmul_rn(numbers.values[b], unit);
+          for (int j = 0; j < Shape::kBlocks; ++j) scale[j][i] = __fmul_rn(scale[j][i], unit);
         }
       }
     }
+    constexpr int kPitch = 32 * Shape::kBlocks;
+    const uint32_t swizzle = Shape::kBlocks == 2 ? (row() / 2 % 4) << 4 : 0;
+    const uint32_t place = row() * kPitch + (lane % 4 * 8 ^ swizzle);
+    codes[0] = load_shared2(coded.codes() + (place ^ static_cast<uint32_t>(block) << 5));
+    codes[1] = load_shared2(coded.codes() + (place ^ static_cast<uint32_t>(block) << 5) + 8 * kPitch);
     if (block == Shape::kBlocks - 1) coded.advance();
   }
 
@@ -349,17 +304,13 @@ struct Multiplier {
     }
   }
 
-  // One lane for each block of the cluster tells it that the warp has done with the stage.
-  __device__ __forceinline__ void release(int number) {
-    if constexpr (Shape::kCluster == 1) {
-      if (lane == 0) empty[number].arrive();
-    } else {
-      if (lane < Shape::kCluster) empty[number].arrive_at(lane);
-    }
+  // The warp has done with a stage.
+  __device__ __forceinline__ void release(const Slot<Shape>& stage) {
+    if (lane == 0) stage.empty().arrive();
   }
 
-  __device__ __forceinline__ uint32_t tokens_of(int block) const {
-    return shared_address(parts.tokens(slot.number)) + block * Shape::kTokenBlock;
+  __device__ __forceinline__ uint64_t tokens_of(int block) const {
+    return swizzled_descriptor(slot.tokens() + block * Shape::kTokenBlock);
   }
 
   // 64 k, whose weights are decoded. The next are decoded as products end.
@@ -367,11 +318,11 @@ struct Multiplier {
     float part[kSums];
     const float own[2] = {scale[block][0], scale[block][1]};
     const int next = (block + 1) % Shape::kBlocks;
-    const uint32_t tokens = tokens_of(block);
+    const uint64_t tokens = tokens_of(block);
     wgmma_fence();
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
-      Wgmma<T, Shape::kTokens>::run(part, a[product], swizzled_descriptor(tokens, product), product > 0);
+      Wgmma<T, Shape::kTokens>::run(part, a[product], advance_k(tokens, product), product > 0);
       wgmma_commit();
     }
     if (more) {
@@ -386,7 +337,7 @@ struct Multiplier {
     wgmma_wait<0>();
     wgmma_hold(part);
     if (block == Shape::kBlocks - 1) {
-      release(slot.number);
+      release(slot);
       slot.advance();
     }
     if (more) decode(3, next);
@@ -394,19 +345,22 @@ struct Multiplier {
     for (int i = 0; i < kSums; ++i) sums[i] = __fmaf_rn(part[i], own[i / 2 % 2], sums[i]);
   }
 
+  // The slot before the present one.
+  __device__ __forceinline__ Slot<Shape> before() const {
+    return {slot.number == 0 ? Shape::kStages - 1 : slot.number - 1, 0};
+  }
+
   // 64 k. Three products are under way while the weights of a fourth are decoded.
   __device__ __forceinline__ void step_scaling_weights(int block, bool first) {
     read(block);
-    const uint32_t tokens = tokens_of(block);
+    const uint64_t tokens = tokens_of(block);
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
       wgmma_wait<3>();
-      if (product == 3 && block == 0 && !first) {
-        release(slot.number == 0 ? Shape::kStages - 1 : slot.number - 1);
-      }
+      if (product == 3 && block == 0 && !first) release(before());
       decode(product, block);
       wgmma_fence();
-      Wgmma<T, Shape::kTokens>::run(sums, a[product], swizzled_descriptor(tokens, product),
+      Wgmma<T, Shape::kTokens>::run(sums, a[product], advance_k(tokens, product),
                                     !first || product > 0);
       wgmma_commit();
     }
@@ -414,8 +368,8 @@ struct Multiplier {
   }
 
   __device__ __forceinline__ void run() {
-    WgmmaWalk walk(plan, cluster);
-    int left = walk.all_stages(cluster);
+    WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
+    int left = walk.all_stages(static_cast<int>(blockIdx.x));
     if constexpr (Shape::kScaleSums) {
       if (left == 0) return;
       read(0);
@@ -442,83 +396,85 @@ struct Multiplier {
         }
         wgmma_wait<0>();
         wgmma_hold(sums);
-        release(slot.number == 0 ? Shape::kStages - 1 : slot.number - 1);
+        release(before());
       }
       if (add_parts(walk)) store(walk.tile);
     }
   }
 
-  // Adds what other clusters have of the tile to the warp's sums, or leaves the sums to them;
-  // whether it was the last.
+  // Adds what others have of the tile to the warp's sums, or leaves the sums to them; whether it was
+  // the last.
   __device__ __forceinline__ bool add_parts(const WgmmaWalk& walk) {
     if (walk.begin == 0 && walk.end == plan.stages) return true;
     const int split = walk.tile - plan.whole;
     const int first_stage = split * plan.stages;
-    const int first = plan.cluster_of(first_stage);
-    const int last = plan.cluster_of(first_stage + plan.stages - 1);
-    const auto part_of = [&](int c) {
-      const int number = 2 * c + (plan.first_of(c) < first_stage ? 1 : 0);
-      return reinterpret_cast<float4*>(workspace + plan.sums_at) +
-             ((int64_t{number} * Shape::kCluster + rank) * Shape::kWarps + warp) * (kSums * 8) +
-             lane;
+    const int first = plan.block_of(first_stage);
+    const int count = plan.block_of(first_stage + plan.stages - 1) - first + 1;
+    const int own = static_cast<int>(blockIdx.x) - first;
+    // A block has at most two parts: of the tile where it begins, and of the one where it ends.
+    constexpr int64_t kPart = Shape::kRows * Shape::kTokens / 4;
+    auto* parts = reinterpret_cast<float4*>(workspace + plan.sums_at) + warp * (kSums * 8) + lane;
+    const auto part = [&](int i) {
+      return parts + (2 * (first + i) + (i == 0 && plan.first_of(first) < first_stage)) * kPart;
     };
-    float4* own = part_of(cluster);
+    float4* to = part(own);
 #pragma unroll
     for (int i = 0; i < kSums / 4; ++i) {
-      __stcg(own + i * kWarp,
+      __stcg(to + i * kWarp,
              make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
     }
-    __threadfence();
     __syncwarp();
     int before = 0;
     if (lane == 0) {
-      int* arrivals = reinterpret_cast<int*>(workspace + plan.arrivals_at);
-      before = atomicAdd(
-          arrivals + (split * Shape::kCluster + rank) * Shape::kWarps + warp, 1);
+      before = count_arrival(reinterpret_cast<int*>(workspace + plan.arrivals_at) +
+                             split * Shape::kWarps + warp);
     }
     before = __shfl_sync(0xffffffffu, before, 0);
-    if (before != last - first) return false;
-    __threadfence();
-    // Two parts have the same sum in either order.
-    const bool two = last - first == 1;
-    if (!two) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    if (before != count - 1) return false;
+    if (count == 2) {  // the order does not matter
+      add(part(1 - own));
+      return true;
     }
-    for (int c = first; c <= last; ++c) {
-      if (two && c == cluster) continue;
-      const float4* part = part_of(c);
 #pragma unroll
-      for (int i = 0; i < kSums / 4; ++i) {
-        const float4 x = __ldcg(part + i * kWarp);
-        sums[4 * i] = __fadd_rn(sums[4 * i], x.x);
-        sums[4 * i + 1] = __fadd_rn(sums[4 * i + 1], x.y);
-        sums[4 * i + 2] = __fadd_rn(sums[4 * i + 2], x.z);
-        sums[4 * i + 3] = __fadd_rn(sums[4 * i + 3], x.w);
-      }
-    }
+    for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
+    constexpr int kAhead = kSums <= 16 ? 4 : 1;  // parts that are read at a time
+#pragma unroll kAhead
+    for (int i = 0; i < count; ++i) add(part(i));
     return true;
+  }
+
+  __device__ __forceinline__ void add(const float4* part) {
+#pragma unroll
+    for (int i = 0; i < kSums / 4; ++i) {
+      const float4 x = __ldcg(part + i * kWarp);
+      sums[4 * i] = __fadd_rn(sums[4 * i], x.x);
+      sums[4 * i + 1] = __fadd_rn(sums[4 * i + 1], x.y);
+      sums[4 * i + 2] = __fadd_rn(sums[4 * i + 2], x.z);
+      sums[4 * i + 3] = __fadd_rn(sums[4 * i + 3], x.w);
+    }
   }
 
   // Sixteen rows of the weight for sixteen tokens at a time.
   __device__ __forceinline__ void store(int tile) {
     const int64_t n = args.weight.n;
-    const int64_t first_row =
-        (int64_t{tile / plan.token_tiles} * Shape::kCluster + rank) * Shape::kRows + 16 * warp;
+    const int64_t first_row = int64_t{tile / plan.token_tiles} * Shape::kRows + 16 * warp;
     if (first_row >= n) return;
     const int64_t first_token = int64_t{tile % plan.token_tiles} * Shape::kTokens;
     const bool wide = n % 8 == 0 && is_aligned(args.out, 16);
     float bias[2] = {0.0f, 0.0f};
     if (args.bias != nullptr) {
       const T* values = static_cast<const T*>(args.bias);
-      const int64_t row = first_row + lane / 4;
+      const int64_t row = first_row + row_of<Shape>(lane / 4);
       if (row < n) bias[0] = widen(values[row]);
       if (row + 8 < n) bias[1] = widen(values[row + 8]);
     }
     const float factor = Shape::kScaleSums ? unit : 1.0f;
-    char* scratch = parts.scratch(warp);
-    const int column = lane % 8 + lane / 16 * 8;
-    const uint32_t place = shared_address(scratch) + column * Shape::kScratchRow + lane / 8 % 2 * 16;
+    // A token takes 32 bytes of the warp's four pieces.
+    const auto place_of = [&](uint32_t token) {
+      return Shape::piece(Shape::kScratchPiece + 4 * warp) + token / 4 * 256 + token % 4 * 32;
+    };
+    const uint32_t to_scratch = place_of(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 16;
+    const uint32_t from_scratch = place_of(lane / 2) + lane % 2 * 16;
     const int64_t row = first_row + lane % 2 * 8;
     T* out = static_cast<T*>(args.out) + (first_token + lane / 2) * n + row;
 #pragma unroll
@@ -532,17 +488,19 @@ struct Multiplier {
                                   __fmaf_rn(sums[8 * i + 2 * j + 1], factor, shift));
       }
       __syncwarp();
-      store_transposed(place, words);
+      store_transposed(to_scratch, words);
       __syncwarp();
+      uint4 x = load_shared4(from_scratch);
+      if constexpr (Shape::kBlocks == 2) x = make_uint4(x.x, x.z, x.y, x.w);  // see row_of()
       if (first_token + 16 * i + lane / 2 < args.m) {
-        const char* from = scratch + lane / 2 * Shape::kScratchRow + lane % 2 * 16;
         T* to = out + 16 * i * n;
         if (wide) {
-          if (row < n) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+          if (row < n) __stcg(reinterpret_cast<uint4*>(to), x);
         } else {
+          const uint32_t pairs[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
-            if (row + j < n) to[j] = reinterpret_cast<const T*>(from)[j];
+            if (row + j < n) to[j] = T{static_cast<uint16_t>(pairs[j / 2] >> (j % 2 * 16))};
           }
         }
       }
@@ -550,74 +508,88 @@ struct Multiplier {
   }
 };
 
+// The two weights of every byte, a copy for every lane.
+template <class TableType, class Shape>
+__device__ __forceinline__ void fill_table(const Levels4& levels, float multiple, int thread) {
+  for (int i = thread; i < 256 * 8; i += 128 * Shape::kGroups) {
+    const int byte = i / 8;
+    const uint32_t first = narrow<TableType>(__fmul_rn(levels[byte >> 4], multiple)).bits;
+    const uint32_t second = narrow<TableType>(__fmul_rn(levels[byte & 15], multiple)).bits;
+    const uint32_t pair = first | second << 16;
+    store_shared4(Shape::kTableAt + byte * 256 + i % 8 * 16, make_uint4(pair, pair, pair, pair));
+  }
+}
+
 #endif  // BNB_HOPPER
 
-// Registers of a thread: those that copy weights give theirs to those that multiply.
+// Registers of a thread: those that copy give some of theirs to those that multiply.
 template <class Shape>
-constexpr int kCopyRegisters = Shape::kGroups == 2 ? 40 : 32;
+constexpr int kCopyRegisters = Shape::kGroups == 2                           ? 56
+                               : Shape::kGroups == 4 && Shape::kTokens <= 32 ? 64
+                                                                             : 32;
 template <class Shape>
-constexpr int kMultiplyRegisters = Shape::kGroups == 2 ? 232 : Shape::kGroups == 3 ? 160 : 112;
+constexpr int kMultiplyRegisters = Shape::kGroups == 2    ? 224
+                                   : Shape::kGroups == 3  ? 160
+                                   : Shape::kTokens <= 32 ? 104
+                                                          : 112;
 
 template <class T, class Shape, bool kNested>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                            BNB_GRID_CONSTANT const Levels4 levels,
+                           BNB_GRID_CONSTANT const TileMap codes,
                            BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace, float multiple,
                            int log2_block) {
 #if BNB_HOPPER
   BNB_DYNAMIC_SHARED(dynamic);
-  __shared__ TransactionBarrier full[Shape::kStages];
-  __shared__ TransactionBarrier empty[Shape::kStages];
-  __shared__ float shared_code[kNested ? kCodeLevels : 1];
-  using Mine = Multiplier<T, Shape>;
-
-  const uint32_t start = shared_address(dynamic);
-  const SharedParts<Shape> parts{dynamic + ((1024u - start % 1024u) % 1024u)};
-  const int rank = Shape::kCluster == 1 ? 0 : cluster_rank();
-  const int cluster = static_cast<int>(blockIdx.x) / Shape::kCluster;
   const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
   if (thread == 0) {
+    if (shared_address(dynamic) != Shape::kStart) __trap();  // has_kernels() has looked
+    Slot<Shape> slot;
     for (int i = 0; i < Shape::kStages; ++i) {
-      full[i].init((kNested ? 2 : 1) * 128 + 1);
-      empty[i].init(Shape::kCluster * Shape::kWarps);
+      slot.full().init(kScaleThreads + 1);
+      slot.empty().init(Shape::kWarps);
+      slot.advance();
     }
     fence_barrier_init();
   }
-  const ScaleReader<kNested> scale_of(args.weight.scales, shared_code);
-  fill_pair_table<typename Mine::TableType>(levels, multiple, parts.table());
   __syncthreads();
-  if constexpr (Shape::kCluster > 1) cluster_barrier();
-
-  const int warp = thread / kWarp;
   if (warp < Shape::kWarps) {
     take_registers<kMultiplyRegisters<Shape>>();
-    const int lane = thread % kWarp;
-    Mine mine{args, plan, parts, workspace, full, empty, 1.0f / multiple, rank, cluster, warp, lane};
-    mine.lane_table = shared_address(parts.table()) + lane * 4;
+    using Mine = Multiplier<T, Shape>;
+    fill_table<typename Mine::TableType, Shape>(levels, multiple, thread);
+    named_barrier(1, 128 * Shape::kGroups);
+    Mine mine{args, plan, workspace, 1.0f / multiple, static_cast<uint32_t>(warp),
+              static_cast<uint32_t>(thread % kWarp)};
     wait_for_previous_kernel();
     mine.run();
   } else {
     give_registers<kCopyRegisters<Shape>>();
-    const bool pairs = log2_block == 6 && args.weight.k % 128 == 0 &&
-                       is_aligned(args.weight.scales.absmax, 8);
-    Copier<Shape, kNested>{args, plan,  parts,          scale_of, full,
-                                 empty, log2_block - 6, pairs, rank, thread - 128 * Shape::kGroups}
-        .run(workspace, cluster);
+    auto& nested_levels = *reinterpret_cast<float(*)[kNested ? kCodeLevels : 1]>(
+        dynamic + Shape::kNestedAt - Shape::kStart);
+    const int copier = thread - 128 * Shape::kGroups;
+    if (copier < kWarp) {
+      if (copier == 0) copy_codes_and_tokens<Shape>(codes, plan, workspace);
+    } else {
+      const ScaleReader<kNested> scale_of(args.weight.scales, nested_levels);
+      named_barrier(2, kScaleThreads);
+      const bool pairs = Shape::kBlocks == 2 && log2_block == 6 && args.weight.k % 128 == 0 &&
+                         is_aligned(args.weight.scales.absmax, 8);
+      copy_scales<Shape, kNested>(args, plan, scale_of, log2_block - 6, pairs, copier - kWarp);
+    }
   }
-  __syncwarp();
-  // A block must not end while another may still signal to it.
-  if constexpr (Shape::kCluster > 1) cluster_barrier();
 #endif
 }
 
 // ---- Launch -----------------------------------------------------------------------------------
 
-//                              tokens groups blocks stages cluster scale sums
-using Shape16 = WgmmaShape<16, 4, 2, 6, 1, true>;
-using Shape32 = WgmmaShape<32, 4, 2, 6, 1, true>;
-using Shape64 = WgmmaShape<64, 4, 2, 4, 2, true>;
-using Shape128 = WgmmaShape<128, 4, 2, 3, 2, false>;
-using Shape256 = WgmmaShape<256, 2, 1, 4, 2, false>;
+//                           tokens groups blocks stages scale sums
+using Shape16 = WgmmaShape<16, 4, 2, 6, true>;
+using Shape32 = WgmmaShape<32, 4, 2, 6, true>;
+using Shape64 = WgmmaShape<64, 4, 2, 4, true>;
+using Shape128 = WgmmaShape<128, 3, 1, 5, false>;
+using Shape256 = WgmmaShape<256, 2, 1, 4, false>;
 
 template <class Visitor>
 decltype(auto) with_shape(int64_t m, Visitor&& visit) {
@@ -639,42 +611,55 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
          Shape::kTokens, plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace),
          reinterpret_cast<int*>(workspace + plan.arrivals_at), plan.arrivals);
 
+  TileMap codes;
+  BNB_GPU_CHECK(make_tile_map(&codes, weight.codes, weight.n, weight.k / 2, Shape::kRows,
+                              32 * Shape::kBlocks, Shape::kBlocks == 2));
   auto* kernel = &wgmma_gemm_4bit_kernel<T, Shape, kNested>;
-  allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
+  constexpr int kShared = Shape::kEnd - Shape::kStart;
+  allow_shared(reinterpret_cast<const void*>(kernel), kShared);
   using TableType = std::conditional_t<Shape::kScaleSums, T, Half>;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {Shape::kCluster, 1, 1};
+  // The kernel may begin while the one before it runs.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.clusters * Shape::kCluster));
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = Shape::kShared;
+  config.dynamicSmemBytes = kShared;
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, args, Levels4(weight), plan, workspace,
+  config.attrs = &early;
+  config.numAttrs = 1;
+  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, args, Levels4(weight), codes, plan, workspace,
                                    level_multiple<TableType>(weight.code),
                                    log2_of(weight.block_size)));
 }
 
-// Whether the device has a kernel of sm_90a: for other targets kernels are empty, and use no shared
-// memory.
+// Whether the device has a kernel of sm_90a, which this one tells by its shared memory: for other
+// targets kernels are empty. And whether memory begins where the kernel's addresses do.
+__global__ void marker_kernel(int* out) {
+#if BNB_HOPPER
+  __shared__ int marker[32];
+  marker[threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  out[threadIdx.x] = marker[31 - threadIdx.x];
+#endif
+}
+
 bool has_kernels() {
   int device = 0;
   int major = 0;
   int minor = 0;
+  int reserved = 0;
   BNB_GPU_CHECK(cudaGetDevice(&device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (major != 9 || minor != 0) return false;
+  BNB_GPU_CHECK(
+      cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
+  if (major != 9 || minor != 0 || reserved != Shape16::kStart) return false;
   static const bool built = [] {
     cudaFuncAttributes attributes{};
-    const bool found =
-        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(
-                                               &wgmma_gemm_4bit_kernel<BFloat16, Shape16, false>)) ==
-        cudaSuccess;
+    const bool found = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(
+                                                              &marker_kernel)) == cudaSuccess;
     cudaGetLastError();
     return found && attributes.sharedSizeBytes > 0;
   }();
@@ -686,7 +671,7 @@ bool has_kernels() {
 bool wgmma_gemm_4bit_serves(const Gemm4bit& args) {
   const Weight4bit& weight = args.weight;
   return args.dtype != DType::kFloat32 && args.m > 0 && weight.n > 0 && weight.k > 0 &&
-         weight.k % 64 == 0 && weight.block_size >= 64 && is_aligned(weight.codes, 16) &&
+         weight.k % 64 == 0 && weight.k <= kLongest && weight.block_size >= 64 && is_aligned(weight.codes, 16) &&
          is_aligned(args.a, 4) && has_kernels();
 }
 
@@ -716,6 +701,6 @@ bool wgmma_gemm_4bit_serves(const Gemm4bit&) { return false; }
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit&) { return 0; }
 void wgmma_gemm_4bit(const Gemm4bit&, void*, Stream) {}
 
-#endif  // BNB_CLUSTERS
+#endif  // BNB_BULK_COPIES
 
 }  // namespace bnb::gpu

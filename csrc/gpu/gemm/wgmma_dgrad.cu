@@ -47,51 +47,58 @@
 namespace bnb::gpu {
 namespace {
 
-constexpr int kFeatures = 128;  // of a tile
-constexpr int kTerms = 64;      // of a stage
-constexpr int kGroup = 128;     // threads of a warpgroup
-constexpr int kMakers = 2 * kGroup;
-constexpr int kThreads = kMakers + kGroup;
-constexpr int kMakerWarps = kMakers / kWarp;
+constexpr int kTerms = 64;       // of a stage
+constexpr int kGroup = 128;      // threads of a warpgroup
+constexpr int kGroupWidth = 64;  // features of a warpgroup
 constexpr int kScaleWarps = 3;
 constexpr int kTableCopies = 16;
-constexpr int kTableBytes = 256 * kTableCopies * int{sizeof(float2)};
-constexpr int kCodeRow = kFeatures / 2;
-constexpr int kCodeBytes = kTerms * kCodeRow;
-constexpr int kLargestCluster = 8;
-
-// The scales of a stage, in the order in which lanes read them: lane 4 g + t takes those of terms
-// 8 i + 2 t and 8 i + 2 t + 1. The four places lie in different banks.
-constexpr int kScalePitch = 2 * kTerms / 8 + 4;
-constexpr int kScaleColumn = 4 * kScalePitch;
-constexpr int kScaleBytes = 4 * kScaleColumn * int{sizeof(float)};
-__device__ __forceinline__ int scale_place(int term) {
-  return term / 2 % 4 * kScalePitch + term / 8 * 2 + term % 2;
-}
-
-template <int kTokens>
-struct Stage {
-  static constexpr int kGradBytes = kTokens * kSwizzleRow;
-  static constexpr int kBytes = kGradBytes + kCodeBytes;
-};
 
 struct Barriers {
   TransactionBarrier full;   // codes, grads and scales are there
   TransactionBarrier empty;  // all who read them have done so
 };
 
-// Shared memory: table, code of the scales, ring, scales, barriers.
-template <int kTokens>
-struct Shared {
+// The scales of a stage, in the order in which lanes read them: lane 4 g + t takes those of terms
+// 8 i + 2 t and 8 i + 2 t + 1. The four places lie in different banks.
+constexpr int kScalePitch = 2 * kTerms / 8 + 4;
+constexpr int kScaleColumn = 4 * kScalePitch;
+__device__ __forceinline__ int scale_place(int term) {
+  return term / 2 % 4 * kScalePitch + term / 8 * 2 + term % 2;
+}
+
+// Tiles of kGroups * 64 features x kTokens tokens, made by clusters of kFan blocks.
+template <int kTokens_, int kFan_, int kGroups>
+struct Shape {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kFan = kFan_;
+  static constexpr int kFeatures = kGroups * kGroupWidth;
+  static constexpr int kMakers = kGroups * kGroup;
+  static constexpr int kMakerWarps = kMakers / kWarp;
+  static constexpr int kThreads = kMakers + kGroup;
+  // The registers that the launch gives, moved to those who need them.
+  static constexpr int kMakerRegisters = kGroups == 2 ? 208 : 104;
+  static constexpr int kOtherRegisters = kGroups == 2 ? 88 : 64;
+
+  // A stage.
+  static constexpr int kGradBytes = kTokens * kSwizzleRow;
+  static constexpr int kCodeRow = kFeatures / 2;
+  static constexpr Swizzle kCodeSwizzle = kCodeRow == 64 ? Swizzle::k64 : Swizzle::k128;
+  static constexpr int kCodeBytes = kTerms * kCodeRow;
+  static constexpr int kStageBytes = kGradBytes + kCodeBytes;
+  static constexpr int kScaleBytes =
+      kFeatures / kLeastBlock * kScaleColumn * int{sizeof(float)};
+
+  // Shared memory: table, code of the scales, ring, scales, barriers, a flag.
   static constexpr int kMostBytes = 227 * 1024;
+  static constexpr int kTableBytes = 256 * kTableCopies * int{sizeof(float2)};
   static constexpr int kRing = kTableBytes + kCodeLevels * int{sizeof(float)};
   static constexpr int kStages =
-      (kMostBytes - kRing - 16) / (Stage<kTokens>::kBytes + kScaleBytes + int{sizeof(Barriers)});
-  static constexpr int kScales = kRing + kStages * Stage<kTokens>::kBytes;
+      (kMostBytes - kRing - 16) / (kStageBytes + kScaleBytes + int{sizeof(Barriers)});
+  static constexpr int kScales = kRing + kStages * kStageBytes;
   static constexpr int kBarriers = kScales + kStages * kScaleBytes;
   static constexpr int kFlag = kBarriers + kStages * int{sizeof(Barriers)};
   static constexpr int kBytes = kFlag + 16;
-  static_assert(kRing % 1024 == 0 && Stage<kTokens>::kBytes % 1024 == 0);
+  static_assert(kRing % 1024 == 0 && kStageBytes % 1024 == 0);
 };
 
 struct DgradTask {
@@ -129,11 +136,9 @@ template <int kStages>
 struct Place {
   int slot = 0;
   uint32_t phase = 0;
-  // `count` is at most kStages.
-  __device__ __forceinline__ void advance(int count = 1) {
-    slot += count;
-    if (slot >= kStages) {
-      slot -= kStages;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
       phase ^= 1;
     }
   }
@@ -149,23 +154,25 @@ struct Job {
   int split;
 };
 
-template <int kTokens, int kFan>
+template <class S>
 struct Dgrad {
-  using Layout = Shared<kTokens>;
-  static constexpr int kStages = Layout::kStages;
+  static constexpr int kTokens = S::kTokens;
+  static constexpr int kFan = S::kFan;
+  static constexpr int kFeatures = S::kFeatures;
+  static constexpr int kStages = S::kStages;
 
   const DgradTask& task;
   char* shared;
   int fan;  // rank in the cluster
 
   __device__ __forceinline__ char* stage(int slot) const {
-    return shared + Layout::kRing + slot * Stage<kTokens>::kBytes;
+    return shared + S::kRing + slot * S::kStageBytes;
   }
   __device__ __forceinline__ float* scales(int slot) const {
-    return reinterpret_cast<float*>(shared + Layout::kScales + slot * kScaleBytes);
+    return reinterpret_cast<float*>(shared + S::kScales + slot * S::kScaleBytes);
   }
   __device__ __forceinline__ Barriers& barriers(int slot) const {
-    return reinterpret_cast<Barriers*>(shared + Layout::kBarriers)[slot];
+    return reinterpret_cast<Barriers*>(shared + S::kBarriers)[slot];
   }
   __device__ __forceinline__ void wait_empty(Place<kStages> place) const {
     barriers(place.slot).empty.wait(place.phase ^ 1);
@@ -200,8 +207,8 @@ struct Dgrad {
           wait_empty(place);
           TransactionBarrier& full = barriers(place.slot).full;
           const uint32_t to = shared_address(stage(place.slot));
-          full.arrive_and_expect(Stage<kTokens>::kGradBytes + kCodeBytes);
-          tensor_copy(to + Stage<kTokens>::kGradBytes, code_map, static_cast<int>(job.feature / 4),
+          full.arrive_and_expect(S::kGradBytes + S::kCodeBytes);
+          tensor_copy(to + S::kGradBytes, code_map, static_cast<int>(job.feature / 4),
                       s * kTerms, full);
           const int token = static_cast<int>(job.token) + fan * kPart;
           if constexpr (kFan > 1) {
@@ -220,58 +227,69 @@ struct Dgrad {
 
   // Warps take turns of kBatch stages, so that one waits for memory while the others store. A lane
   // has two terms of a stage.
-  template <bool kNested, int kColumns>
+  template <bool kNested, int kWidth>
   __device__ __forceinline__ void bring_scales(int warp, const float* shared_code) const {
-    constexpr int kBatch = (kNested ? 4 : 8) / kColumns;
-    constexpr int kWidth = kFeatures / kColumns;
+    constexpr int kColumns = kFeatures / kWidth;
+    constexpr int kBatch = (kNested ? 4 : 8) / kColumns > 1 ? (kNested ? 4 : 8) / kColumns : 1;
     using Reader = ScaleReader<kNested>;
     const Reader scale_of(task.scales, shared_code);
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    // The same for every lane: kTerms * k is a multiple of every block size.
-    const int64_t blocks_of_stage = kTerms * task.k >> task.log2_block;
+    const int64_t elements_of_half = kWarp * task.k;
+    const int64_t elements_of_stage = kTerms * task.k;
+    // The scales of both columns lie side by side.
+    const bool paired = (kWidth >> task.log2_block) == 1 && task.k % (2 * kWidth) == 0;
     Place<kStages> place;
     for_each_tile([&](const Job& job) {
       const int64_t first_term = int64_t{job.first_stage} * kTerms + lane;
       const int columns = static_cast<int>(min(task.k - job.feature, int64_t{kFeatures})) / kWidth;
       const int64_t terms = task.n - first_term;  // of this lane, counted from its first
-      // Of the first stage: the first block, and how far from it the others are.
-      const int64_t block = (first_term * task.k + job.feature) >> task.log2_block;
-      int from_first[2][kColumns];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          const int64_t element = (first_term + half * kWarp) * task.k + job.feature + c * kWidth;
-          from_first[half][c] = static_cast<int>((element >> task.log2_block) - block);
-        }
-      }
+      const int64_t element = first_term * task.k + job.feature;
       const auto there = [&](int s, int half, int c) {
         return s * kTerms + half * kWarp < terms && c < columns;
       };
       const int stages = job.last_stage - job.first_stage;
-      int turn = 0;
-      for (int first = 0; first < stages; first += kBatch, turn = turn == kScaleWarps - 1 ? 0 : turn + 1) {
-        const int count = min(kBatch, stages - first);
-        if (turn != warp) {
-          place.advance(count);
-          continue;
-        }
-        typename Reader::Stored stored[kBatch][2][kColumns];
+      typename Reader::Stored stored[kBatch][2][kColumns];
+      const auto load = [&](int first) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
+          const int64_t of_stage = element + (first + i) * elements_of_stage;
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
+            const int64_t of_lane = of_stage + half * elements_of_half;
 #pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-              if (i < count && there(first + i, half, c)) {
-                stored[i][half][c] = scale_of.load(block + (first + i) * blocks_of_stage + from_first[half][c]);
+            for (int c = 0; c < kColumns; c += 2) {
+              if (first + i >= stages) continue;
+              const int64_t block = (of_lane + c * kWidth) >> task.log2_block;
+              if (paired) {
+                if (there(first + i, half, c)) {
+                  scale_of.load_pair(block, stored[i][half][c], stored[i][half][c + 1]);
+                }
+              } else {
+                if (there(first + i, half, c)) stored[i][half][c] = scale_of.load(block);
+                if (there(first + i, half, c + 1)) {
+                  stored[i][half][c + 1] =
+                      scale_of.load((of_lane + (c + 1) * kWidth) >> task.log2_block);
+                }
               }
             }
           }
         }
+      };
+      load(warp * kBatch);
+      int s = 0;
+      // Whoever waits for a stage takes part in it: nobody is then a turn of the ring ahead or
+      // behind, where parities would mislead.
+      const auto pass = [&](int to) {
+        for (; s < to; ++s, place.advance()) {
+          wait_empty(place);
+          if (lane == 0) barriers(place.slot).full.arrive();
+        }
+      };
+      for (int first = warp * kBatch; first < stages; first += kScaleWarps * kBatch) {
+        pass(first);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (i >= count) break;
+          if (s == stages) break;
           wait_empty(place);
           float* const to = scales(place.slot);
 #pragma unroll
@@ -279,24 +297,28 @@ struct Dgrad {
 #pragma unroll
             for (int c = 0; c < kColumns; ++c) {
               to[c * kScaleColumn + scale_place(lane + half * kWarp)] =
-                  there(first + i, half, c) ? scale_of.value(stored[i][half][c]) : 0.0f;
+                  there(s, half, c) ? scale_of.value(stored[i][half][c]) : 0.0f;
             }
           }
           __syncwarp();
           if (lane == 0) barriers(place.slot).full.arrive();
-          place.advance(1);
+          ++s;
+          place.advance();
         }
+        load(first + kScaleWarps * kBatch);
       }
+      pass(stages);
     });
   }
 
   __device__ __forceinline__ void bring_scales(int warp) const {
-    const auto* const code = reinterpret_cast<const float*>(shared + kTableBytes);
+    const auto* const code = reinterpret_cast<const float*>(shared + S::kTableBytes);
     if (task.scales.codes != nullptr) {
-      task.log2_block == 5 ? bring_scales<true, 4>(warp, code) : bring_scales<true, 2>(warp, code);
+      task.log2_block == 5 ? bring_scales<true, 32>(warp, code)
+                           : bring_scales<true, 64>(warp, code);
     } else {
-      task.log2_block == 5 ? bring_scales<false, 4>(warp, code)
-                           : bring_scales<false, 2>(warp, code);
+      task.log2_block == 5 ? bring_scales<false, 32>(warp, code)
+                           : bring_scales<false, 64>(warp, code);
     }
   }
 
@@ -323,9 +345,9 @@ struct Dgrad {
   __device__ __forceinline__ void decode(int slot, const Position& at,
                                          uint32_t (&a)[kTerms / 16][4]) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const uint32_t codes = shared_address(stage(slot)) + Stage<kTokens>::kGradBytes +
-                           lane * kCodeRow +
-                           ((at.chunk ^ (lane / 2 % 4)) << 4);
+    const uint32_t codes = shared_address(stage(slot)) + S::kGradBytes +
+                           lane * S::kCodeRow +
+                           ((at.chunk ^ (S::kCodeSwizzle == Swizzle::k64 ? lane / 2 % 4 : lane % 8)) << 4);
     const int column = task.log2_block == 5 ? at.chunk : at.chunk / 2;
     const float* const scale_row = scales(slot) + column * kScaleColumn + at.t * kScalePitch;
     // Rotations that take the code of the first and of the second term to bits 7 to 14.
@@ -358,7 +380,7 @@ struct Dgrad {
 #pragma unroll
     for (int half = 0; half < kTerms / 32; ++half) {
       uint32_t words[4];
-      load_transposed(codes + half * 32 * kCodeRow, words);
+      load_transposed(codes + half * 32 * S::kCodeRow, words);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float4 two = *reinterpret_cast<const float4*>(scale_row + 8 * half + i / 2 * 4);
@@ -458,10 +480,10 @@ struct Dgrad {
                                              const float (&d)[kTokens / 2]) const {
     constexpr int kUnits = kTokens / 8;
     auto* const sums = reinterpret_cast<float4*>(task.sums) +
-                       int64_t{job.tile} * task.splits * kUnits * kMakers + threadIdx.x;
+                       int64_t{job.tile} * task.splits * kUnits * S::kMakers + threadIdx.x;
 #pragma unroll
     for (int j = 0; j < kUnits; ++j) {
-      __stcg(&sums[(job.split * kUnits + j) * kMakers],
+      __stcg(&sums[(job.split * kUnits + j) * S::kMakers],
              float4{d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]});
     }
     if (!comes_last(task.arrivals[job.tile])) return;
@@ -470,7 +492,7 @@ struct Dgrad {
       float total[4] = {};
       for (int s = 0; s < task.splits; ++s) {
         float4 x{d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
-        if (s != job.split) x = __ldcg(&sums[(s * kUnits + j) * kMakers]);
+        if (s != job.split) x = __ldcg(&sums[(s * kUnits + j) * S::kMakers]);
         total[0] = __fadd_rn(total[0], x.x);
         total[1] = __fadd_rn(total[1], x.y);
         total[2] = __fadd_rn(total[2], x.z);
@@ -483,9 +505,9 @@ struct Dgrad {
   // Whether all other splits have arrived; what they stored before is visible then. A counter holds
   // the launch that it counts for, so that it need not be set before.
   __device__ __forceinline__ bool comes_last(unsigned long long& counter) const {
-    bool& last = *reinterpret_cast<bool*>(shared + Layout::kFlag);
+    bool& last = *reinterpret_cast<bool*>(shared + S::kFlag);
     __threadfence();
-    named_barrier(1, kMakers);
+    named_barrier(1, S::kMakers);
     if (threadIdx.x == 0) {
       unsigned long long seen = counter;
       for (;;) {
@@ -499,26 +521,26 @@ struct Dgrad {
       }
       __threadfence();
     }
-    named_barrier(1, kMakers);
+    named_barrier(1, S::kMakers);
     const bool result = last;
-    named_barrier(1, kMakers);
+    named_barrier(1, S::kMakers);
     return result;
   }
 };
 
 #endif  // BNB_HOPPER
 
-template <class T, int kTokens, int kFan>
-__global__ void __launch_bounds__(kThreads, 1)
+template <class T, class S>
+__global__ void __launch_bounds__(S::kThreads, 1)
     wgmma_dgrad_kernel(BNB_GRID_CONSTANT const TensorMap grad_map,
                        BNB_GRID_CONSTANT const TensorMap code_map,
                        BNB_GRID_CONSTANT const DgradTask task) {
 #if BNB_HOPPER
   extern __shared__ __align__(1024) char dgrad_shared[];
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const Dgrad<kTokens, kFan> dgrad{task, dgrad_shared, static_cast<int>(blockIdx.x) % kFan};
+  const Dgrad<S> dgrad{task, dgrad_shared, static_cast<int>(blockIdx.x) % S::kFan};
 
-  for (int i = static_cast<int>(threadIdx.x); i < 256 * kTableCopies; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < 256 * kTableCopies; i += S::kThreads) {
     const int byte = i / kTableCopies;
 #if DECODE == 32
     reinterpret_cast<__half2*>(dgrad_shared)[2 * i] = reinterpret_cast<__half2*>(dgrad_shared)[2 * i + 1] = __floats2half2_rn(task.levels[byte >> 4], task.levels[byte & 15]);
@@ -527,46 +549,46 @@ __global__ void __launch_bounds__(kThreads, 1)
     reinterpret_cast<float2*>(dgrad_shared)[i] = {task.levels[byte >> 4], task.levels[byte & 15]};
   }
   if (task.scales.codes != nullptr) {
-    ScaleReader<true>::fill_code(task.scales, reinterpret_cast<float*>(dgrad_shared + kTableBytes));
+    ScaleReader<true>::fill_code(task.scales, reinterpret_cast<float*>(dgrad_shared + S::kTableBytes));
   }
   if (threadIdx.x == 0) {
     prefetch_map(grad_map);
     prefetch_map(code_map);
-    for (int slot = 0; slot < Shared<kTokens>::kStages; ++slot) {
-      dgrad.barriers(slot).full.init(1 + 1);
-      dgrad.barriers(slot).empty.init(kMakerWarps * kFan);
+    for (int slot = 0; slot < S::kStages; ++slot) {
+      dgrad.barriers(slot).full.init(1 + kScaleWarps);
+      dgrad.barriers(slot).empty.init(S::kMakerWarps * S::kFan);
     }
     fence_barrier_init();
   }
   __syncthreads();
-  if (kFan > 1) cluster_barrier();
+  if (S::kFan > 1) cluster_barrier();
 
-  if (warp >= kMakerWarps) {
-    give_registers<72>();
-    if (warp == kMakerWarps) {
+  if (warp >= S::kMakerWarps) {
+    give_registers<S::kOtherRegisters>();
+    if (warp == S::kMakerWarps) {
       dgrad.copy(grad_map, code_map);
     } else {
-      dgrad.bring_scales(warp - kMakerWarps - 1);
+      dgrad.bring_scales(warp - S::kMakerWarps - 1);
     }
     __syncwarp();
   } else {
-    take_registers<216>();
+    take_registers<S::kMakerRegisters>();
     dgrad.template make<T>();
   }
   // Others may still arrive at this block's barriers.
-  if (kFan > 1) cluster_barrier();
+  if (S::kFan > 1) cluster_barrier();
 #endif
 }
 
 // Clusters of so many blocks that are resident together.
 template <class Kernel>
-int resident_clusters(Kernel* kernel, int blocks, int shared_bytes) {
+int resident_clusters(Kernel* kernel, int blocks, int threads, int shared_bytes) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -586,20 +608,20 @@ struct Cut {
 int dgrad_force_splits = 0;  // EXPERIMENT
 
 // The split of a tile's terms that ends first, by an estimate in clock cycles.
-template <class T, int kTokens, int kFan>
+template <class T, class S>
 Cut choose_cut(const Gemm4bitDgrad& args) {
-  constexpr int kPairCycles = std::max(8 * kTokens, 600);
-  constexpr int kTileCycles = 2500 + 4 * kTokens;
-  constexpr int kSplitCycles = 2000 + 24 * kTokens;
+  constexpr int kPairCycles = std::max(8 * S::kTokens * S::kFeatures / 128, 600);
+  constexpr int kTileCycles = 2500 + 4 * S::kTokens;
+  constexpr int kSplitCycles = 2000 + 24 * S::kTokens;
   constexpr int kMostSplits = 32;
-  constexpr auto kernel = wgmma_dgrad_kernel<T, kTokens, kFan>;
-  const int64_t features = ceil_div(args.weight.k, kFeatures * kFan);
-  const int64_t tokens = ceil_div(args.m, kTokens);
+  constexpr auto kernel = wgmma_dgrad_kernel<T, S>;
+  const int64_t features = ceil_div(args.weight.k, S::kFeatures * S::kFan);
+  const int64_t tokens = ceil_div(args.m, S::kTokens);
   const int64_t tiles = features * tokens;
   const int64_t pairs = ceil_div(args.weight.n, 2 * kTerms);
-  allow_shared(reinterpret_cast<const void*>(kernel), Shared<kTokens>::kBytes);
-  const int clusters = kFan == 1 ? multiprocessors()
-                                 : resident_clusters(kernel, kFan, Shared<kTokens>::kBytes);
+  allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
+  const int clusters = S::kFan == 1 ? multiprocessors()
+                                 : resident_clusters(kernel, S::kFan, S::kThreads, S::kBytes);
   int best = 1;
   int64_t least = INT64_MAX;
   for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, pairs); ++splits) {
@@ -617,9 +639,9 @@ Cut choose_cut(const Gemm4bitDgrad& args) {
           static_cast<int>(features), static_cast<int>(tokens)};
 }
 
-template <int kTokens, int kFan>
+template <class S>
 int64_t sums_bytes(const Cut& cut) {
-  return int64_t{cut.feature_tiles} * kFan * cut.token_tiles * cut.splits * kFeatures * kTokens *
+  return int64_t{cut.feature_tiles} * S::kFan * cut.token_tiles * cut.splits * S::kFeatures * S::kTokens *
          int64_t{sizeof(float)};
 }
 
@@ -630,18 +652,17 @@ inline unsigned long long next_launch() {
   return ++launches << 8;
 }
 
-template <class T, int kTokens, int kFan>
+template <class T, class S>
 void run(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
-  constexpr auto kernel = wgmma_dgrad_kernel<T, kTokens, kFan>;
-  constexpr int kBytes = Shared<kTokens>::kBytes;
+  constexpr auto kernel = wgmma_dgrad_kernel<T, S>;
   const Weight4bit& w = args.weight;
-  const Cut cut = choose_cut<T, kTokens, kFan>(args);
+  const Cut cut = choose_cut<T, S>(args);
   const TensorMap grad_map =
-      tensor_map(args.grad, args.m, 2 * w.n, kTokens / kFan, Swizzle::k128);
-  const TensorMap code_map = tensor_map(w.codes, w.n, w.k / 2, kTerms, Swizzle::k64);
+      tensor_map(args.grad, args.m, 2 * w.n, S::kTokens / S::kFan, Swizzle::k128);
+  const TensorMap code_map = tensor_map(w.codes, w.n, w.k / 2, kTerms, S::kCodeSwizzle);
   auto* const sums = static_cast<float*>(workspace);
   auto* const arrivals = reinterpret_cast<unsigned long long*>(static_cast<char*>(workspace) +
-                                                               sums_bytes<kTokens, kFan>(cut));
+                                                               sums_bytes<S>(cut));
   const DgradTask task{w.scales,
                        Levels4(w),
                        args.out,
@@ -657,11 +678,11 @@ void run(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
                        next_launch()};
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kFan, 1, 1};
+  attribute.val.clusterDim = {S::kFan, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(cut.clusters * kFan));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kBytes;
+  config.gridDim = dim3(static_cast<unsigned>(cut.clusters * S::kFan));
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = S::kBytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &attribute;
   config.numAttrs = 1;
@@ -670,11 +691,11 @@ void run(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
 
 template <class T>
 void run(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
-  if (args.m <= 16) return run<T, 16, 1>(args, workspace, stream);
-  if (args.m <= 32) return run<T, 32, 1>(args, workspace, stream);
-  if (args.m <= 64) return run<T, 64, 1>(args, workspace, stream);
-  if (args.m <= 128) return run<T, 128, 2>(args, workspace, stream);
-  return run<T, 256, 2>(args, workspace, stream);
+  if (args.m <= 16) return run<T, Shape<16, 1, 4>>(args, workspace, stream);
+  if (args.m <= 32) return run<T, Shape<32, 1, 4>>(args, workspace, stream);
+  if (args.m <= 64) return run<T, Shape<64, 1, 4>>(args, workspace, stream);
+  if (args.m <= 128) return run<T, Shape<128, 2, 2>>(args, workspace, stream);
+  return run<T, Shape<256, 2, 2>>(args, workspace, stream);
 }
 
 }  // namespace

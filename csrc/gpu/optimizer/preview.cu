@@ -1,6 +1,6 @@
 // What a step needs to know of whole tensors beforehand: the preview of an update, and the norms of
-// gradients. One pass over the tiles of the list leaves partial results, a second, small one adds
-// them up per tensor. Both in a fixed order, so that results are equal run to run.
+// gradients. Blocks of threads leave partial results, one per tile; the last block at a tensor adds
+// up those of the tensor, in a fixed order, so that results are equal run to run.
 // SPDX-License-Identifier: MIT
 #include "bitsandbytes/optim/clipping.h"
 #include "gpu/device/code8.cuh"
@@ -12,7 +12,6 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kFinishThreads = 128;
 constexpr int kResident = 2;  // blocks of threads per multiprocessor
 constexpr int kGradientResident = 4;
 
@@ -154,7 +153,7 @@ __device__ __forceinline__ void preview_tile(const Source<R, T, kFormat>& source
   constexpr bool kCodes = kFormat != StateFormat::kFloat32;
   float param_squares = 0.0f;
   float update_squares = 0.0f;
-#pragma unroll
+#pragma unroll(R::kStates < 3 ? kPreviewTile / kTurn : 1)  // or registers run out
   for (int turn = 0; turn < kPreviewTile / kTurn; ++turn) {
     const int64_t i = begin + turn * kTurn + threadIdx.x * kPack;
     const int64_t left = source.tensor.n - i;
@@ -195,6 +194,54 @@ __device__ __forceinline__ void preview_tile(const Source<R, T, kFormat>& source
   norms.values[1] += update_squares;
 }
 
+// Writes what was found of a tensor.
+__device__ __forceinline__ void write_totals(const OptimizerStep& args, int index,
+                                             const Norms& norms, const Range& range) {
+  if (args.param_squares != nullptr) {
+    args.param_squares[index] = static_cast<float>(norms.values[0]);
+  }
+  if (args.unorm != nullptr) args.unorm[index] = static_cast<float>(norms.values[1]);
+  if (args.new_update_scales != nullptr) {
+    args.new_update_scales[index] =
+        bounded_update_scale(norms.values[0], norms.values[1], args.max_unorm);
+  }
+  for (int k = 0; k < 2; ++k) {
+    if (args.new_max[k] == nullptr) continue;
+    // A tensor that stands still as a whole keeps its scale, and with it every code.
+    args.new_max[k][index] = range.active != 0.0f ? range.most[k] : args.max[k][index];
+  }
+}
+
+// Consecutive tiles that a block of threads takes at a time, of so many that `blocks` share: most
+// tensors are then seen by few blocks, all of which are at neighbouring addresses nevertheless.
+__device__ __forceinline__ uint32_t run_length(uint32_t tiles, uint32_t blocks) {
+  constexpr uint32_t kMost = 16;
+  const uint32_t turns = (tiles - 1) / (blocks * kMost) + 1;
+  return (tiles - 1) / (blocks * turns) + 1;
+}
+
+// Goes through the tiles of a list: on_tile(e, tile) leaves the partial result of a tile of entry
+// e, and total(e) adds up those of the whole entry, when all are there.
+template <class L, class OnTile, class Total>
+__device__ __forceinline__ void over_tensors(const L& list, const Entries<L>& entries,
+                                             uint32_t* tickets, OnTile on_tile, Total total) {
+  const uint32_t run = run_length(list.header.tiles, gridDim.x);
+  for (uint32_t tile = blockIdx.x * run; tile < list.header.tiles;) {
+    const int e = entries.find(tile);
+    on_tile(e, tile);
+    const uint32_t first = entries[e].first_tile;
+    const uint32_t behind = entries.end_tile(e);
+    const uint32_t begin = tile / run * run;
+    ++tile;
+    const bool ends = tile == begin + run;
+    if (ends || tile == behind) {
+      const uint32_t done = tile - max(first, begin);
+      if (completes(&tickets[1 + list.header.tensors_before + e], done, behind - first)) total(e);
+    }
+    if (ends) tile += (gridDim.x - 1) * run;
+  }
+}
+
 template <class R, class T, StateFormat kFormat>
 __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
     optimizer_preview_kernel(const BNB_GRID_CONSTANT StepList list, float* partials) {
@@ -209,8 +256,8 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
   levels.fill(args);
   if (threadIdx.x == 0) shared_step = Step<R>::make_preview(args.hyper, *args.step + 1);
   __syncthreads();
-  for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
-    const int e = entries.find(tile);
+  float* const own = partials + list.header.tiles_before * kPreviewNumbers;
+  const auto on_tile = [&](int e, uint32_t tile) {
     const auto& entry = entries[e];
     const int index = list.header.tensors_before + e;
     const Step<R> step =
@@ -233,48 +280,28 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
     norms = block_total(norms, norm_scratch);
     if constexpr (kFormat == StateFormat::kTensor8bit) range = block_total(range, range_scratch);
     if (threadIdx.x == 0) {
-      float* partial = partials + (list.header.tiles_before + tile) * kPreviewNumbers;
+      float* partial = own + int64_t{tile} * kPreviewNumbers;
       partial[0] = static_cast<float>(norms.values[0]);
       partial[1] = static_cast<float>(norms.values[1]);
       partial[2] = range.most[0];
       partial[3] = range.most[1];
       partial[4] = range.active;
     }
-  }
-}
-
-// One block of threads per tensor.
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_preview_kernel(const BNB_GRID_CONSTANT StepList list, const float* partials) {
-  __shared__ Norms norm_scratch[kFinishThreads / kWarp];
-  __shared__ Range range_scratch[kFinishThreads / kWarp];
-  const OptimizerStep& args = list.header.args;
-  const int e = static_cast<int>(blockIdx.x);
-  const int index = list.header.tensors_before + e;
-  Norms norms{};
-  Range range{};
-  for (uint32_t tile = list.entries[e].first_tile + threadIdx.x; tile < list.end_tile(e);
-       tile += blockDim.x) {
-    const float* partial = partials + (list.header.tiles_before + tile) * kPreviewNumbers;
-    norms.add({{partial[0], partial[1]}});
-    range.add({{partial[2], partial[3]}, partial[4]});
-  }
-  norms = block_total(norms, norm_scratch);
-  range = block_total(range, range_scratch);
-  if (threadIdx.x != 0) return;
-  if (args.param_squares != nullptr) {
-    args.param_squares[index] = static_cast<float>(norms.values[0]);
-  }
-  if (args.unorm != nullptr) args.unorm[index] = static_cast<float>(norms.values[1]);
-  if (args.new_update_scales != nullptr) {
-    args.new_update_scales[index] =
-        bounded_update_scale(norms.values[0], norms.values[1], args.max_unorm);
-  }
-  for (int k = 0; k < 2; ++k) {
-    if (args.new_max[k] == nullptr) continue;
-    // A tensor that stands still as a whole keeps its scale, and with it every code.
-    args.new_max[k][index] = range.active != 0.0f ? range.most[k] : args.max[k][index];
-  }
+  };
+  const auto total = [&](int e) {
+    Norms norms{};
+    Range range{};
+    for (uint32_t tile = entries[e].first_tile + threadIdx.x; tile < entries.end_tile(e);
+         tile += blockDim.x) {
+      const float* partial = own + int64_t{tile} * kPreviewNumbers;
+      norms.add({{partial[0], partial[1]}});
+      range.add({{partial[2], partial[3]}, partial[4]});
+    }
+    norms = block_total(norms, norm_scratch);
+    if constexpr (kFormat == StateFormat::kTensor8bit) range = block_total(range, range_scratch);
+    if (threadIdx.x == 0) write_totals(args, list.header.tensors_before + e, norms, range);
+  };
+  over_tensors(list, entries, args.tickets, on_tile, total);
 }
 
 using PreviewKernel = void (*)(const StepList, float*);
@@ -319,46 +346,17 @@ __device__ __forceinline__ float square_tile(const GradientTensor& tensor, int64
   return sum;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    gradient_squares_kernel(const BNB_GRID_CONSTANT GradientList list, float* partials) {
-  BNB_DYNAMIC_SHARED(storage);
-  __shared__ Sums<1> scratch[kWarps];
-  const Entries<GradientList> entries(list, storage);
-  __syncthreads();
-  for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
-    const auto& entry = entries[entries.find(tile)];
-    const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
-    const bool whole = entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n;
-    Sums<1> sum{};
-    sum.values[0] = whole ? square_tile<true, T>(entry.tensor, begin)
-                          : square_tile<false, T>(entry.tensor, begin);
-    sum = block_total(sum, scratch);
-    if (threadIdx.x == 0) {
-      partials[list.header.tiles_before + tile] = static_cast<float>(sum.values[0]);
-    }
-  }
-}
-
-// One block of threads per gradient.
-__global__ void __launch_bounds__(kFinishThreads)
-    percentile_clipping_kernel(const BNB_GRID_CONSTANT GradientList list, const float* partials) {
-  static_assert(kNormHistory <= kFinishThreads);
-  __shared__ Sums<1> scratch[kFinishThreads / kWarp];
+// Enters the sum of squares of a gradient into its history, and finds the factor. Called by all
+// threads; `squares` is that of the first one.
+__device__ __forceinline__ void clip_gradient(const ClippingArgs& clipping, float* gnorm_vec,
+                                              int index, double squares_of_first) {
   __shared__ float shared_squares;
   __shared__ float history[kNormHistory];
-  const PercentileClipping& args = list.header.args.call;
-  const int e = static_cast<int>(blockIdx.x);
+  static_assert(kNormHistory <= kThreads);
+  const PercentileClipping& args = clipping.call;
   const int thread = static_cast<int>(threadIdx.x);
-  float* const gnorm_vec = list.entries[e].tensor.gnorm_vec;
-  Sums<1> sum{};
-  for (uint32_t tile = list.entries[e].first_tile + threadIdx.x; tile < list.end_tile(e);
-       tile += blockDim.x) {
-    sum.values[0] += partials[list.header.tiles_before + tile];
-  }
-  sum = block_total(sum, scratch);
   // Rounded as the history holds it, so that a norm equals its own entry.
-  if (thread == 0) shared_squares = static_cast<float>(sum.values[0]);
+  if (thread == 0) shared_squares = static_cast<float>(squares_of_first);
   __syncthreads();
   const float squares = shared_squares;
   const bool finite = is_finite(squares);
@@ -380,16 +378,45 @@ __global__ void __launch_bounds__(kFinishThreads)
     rank += other < float_bits(own) || (other == float_bits(own) && i < thread) ? 1 : 0;
   }
   if (rank != args.percentile) return;
-  const int count = list.header.args.count;
-  const int index = list.header.tensors_before + e;
   const float norm = sqrtf(squares);
   const float clip = sqrtf(own);
   args.out[index] = norm;
-  args.out[count + index] = clip;
-  args.out[2 * count + index] = finite ? percentile_scale(norm, clip) : 1.0f;
+  args.out[clipping.count + index] = clip;
+  args.out[2 * clipping.count + index] = finite ? percentile_scale(norm, clip) : 1.0f;
 }
 
-using SquaresKernel = void (*)(const GradientList, float*);
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    percentile_clipping_kernel(const BNB_GRID_CONSTANT GradientList list, float* partials) {
+  BNB_DYNAMIC_SHARED(storage);
+  __shared__ Sums<1> scratch[kWarps];
+  const Entries<GradientList> entries(list, storage);
+  __syncthreads();
+  float* const own = partials + list.header.tiles_before;
+  const auto on_tile = [&](int e, uint32_t tile) {
+    const auto& entry = entries[e];
+    const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
+    const bool whole = entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n;
+    Sums<1> sum{};
+    sum.values[0] = whole ? square_tile<true, T>(entry.tensor, begin)
+                          : square_tile<false, T>(entry.tensor, begin);
+    sum = block_total(sum, scratch);
+    if (threadIdx.x == 0) own[tile] = static_cast<float>(sum.values[0]);
+  };
+  const auto total = [&](int e) {
+    Sums<1> sum{};
+    for (uint32_t tile = entries[e].first_tile + threadIdx.x; tile < entries.end_tile(e);
+         tile += blockDim.x) {
+      sum.values[0] += own[tile];
+    }
+    sum = block_total(sum, scratch);
+    clip_gradient(list.header.args, entries[e].tensor.gnorm_vec, list.header.tensors_before + e,
+                  sum.values[0]);
+  };
+  over_tensors(list, entries, list.header.args.call.tickets, on_tile, total);
+}
+
+using ClippingKernel = void (*)(const GradientList, float*);
 
 int blocks_for(uint32_t tiles, int64_t most) {
   return static_cast<int>(std::min<int64_t>(tiles, most));
@@ -423,34 +450,26 @@ void optimizer_preview(const OptimizerStep& args, StateFormat format,
   };
   const int64_t most_blocks = int64_t{multiprocessors()} * kResident;
   const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
-  for_each_launch<StepList>(args, tensors, kPreviewTile, most, packs, [&](const StepList& list) {
-    if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
-      launch("optimizer_preview", kernel, blocks, kThreads, entry_bytes(list), stream, list,
-             partials);
-    }
-    launch("finish_preview", finish_preview_kernel, list.header.count, kFinishThreads, 0, stream,
-           list, partials);
+  for_each_launch<StepList>(args, tensors, kPreviewTile, 1, most, packs, [&](const StepList& list) {
+    launch("optimizer_preview", kernel, blocks_for(list.header.tiles, most_blocks), kThreads,
+           entry_bytes(list), stream, list, partials);
   });
 }
 
 void percentile_clipping(const PercentileClipping& args, std::span<const GradientTensor> tensors,
                          float* partials, Stream stream) {
-  SquaresKernel kernel = gradient_squares_kernel<float>;
-  if (args.dtype == DType::kFloat16) kernel = gradient_squares_kernel<Half>;
-  if (args.dtype == DType::kBFloat16) kernel = gradient_squares_kernel<BFloat16>;
+  ClippingKernel kernel = percentile_clipping_kernel<float>;
+  if (args.dtype == DType::kFloat16) kernel = percentile_clipping_kernel<Half>;
+  if (args.dtype == DType::kBFloat16) kernel = percentile_clipping_kernel<BFloat16>;
   const auto packs = [&](const GradientTensor& t) { return is_aligned(t.grad, 16); };
   const int64_t most_blocks = int64_t{multiprocessors()} * kGradientResident;
   const ClippingArgs call{args, static_cast<int>(tensors.size())};
   const int most =
       entries_for<GradientList>(reinterpret_cast<const void*>(kernel), kGradientResident);
   for_each_launch<GradientList>(
-      call, tensors, kPreviewTile, most, packs, [&](const GradientList& list) {
-        if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
-          launch("gradient_squares", kernel, blocks, kThreads, entry_bytes(list), stream, list,
-                 partials);
-        }
-        launch("percentile_clipping", percentile_clipping_kernel, list.header.count, kFinishThreads,
-               0, stream, list, partials);
+      call, tensors, kPreviewTile, 1, most, packs, [&](const GradientList& list) {
+        launch("percentile_clipping", kernel, blocks_for(list.header.tiles, most_blocks), kThreads,
+               entry_bytes(list), stream, list, partials);
       });
 }
 

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -18,7 +19,7 @@
 #define BNB_NOINLINE __noinline__
 // Shared memory beyond the static one, as much as the launch asked for.
 #define BNB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
-#define BNB_CLUSTERS 1
+#define BNB_BULK_COPIES 1
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define BNB_HOPPER 1
 #else
@@ -195,12 +196,87 @@ __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }
 
+// Whether multiply_add_16x8x16() has an instruction on the current device.
+inline bool has_tensor_products() {
+  constexpr int kAmpere = 8;
+  int device = 0;
+  int major = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= kAmpere;
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4],
+                                                     uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#else
+  __trap();  // the host asks has_tensor_products()
+#endif
+}
+
+// Reads what no other thread reads: it need not be kept near the multiprocessor.
+__device__ __forceinline__ uint2 load_once(const uint2* p) {
+  uint2 x;
+#if __CUDA_ARCH__ >= 800
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(x.x), "=r"(x.y)
+               : "l"(p));
+#else
+  x = *p;
+#endif
+  return x;
+}
+
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
 
 __device__ __forceinline__ uint16_t float_to_half(float x) {
   return __half_as_ushort(__float2half_rn(x));
+}
+
+// The copy engine's description of a matrix and its tiles.
+using TileMap = CUtensorMap;
+
+// Of a matrix of bytes whose rows follow each other. `swizzled`: 16-byte chunk c of row r of a tile
+// lies at chunk c ^ (r / 2 % 4); tiles are then 64 bytes wide.
+inline cudaError_t make_tile_map(TileMap* map, const void* matrix, int64_t rows, int64_t columns,
+                                 int tile_rows, int tile_columns, bool swizzled) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                     &found);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  if (encode == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(columns)};
+  const cuuint32_t tile[2] = {static_cast<cuuint32_t>(tile_columns),
+                              static_cast<cuuint32_t>(tile_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult status = encode(
+      map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, pitch, tile, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzled ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <class... Parameters, class... Arguments>

@@ -13,7 +13,7 @@
 #define BNB_LAUNCH_BOUNDS(threads, blocks)
 #define BNB_NOINLINE __attribute__((noinline))
 #define BNB_DYNAMIC_SHARED(name) char* const name = ::bnb::gpu::emulated::dynamic_shared()
-#define BNB_CLUSTERS 0
+#define BNB_BULK_COPIES 0
 #define BNB_HOPPER 0
 // Few tensors a launch, so that lists take several.
 #define BNB_KERNEL_ARGUMENT_BYTES 1024
@@ -62,6 +62,42 @@ template <int kOpen>
 void wait_copies() {
   emulated::wait_copies(kOpen);
 }
+
+inline bool has_tensor_products() { return true; }
+
+template <class T>
+void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct A {
+    uint32_t words[4];
+  };
+  struct B {
+    uint32_t words[2];
+  };
+  const emulated::Lanes<A> left({a[0], a[1], a[2], a[3]});
+  const emulated::Lanes<B> right({b0, b1});
+  const auto half = [](uint32_t word, int i) {
+    return to_float(T{static_cast<uint16_t>(i == 0 ? word & 0xffffu : word >> 16)});
+  };
+  const int group = emulated::lane() / 4;
+  const int place = emulated::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int upper = i / 2;  // rows 8 to 15
+    for (int word = 0; word < 8; ++word) {
+      const uint32_t x = left.values[group * 4 + word % 4].words[upper + word / 4 * 2];
+      const uint32_t y = right.values[(place * 2 + i % 2) * 4 + word % 4].words[word / 4];
+      c[i] += half(x, 0) * half(y, 0) + half(x, 1) * half(y, 1);
+    }
+  }
+}
+
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline uint2 load_once(const uint2* p) { return *p; }
 
 inline float half_to_float(uint16_t bits) { return to_float(Half{bits}); }
 inline uint16_t float_to_half(float x) { return from_float<Half>(x).bits; }

@@ -47,7 +47,7 @@
 #define BNB_KERNEL_ARGUMENT_BYTES 3840
 #define BNB_NOINLINE __noinline__
 #define BNB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
-#define BNB_CLUSTERS 0
+#define BNB_BULK_COPIES 0
 #define BNB_HOPPER 0
 
 namespace bnb::gpu {
@@ -118,6 +118,15 @@ __device__ __forceinline__ void wait_copies() {}
 __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }
+
+inline bool has_tensor_products() { return false; }
+template <class T>
+__device__ __forceinline__ void multiply_add_16x8x16(float (&)[4], const uint32_t (&)[4], uint32_t,
+                                                     uint32_t) {
+  __builtin_trap();  // the host asks has_tensor_products()
+}
+
+__device__ __forceinline__ uint2 load_once(const uint2* p) { return *p; }
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));

@@ -15,13 +15,19 @@
 //   absmax_step(most, x)            max(most, |x|) in which NaN wins
 //   max_magnitudes<T>(most, pair)   the larger of both magnitudes, for two 16-bit floats in a word;
 //                                   NaN wins
+//   multiply_add_16x8x16<T>(c, a, b0, b1)   c += a b for matrices [16, 8], [16, 16] and [16, 8]
+//   that
+//                                   lie in a warp, as PTX lays out mma.m16n8k16: lane 4 g + t has
+//                                   rows g and g + 8 of a and columns 2 t, 2 t + 1 and the same + 8
+//                                   of them, rows of the same numbers and column g of b
+//   load_once(p)                    what no other thread reads
 //   hide_origin(p)                  p, of which the compiler no longer knows what it points to
 //   approximate_reciprocal, approximate_sqrt    one instruction, within 2 units in the last place
 //   BNB_GRID_CONSTANT               kernel parameters that are read in place
 //   BNB_LAUNCH_BOUNDS(threads, blocks)   of a block; of blocks that shall fit a multiprocessor
 //   BNB_DYNAMIC_SHARED(name)        declares the shared memory that the launch asked for
 //   BNB_KERNEL_ARGUMENT_BYTES       what a launch may pass to a kernel
-//   BNB_CLUSTERS                    1 where the host can launch clusters of blocks
+//   BNB_BULK_COPIES                 1 where the host can describe tiles to the copy engine (CUDA)
 //   BNB_HOPPER                      1 where kernels may have the instructions of sm_90a: in CUDA's
 //                                   pass for the host, and in that for this target
 // SPDX-License-Identifier: MIT

@@ -19,7 +19,14 @@ from torch import Tensor
 from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import AUTOCAST_DEVICES, check, check_device
 
-__all__ = ["GlobalOutlierPooler", "MatMul8bitLt", "MatmulLtState", "matmul"]
+__all__ = [
+    "GlobalOutlierPooler",
+    "MatMul8bitLt",
+    "MatmulLtState",
+    "dequantized",
+    "matmul",
+    "narrowed",
+]
 
 # Names of tensor layouts of bitsandbytes before 0.45, which callers may still look at.
 REMOVED_FIELDS = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
@@ -126,11 +133,12 @@ class GlobalOutlierPooler:
         return torch.tensor(sorted(self._columns), dtype=torch.int64)
 
 
-def _values(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the values of int8 codes with a statistic for every row."""
     return torch.ops.bitsandbytes.int8_vectorwise_dequant.default(CB, SCB).to(dtype)
 
 
-def _narrow(tensor: Tensor) -> Tensor:
+def narrowed(tensor: Tensor) -> Tensor:
     """Returns what the int8 ops take: they know no float64, a layer may."""
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
@@ -144,10 +152,10 @@ def _product(
     """
     if threshold is None:
         bias = None if bias is None else bias.to(A.dtype)
-        return F.linear(A, _values(CB, SCB, A.dtype), bias), None
-    bias = None if bias is None else _narrow(bias)
+        return F.linear(A, dequantized(CB, SCB, A.dtype), bias), None
+    bias = None if bias is None else narrowed(bias)
     out, outlier_mask = torch.ops.bitsandbytes.int8_linear.default(
-        _narrow(A), CB, SCB, bias, threshold
+        narrowed(A), CB, SCB, bias, threshold
     )
     # Not a conversion to the same dtype: torch.compile of torch 2.11 loses the gradient behind one.
     return out if out.dtype == A.dtype else out.to(A.dtype), outlier_mask
@@ -177,7 +185,7 @@ class MatMul8bitLt(torch.autograd.Function):
         flat = grad.reshape(rows, grad.shape[-1])
         grad_A = grad_B = grad_bias = None
         if needs_A:
-            grad_A = grad @ _values(CB, SCB, A_dtype)
+            grad_A = grad @ dequantized(CB, SCB, A_dtype)
         if needs_B:
             grad_B = (flat.t() @ A.reshape(rows, A.shape[-1])).to(B_dtype)
         if needs_bias:
@@ -206,7 +214,7 @@ def _quantized_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
             return state.CB, state.SCB
     # Not as inference tensors, because training may come later.
     with torch.inference_mode(False), torch.no_grad():
-        CB, SCB, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(_narrow(B))
+        CB, SCB, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(narrowed(B))
     if source is not None or not state.has_fp16_weights:
         state.CB, state.SCB, state._source = CB, SCB, source
     return CB, SCB

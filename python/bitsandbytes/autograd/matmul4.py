@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import FLOATS, check
-from ..plain.precision import full_precision
+from .._precision import full_precision
 from ..quant.four_bit import dequantize_4bit
 from ..quant.scales import weight_arguments
 from ..quant.state import QuantState

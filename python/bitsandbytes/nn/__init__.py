@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: MIT
 """Layers with quantized weights, and embeddings made for training with 8-bit optimizers."""
 
-from . import modules
+from . import modules, triton_based_modules
 from .embedding import Embedding, StableEmbedding
 from .embedding4 import Embedding4bit, EmbeddingFP4, EmbeddingNF4
+from .embedding8 import Embedding8bit
 from .linear4 import Linear4bit, LinearFP4, LinearNF4
 from .linear8 import Linear8bitLt
+from .outlier_aware import OutlierAwareLinear
 from .params import Int8Params
 from .params4 import Params4bit
+from .switchback import (
+    StandardLinear,
+    SwitchBackLinear,
+    SwitchBackLinearGlobal,
+    SwitchBackLinearVectorwise,
+)
 
 __all__ = [
     "Embedding",
     "Embedding4bit",
+    "Embedding8bit",
     "EmbeddingFP4",
     "EmbeddingNF4",
     "Int8Params",
@@ -19,7 +28,13 @@ __all__ = [
     "Linear8bitLt",
     "LinearFP4",
     "LinearNF4",
+    "OutlierAwareLinear",
     "Params4bit",
     "StableEmbedding",
+    "StandardLinear",
+    "SwitchBackLinear",
+    "SwitchBackLinearGlobal",
+    "SwitchBackLinearVectorwise",
     "modules",
+    "triton_based_modules",
 ]

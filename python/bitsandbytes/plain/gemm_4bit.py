@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import FLOATS, check, check_device, check_dtype, check_numel, check_shape
 from .._codes4 import BLOCKSIZES, QUANT_TYPES
 from .._ops import register_kernel
-from .precision import full_precision
+from .._precision import full_precision
 from .quantize import check_nested_scales, check_scales, decode_scales
 from .quantize_4bit import check_packed, decode_4bit
 

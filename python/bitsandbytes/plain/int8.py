@@ -20,7 +20,7 @@ from .._checks import (
     check_shape,
 )
 from .._ops import register_kernel
-from .precision import full_precision
+from .._precision import full_precision
 
 __all__: list[str] = []
 
@@ -102,6 +102,24 @@ def _quantized_rows(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor
     if outlier_mask is not None:
         codes.masked_fill_(outlier_mask, 0)
     return codes.to(torch.int8).view(A.shape), row_stats, outlier_mask
+
+
+@register_kernel("int8_double_quant", "default")
+@torch.no_grad()
+def int8_double_quant(
+    A: Tensor, threshold: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    op = "int8_double_quant"
+    check_dtype(op, "A", A, *FLOATS)
+    check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
+    check(threshold >= 0, op, "threshold", "0 (no outliers) or positive", threshold)
+
+    quantize = torch.ops.bitsandbytes.int8_vectorwise_quant.default
+    rows, row_stats, outlier_cols = quantize(A, threshold)
+    values = A if threshold == 0 else A.masked_fill(A.abs() >= threshold, 0)
+    turned = values.reshape(_rows(A.shape), A.shape[-1]).t()
+    cols, col_stats, _ = quantize(turned)
+    return rows, cols.t().reshape(A.shape).contiguous(), row_stats, col_stats, outlier_cols
 
 
 @register_kernel("int8_vectorwise_dequant", "default")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures of the tests with other packages: a tiny model, saved, and how it is loaded in 4 bits.
+"""Fixtures of the tests with other packages: a tiny model, saved, and how it is loaded quantized.
 
 The packages are those of requirements/integration.txt. Without them the tests are skipped, unless
 BNB_REQUIRE names "integration".
@@ -95,6 +95,24 @@ def load(transformers, checkpoint, device):
         return cls.from_pretrained(folder, device_map=device, **settings).eval()
 
     return load
+
+
+@pytest.fixture(params=[0.0, 6.0])
+def threshold(request):
+    """From which magnitude activations are outliers; 0 for none."""
+    return request.param
+
+
+@pytest.fixture
+def load8(transformers, checkpoint, device, threshold):
+    """Loads the model in 8 bits, or one from another folder."""
+
+    def load8(folder=checkpoint):
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+        cls = transformers.AutoModelForCausalLM
+        return cls.from_pretrained(folder, device_map=device, quantization_config=config).eval()
+
+    return load8
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bitsandbytes as bnb
@@ -168,6 +169,41 @@ def test_gradients_after_an_evaluation(device):
         layer(x).square().sum().backward()
         grads.append(x.grad)
     assert torch.equal(*grads)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the bytes of the largest tensor that an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_training_never_holds_a_dequantized_weight(device, nested):
+    features, tokens = 1024, 16
+    layer = LinearNF4(
+        features, features, compute_dtype=torch.bfloat16, compress_statistics=nested
+    ).to(device)
+    x = torch.randn(tokens, features, dtype=torch.bfloat16, device=device, requires_grad=True)
+    layer(x).sum().backward()  # what is made once is there
+    x.grad = None
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with LargestTensor() as largest:
+        layer(x).sum().backward()
+    dequantized = features * features * x.element_size()
+    assert largest.bytes <= layer.weight.nbytes < dequantized / 3
+    if device == "cuda":  # what the operations took for themselves, too
+        assert torch.cuda.max_memory_allocated() - before < dequantized / 3
 
 
 def test_wrong_width_gets_a_sentence(device):

@@ -188,6 +188,16 @@ def test_a_replaced_weight_is_used(device, stage):
     assert layer.weight.dtype == torch.int8
 
 
+def test_a_parameter_moved_by_hand_keeps_its_statistics(device):
+    layer = after_forward(device)
+    want = layer(inputs(device))
+    # What PEFT does when it has read the values of a weight.
+    layer.weight = layer.weight.to(layer.weight.device)
+    assert layer.weight.CB is not None and layer.weight.SCB is None
+    assert torch.equal(layer(inputs(device)), want)
+    assert_consistent(layer, device)
+
+
 def test_statistics_set_on_the_state_are_used(device):
     layer, other = after_forward(device), quantized(device)
     layer.state.SCB = layer.state.SCB * 2

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from .._checks import AUTOCAST_DEVICES
+from ._checks import AUTOCAST_DEVICES
 
 __all__ = ["full_precision"]
 
