@@ -36,8 +36,8 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
     BNB_GPU_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                                    cudaEnableDefault, &found));
 #else
-    BNB_GPU_CHECK(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault,
-                                          &found));
+    BNB_GPU_CHECK(
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
 #endif
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();

@@ -151,8 +151,8 @@ BNB_WGMMAS(Half, "f16");
 
 // ---- Products of two operands in shared memory ------------------------------------------------
 
-// d = a b, plus d where `accumulate`; A [64, 32 bytes of k] and B [n, 32 bytes of k] by descriptors,
-// both with K as the inner dimension. Integers in 32 bits, exact, without saturation.
+// d = a b, plus d where `accumulate`; A [64, 32 bytes of k] and B [n, 32 bytes of k] by
+// descriptors, both with K as the inner dimension. Integers in 32 bits, exact, without saturation.
 template <int kN>
 struct WgmmaInt8;
 template <class T, int kN>
@@ -167,28 +167,28 @@ struct WgmmaShared;
 #define BNB_I128(i) BNB_I64(i), BNB_I64(i + 64)
 
 // A, B, ACC: the numbers of the operands after d.
-#define BNB_WGMMA_SHARED(NAME, SUM, OPERANDS, IMMEDIATES, N, COUNT, A, B, ACC)                    \
-  __device__ __forceinline__ static void run(SUM(&d)[COUNT], uint64_t a, uint64_t b,              \
-                                             bool accumulate) {                                   \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ACC                                           \
-                 ", 0;\n"                                                                         \
-                 "wgmma.mma_async.sync.aligned.m64n" #N NAME " {" BNB_NAMES##COUNT "}, %" #A ", %" #B \
-                 ", p" IMMEDIATES ";}"                                                            \
-                 : OPERANDS##COUNT(0)                                                             \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                            \
+#define BNB_WGMMA_SHARED(NAME, SUM, OPERANDS, IMMEDIATES, N, COUNT, A, B, ACC)       \
+  __device__ __forceinline__ static void run(SUM(&d)[COUNT], uint64_t a, uint64_t b, \
+                                             bool accumulate) {                      \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ACC                              \
+                 ", 0;\n"                                                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #N NAME " {" BNB_NAMES##COUNT   \
+                 "}, %" #A ", %" #B ", p" IMMEDIATES ";}"                            \
+                 : OPERANDS##COUNT(0)                                                \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));               \
   }
-#define BNB_WGMMAS_SHARED(N, COUNT, A, B, ACC)                                                    \
-  template <>                                                                                     \
-  struct WgmmaInt8<N> {                                                                           \
-    BNB_WGMMA_SHARED("k32.s32.s8.s8", int, BNB_I, "", N, COUNT, A, B, ACC)                        \
-  };                                                                                              \
-  template <>                                                                                     \
-  struct WgmmaShared<BFloat16, N> {                                                               \
-    BNB_WGMMA_SHARED("k16.f32.bf16.bf16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)      \
-  };                                                                                              \
-  template <>                                                                                     \
-  struct WgmmaShared<Half, N> {                                                                   \
-    BNB_WGMMA_SHARED("k16.f32.f16.f16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)        \
+#define BNB_WGMMAS_SHARED(N, COUNT, A, B, ACC)                                               \
+  template <>                                                                                \
+  struct WgmmaInt8<N> {                                                                      \
+    BNB_WGMMA_SHARED("k32.s32.s8.s8", int, BNB_I, "", N, COUNT, A, B, ACC)                   \
+  };                                                                                         \
+  template <>                                                                                \
+  struct WgmmaShared<BFloat16, N> {                                                          \
+    BNB_WGMMA_SHARED("k16.f32.bf16.bf16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC) \
+  };                                                                                         \
+  template <>                                                                                \
+  struct WgmmaShared<Half, N> {                                                              \
+    BNB_WGMMA_SHARED("k16.f32.f16.f16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)   \
   }
 
 BNB_WGMMAS_SHARED(16, 8, 8, 9, 10);

@@ -3,8 +3,8 @@
 //
 // out[i, j] = row_stats[i] * col_stats[j] / 127^2 * sum over k of a[i, k] b[j, k], exact in 32-bit
 // integers, plus bias and the products of outlier columns. Rows i are tokens, columns j features, k
-// a term. As the tensor cores see it, out^T [features, tokens] = b a^T: the weight is the operand of
-// 64 rows, the tokens are the columns, of which there may be as few as 16.
+// a term. As the tensor cores see it, out^T [features, tokens] = b a^T: the weight is the operand
+// of 64 rows, the tokens are the columns, of which there may be as few as 16.
 //
 // A block of threads makes tiles of kFeatures x kTokens. Stages of 128 terms go through a ring:
 //
@@ -14,19 +14,18 @@
 //
 // For many tokens, tiles are large, blocks stay for several, and two neighbours in a cluster, which
 // make tiles of the same tokens, copy half of those each to both. For few tokens, tiles are small,
-// several blocks share a multiprocessor, and the blocks of a cluster share the terms of a tile; they
-// add their sums, which are exact, through each other's shared memory.
+// several blocks share a multiprocessor, and the blocks of a cluster share the terms of a tile;
+// they add their sums, which are exact, through each other's shared memory.
 //
 // Outlier columns. Weights are codes, which 16 bits hold exactly, and the values are those of the
 // input (a float is split in three bfloat16), so products are exact and added in float. With large
 // tiles there are registers for the second sums of 64 tokens only, so stages of outlier columns are
 // multiplied 64 tokens at a time; where they fill more than one, they are gathered anew for each.
-#include "gpu/int8/wgmma.h"
-
 #include "bitsandbytes/blocks.h"
+#include "gpu/int8/wgmma.h"
 #include "gpu/runtime/runtime.cuh"
 
-#if BNB_CLUSTERS
+#if BNB_BULK_COPIES
 
 #include <algorithm>
 
@@ -44,11 +43,11 @@ constexpr int kGroup = 128;  // threads of a warpgroup
 
 template <int tokens, int groups, int copy_warps, int stages, int resident, bool splits>
 struct Int8Shape {
-  static constexpr int kTokens = tokens;       // of a tile
-  static constexpr int kGroups = groups;       // warpgroups that multiply
+  static constexpr int kTokens = tokens;  // of a tile
+  static constexpr int kGroups = groups;  // warpgroups that multiply
   static constexpr int kCopyWarps = copy_warps;
-  static constexpr int kStages = stages;       // on their way at a time
-  static constexpr int kResident = resident;   // blocks on a multiprocessor
+  static constexpr int kStages = stages;      // on their way at a time
+  static constexpr int kResident = resident;  // blocks on a multiprocessor
   // Blocks of a cluster share the terms of a tile; otherwise they share tokens.
   static constexpr bool kSplits = splits;
 
@@ -123,6 +122,17 @@ __device__ __forceinline__ BFloat16 part_of(float x, int part) {
   if (!(fabsf(x) <= kFloatMax)) return part == 0 ? narrow<BFloat16>(x) : BFloat16{0};
   for (int i = 0; i < part; ++i) x = __fsub_rn(x, leading(x));
   return {static_cast<uint16_t>(float_bits(x) >> 16)};
+}
+
+struct EightWords {
+  uint32_t words[8];
+};
+
+// From any block of the cluster.
+__device__ __forceinline__ EightWords load_eight(uint32_t address) {
+  const uint4 x = load_in_cluster(address);
+  const uint4 y = load_in_cluster(address + 16);
+  return {{x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w}};
 }
 
 // What a block does for one tile.
@@ -362,11 +372,10 @@ struct Int8Product {
     release(before);
   }
 
-  // The products of the outlier columns for the tokens of a chunk. Whether their stages come anew for
-  // each chunk, and whether this is the first or the last, decides about waiting and releasing.
+  // The products of the outlier columns for the tokens of a chunk. Whether their stages come anew
+  // for each chunk, and whether this is the first or the last, decides about waiting and releasing.
   __device__ __forceinline__ void multiply_outliers(int slabs, int chunk, const Position& at,
-                                                    Place& place,
-                                                    float (&d)[kChunk / 2]) const {
+                                                    Place& place, float (&d)[kChunk / 2]) const {
     const bool last = slabs > 1 || chunk == kTokens / kChunk - 1;
     for (int s = 0; s < slabs; ++s) {
       barriers[place.slot].full.wait(place.phase);
@@ -445,7 +454,8 @@ struct Int8Product {
     float biases[2];
   };
 
-  // Some tokens at a time lie in shared memory as [token][64 features], from where whole rows go out.
+  // Some tokens at a time lie in shared memory as [token][64 features], from where whole rows go
+  // out.
   template <bool kOutliers>
   __device__ __forceinline__ void store(const Job& job, const Position& at, const Finish& finish,
                                         const int (&sums)[kSums], int slabs, Place& place) const {
@@ -570,37 +580,37 @@ struct Int8Product {
       const int64_t feature = job.feature + unit % 8 * 8;
       if (token >= args.m || feature >= args.n) continue;
       const uint32_t place = here + 4 * (row * 64 + spread(row, unit % 8 * 8));
-      uint32_t total[8] = {};
-      for (int s = 0; s < task.splits; ++s) {
-        const uint32_t there = address_in_block(place, s);
-        const uint4 x = load_in_cluster(there);
-        const uint4 y = load_in_cluster(there + 16);
-        const uint32_t part[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) total[i] += part[i];
-      }
-      uint32_t products[8] = {};
-      if (outliers) {
-        const uint32_t there = address_in_block(place + 4 * kAddedAt, 0);
-        const uint4 x = load_in_cluster(there);
-        const uint4 y = load_in_cluster(there + 16);
-        const uint32_t part[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) products[i] = part[i];
-      }
+      // Read while the sums are on their way.
       const float row_scale = __fmul_rn(args.row_stats[token], kInt8Product);
-      Pack<T, kPackSize<T>> packs[8 / kPackSize<T>];
+      float stats[8];
+      float results[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const bool there = feature + i < args.n;
-        const float stat = there ? args.col_stats[feature + i] : 0.0f;
-        float result = there ? bias_at(args.bias, args.bias_dtype, feature + i) : 0.0f;
-        if (outliers) {
-          result = __fmaf_rn(bits_float(products[i]), __fmul_rn(stat, 1.0f / kInt8Max), result);
+        stats[i] = there ? args.col_stats[feature + i] : 0.0f;
+        results[i] = there ? bias_at(args.bias, args.bias_dtype, feature + i) : 0.0f;
+      }
+      uint32_t totals[8] = {};
+#pragma unroll 4
+      for (int s = 0; s < task.splits; ++s) {
+        const EightWords part = load_eight(address_in_block(place, s));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) totals[i] += part.words[i];
+      }
+      if (outliers) {
+        const EightWords products = load_eight(address_in_block(place + 4 * kAddedAt, 0));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          results[i] = __fmaf_rn(bits_float(products.words[i]), __fmul_rn(stats[i], 1.0f / kInt8Max),
+                                 results[i]);
         }
-        result = __fmaf_rn(__int2float_rn(static_cast<int>(total[i])), __fmul_rn(stat, row_scale),
-                           result);
-        packs[i / kPackSize<T>].values[i % kPackSize<T>] = narrow<T>(result);
+      }
+      Pack<T, kPackSize<T>> packs[8 / kPackSize<T>];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        packs[i / kPackSize<T>].values[i % kPackSize<T>] =
+            narrow<T>(__fmaf_rn(__int2float_rn(static_cast<int>(totals[i])),
+                                __fmul_rn(stats[i], row_scale), results[i]));
       }
 #pragma unroll
       for (int p = 0; p < 8 / kPackSize<T>; ++p) {
@@ -669,8 +679,7 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
   const Int8ScaledMatmul& args = task.args;
   const TensorMap token_map =
       tensor_map(args.a, args.m, args.k, Shape::kTokens / Shape::kFan, Swizzle::k128);
-  const TensorMap weight_map =
-      tensor_map(args.b, args.n, args.k, Shape::kFeatures, Swizzle::k128);
+  const TensorMap weight_map = tensor_map(args.b, args.n, args.k, Shape::kFeatures, Swizzle::k128);
   allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -689,8 +698,7 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
 
 template <class T, class Shape>
 void run(const Int8ScaledMatmul& args, Stream stream) {
-  Int8Task task{args,
-                static_cast<int>(ceil_div(args.n, Shape::kFeatures * Shape::kFan)),
+  Int8Task task{args, static_cast<int>(ceil_div(args.n, Shape::kFeatures * Shape::kFan)),
                 static_cast<int>(ceil_div(args.m, Shape::kTokens)), 1,
                 args.n % kPackSize<T> == 0 && is_aligned(args.out, 16)};
   const int tiles = task.feature_tiles * task.token_tiles;
@@ -771,4 +779,4 @@ void wgmma_int8(const Int8ScaledMatmul&, Stream) {}
 
 }  // namespace bnb::gpu
 
-#endif  // BNB_CLUSTERS
+#endif  // BNB_BULK_COPIES
