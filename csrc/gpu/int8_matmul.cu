@@ -368,6 +368,8 @@ void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream) {
            [&]<class T>(T*) { matmul(args.a, args.b, args.k, ScaleSums<T>(args), stream); });
 }
 
+bool int8_scaled_matmul_is_fast(const Int8ScaledMatmul& args) { return wgmma_int8_serves(args); }
+
 void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product, Stream stream) {
   if (args.outliers == nullptr) {
     return int8_mm_dequant({args.dtype, args.bias_dtype, product, args.row_stats, args.col_stats,
