@@ -1,5 +1,6 @@
 // Hopper's instructions behind names: warpgroup products, barriers of transactions, bulk copies.
-// For targets with BNB_HOPPER only (sm_90a). SPDX-License-Identifier: MIT
+// For targets with BNB_HOPPER only (sm_90a).
+// SPDX-License-Identifier: MIT
 //
 // A warpgroup is four consecutive warps of which the first has a number divisible by four. It
 // multiplies A [64, 16] in registers by B [16, n] in shared memory into float sums in registers.
@@ -151,8 +152,8 @@ BNB_WGMMAS(Half, "f16");
 
 // ---- Products of two operands in shared memory ------------------------------------------------
 
-// d = a b, plus d where `accumulate`; A [64, 32 bytes of k] and B [n, 32 bytes of k] by descriptors,
-// both with K as the inner dimension. Integers in 32 bits, exact, without saturation.
+// d = a b, plus d where `accumulate`; A [64, 32 bytes of k] and B [n, 32 bytes of k] by
+// descriptors, both with K as the inner dimension. Integers in 32 bits, exact, without saturation.
 template <int kN>
 struct WgmmaInt8;
 template <class T, int kN>
@@ -167,28 +168,28 @@ struct WgmmaShared;
 #define BNB_I128(i) BNB_I64(i), BNB_I64(i + 64)
 
 // A, B, ACC: the numbers of the operands after d.
-#define BNB_WGMMA_SHARED(NAME, SUM, OPERANDS, IMMEDIATES, N, COUNT, A, B, ACC)                    \
-  __device__ __forceinline__ static void run(SUM(&d)[COUNT], uint64_t a, uint64_t b,              \
-                                             bool accumulate) {                                   \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ACC                                           \
-                 ", 0;\n"                                                                         \
-                 "wgmma.mma_async.sync.aligned.m64n" #N NAME " {" BNB_NAMES##COUNT "}, %" #A ", %" #B \
-                 ", p" IMMEDIATES ";}"                                                            \
-                 : OPERANDS##COUNT(0)                                                             \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                            \
+#define BNB_WGMMA_SHARED(NAME, SUM, OPERANDS, IMMEDIATES, N, COUNT, A, B, ACC)       \
+  __device__ __forceinline__ static void run(SUM(&d)[COUNT], uint64_t a, uint64_t b, \
+                                             bool accumulate) {                      \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #ACC                              \
+                 ", 0;\n"                                                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #N NAME " {" BNB_NAMES##COUNT   \
+                 "}, %" #A ", %" #B ", p" IMMEDIATES ";}"                            \
+                 : OPERANDS##COUNT(0)                                                \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));               \
   }
-#define BNB_WGMMAS_SHARED(N, COUNT, A, B, ACC)                                                    \
-  template <>                                                                                     \
-  struct WgmmaInt8<N> {                                                                           \
-    BNB_WGMMA_SHARED("k32.s32.s8.s8", int, BNB_I, "", N, COUNT, A, B, ACC)                        \
-  };                                                                                              \
-  template <>                                                                                     \
-  struct WgmmaShared<BFloat16, N> {                                                               \
-    BNB_WGMMA_SHARED("k16.f32.bf16.bf16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)      \
-  };                                                                                              \
-  template <>                                                                                     \
-  struct WgmmaShared<Half, N> {                                                                   \
-    BNB_WGMMA_SHARED("k16.f32.f16.f16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)        \
+#define BNB_WGMMAS_SHARED(N, COUNT, A, B, ACC)                                               \
+  template <>                                                                                \
+  struct WgmmaInt8<N> {                                                                      \
+    BNB_WGMMA_SHARED("k32.s32.s8.s8", int, BNB_I, "", N, COUNT, A, B, ACC)                   \
+  };                                                                                         \
+  template <>                                                                                \
+  struct WgmmaShared<BFloat16, N> {                                                          \
+    BNB_WGMMA_SHARED("k16.f32.bf16.bf16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC) \
+  };                                                                                         \
+  template <>                                                                                \
+  struct WgmmaShared<Half, N> {                                                              \
+    BNB_WGMMA_SHARED("k16.f32.f16.f16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)   \
   }
 
 BNB_WGMMAS_SHARED(16, 8, 8, 9, 10);
@@ -305,21 +306,6 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// start_copy(), or zeros instead of what lies there.
-template <int kBytes>
-__device__ __forceinline__ void start_copy_if(bool present, uint32_t shared, const void* global) {
-  const int bytes = present ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-                 "r"(bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global),
-                 "n"(kBytes), "r"(bytes)
-                 : "memory");
-  }
-}
-
 // ---- Bulk copies ------------------------------------------------------------------------------
 
 // Starts a copy of `bytes` (a multiple of 16, like both addresses) that counts at `barrier`.
@@ -329,16 +315,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, i
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared),
       "l"(global), "r"(bytes), "r"(barrier.address)
-      : "memory");
-}
-
-// Starts a copy of the tile that begins at column x of row y, zeros beyond the matrix's ends.
-__device__ __forceinline__ void bulk_copy_tile(uint32_t shared, const TileMap& map, int x, int y,
-                                               BarrierAt barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
-      "l"(&map), "r"(x), "r"(y), "r"(barrier.address)
       : "memory");
 }
 
