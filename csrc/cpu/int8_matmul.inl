@@ -31,15 +31,14 @@ struct ByteOperand {
   static BNB_HD Dot add_products(Dot sum, Vector a, Vector b) { return multiply_add(sum, a, b); }
 };
 
-constexpr int64_t kByteChunk = kWidth == 1 ? 512 : 4096;  // bytes of a row along k in a chunk
+constexpr int64_t kByteChunk = 4096;  // bytes of a row along k in a chunk
 
 constexpr int64_t staged_bytes(int64_t k) { return ceil_div(k, int64_t{kDotWidth}) * kDotWidth; }
 
-BNB_HD Bytes load_some_bytes(const int8_t* p, int64_t count) {
-  if (count >= kDotWidth) return load_bytes(p);
-  int8_t part[kDotWidth] = {};
-  __builtin_memcpy(part, p, static_cast<size_t>(count));
-  return load_bytes(part);
+// The last bytes of a row, and zeros.
+BNB_HD void copy_padded(const int8_t* from, int64_t count, int8_t* to) {
+  __builtin_memset(to, 0, kDotWidth);
+  __builtin_memcpy(to, from, static_cast<size_t>(count));
 }
 
 // Behind the staged rows: what their sums have too much, [m].
@@ -56,11 +55,15 @@ void int8_matmul_stage(const int8_t* a, int64_t m, int64_t k, void* staged, int6
                  (row - tile.first) * kDotWidth;
     Dot sum;
     for (int64_t i = 0; i < k; i += kDotWidth) {
-      const Bytes bytes = load_some_bytes(a + row * k + i, k - i);
-      store_bytes(to + i * tile.height, bytes);
-      if constexpr (kDotOffset != 0) sum = multiply_add(sum, bytes, broadcast_byte(1));
+      int8_t* const vector = to + i * tile.height;
+      if (i + kDotWidth <= k) {
+        store_bytes(vector, load_bytes(a + row * k + i));
+      } else {
+        copy_padded(a + row * k + i, k - i, vector);
+      }
+      sum = add_bytes(sum, load_bytes(vector));
     }
-    excess[row] = static_cast<uint32_t>(reduce_add(sum)) * kDotOffset;
+    excess[row] = reduce_add(sum) * kDotOffset;
   }
 }
 
@@ -107,7 +110,9 @@ template <int kRows, bool kKeep>
     });
   }
   if (k < count) {
-    multiply(k, [&](int j) { return load_some_bytes(b[j] + k, count - k); });
+    int8_t part[kDotCols][kDotWidth];
+    for (int j = 0; j < kDotCols; ++j) copy_padded(b[j] + k, count - k, part[j]);
+    multiply(k, [&](int j) { return load_bytes(part[j]); });
   }
   add_sums(sums, out);
 }

@@ -163,18 +163,18 @@ BNB_HD Bytes load_bytes(const int8_t* p) {
 BNB_HD void store_bytes(int8_t* p, Bytes x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x.v);
 }
-BNB_HD Bytes broadcast_byte(int8_t x) { return {_mm_set1_epi8(x)}; }
 BNB_HD Bytes add_dot_offset(Bytes x) { return x; }
 // Widened to 16 bits: the instruction for bytes saturates.
 BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) {
   return {_mm256_add_epi32(
       acc.v, _mm256_madd_epi16(_mm256_cvtepi8_epi16(a.v), _mm256_cvtepi8_epi16(b.v)))};
 }
-BNB_HD int32_t reduce_add(Dot acc) {
+BNB_HD Dot add_bytes(Dot acc, Bytes) { return acc; }
+BNB_HD uint32_t reduce_add(Dot acc) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc.v), _mm256_extracti128_si256(acc.v, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-  return _mm_cvtsi128_si32(s);
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(s));
 }
 BNB_HD void reduce_add4(const Dot (&x)[4], uint32_t* out) {
   const __m256i sums =

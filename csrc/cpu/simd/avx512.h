@@ -238,14 +238,16 @@ struct Bytes {
 };
 BNB_HD Bytes load_bytes(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
 BNB_HD void store_bytes(int8_t* p, Bytes x) { _mm512_storeu_si512(p, x.v); }
-BNB_HD Bytes broadcast_byte(int8_t x) { return {_mm512_set1_epi8(x)}; }
 BNB_HD Bytes add_dot_offset(Bytes x) {
   return {_mm512_xor_si512(x.v, _mm512_set1_epi8(static_cast<char>(kDotOffset)))};
 }
 BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) {
   return {reinterpret_cast<Dot::Lanes>(_mm512_dpbusd_epi32(acc.all(), b.v, a.v))};
 }
-BNB_HD int32_t reduce_add(Dot acc) { return _mm512_reduce_add_epi32(acc.all()); }
+BNB_HD Dot add_bytes(Dot acc, Bytes a) { return multiply_add(acc, a, {_mm512_set1_epi8(1)}); }
+BNB_HD uint32_t reduce_add(Dot acc) {
+  return static_cast<uint32_t>(_mm512_reduce_add_epi32(acc.all()));
+}
 BNB_HD void reduce_add4(const Dot (&x)[4], uint32_t* out) {
   const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(x[0].all(), x[1].all()),
                                          _mm512_unpackhi_epi32(x[0].all(), x[1].all()));

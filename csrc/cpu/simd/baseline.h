@@ -104,24 +104,28 @@ BNB_HD int32_t reduce_max(Int a) { return a.v; }
 
 // Sum of products of kDotWidth bytes, kept exactly in 32-bit lanes. The left factor is signed; to
 // the right one kDotOffset was added, where the processor multiplies signed by unsigned bytes only.
-inline constexpr int kDotWidth = 1;
+// add_bytes adds up left factors, for what sums then have too much.
+inline constexpr int kDotWidth = 128;
 inline constexpr int kDotOffset = 0;
 struct Dot {
-  int32_t v = 0;
+  uint32_t v = 0;
 };
+// They stay where they are: a loop over so many is what compilers find instructions for.
 struct Bytes {
-  int8_t v;
+  const int8_t* p;
 };
-BNB_HD Bytes load_bytes(const int8_t* p) { return {*p}; }
-BNB_HD void store_bytes(int8_t* p, Bytes x) { *p = x.v; }
-BNB_HD Bytes broadcast_byte(int8_t x) { return {x}; }
+BNB_HD Bytes load_bytes(const int8_t* p) { return {p}; }
+BNB_HD void store_bytes(int8_t* p, Bytes x) { __builtin_memcpy(p, x.p, kDotWidth); }
 BNB_HD Bytes add_dot_offset(Bytes x) { return x; }
 BNB_HD Dot multiply_add(Dot acc, Bytes a, Bytes b) {
-  return {static_cast<int32_t>(static_cast<uint32_t>(acc.v) + static_cast<uint32_t>(a.v * b.v))};
+  int32_t sum = 0;
+  for (int i = 0; i < kDotWidth; ++i) sum += int32_t{a.p[i]} * int32_t{b.p[i]};
+  return {acc.v + static_cast<uint32_t>(sum)};
 }
-BNB_HD int32_t reduce_add(Dot acc) { return acc.v; }
+BNB_HD Dot add_bytes(Dot acc, Bytes) { return acc; }
+BNB_HD uint32_t reduce_add(Dot acc) { return acc.v; }
 BNB_HD void reduce_add4(const Dot (&x)[4], uint32_t* out) {
-  for (int i = 0; i < 4; ++i) out[i] = static_cast<uint32_t>(x[i].v);
+  for (int i = 0; i < 4; ++i) out[i] = x[i].v;
 }
 
 // ---- 4-bit codes -------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ def matmul_cublas(
 
     Example:
         >>> bnb.matmul_cublas(torch.eye(2), torch.tensor([[127.0, 1], [3, 127]]))
-        tensor([[127.0000,   1.0000],
-                [  3.0000, 127.0000]])
+        tensor([[127.,   1.],
+                [  3., 127.]])
     """
     return MatMul8bit.apply(A, B, out, quant_type, precision)
 

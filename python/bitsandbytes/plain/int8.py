@@ -156,14 +156,18 @@ def int8_linear_matmul_out(A: Tensor, B: Tensor, out: Tensor) -> None:
 
 def _product(A: Tensor, B: Tensor) -> Tensor:
     """Returns the int32 product, exact for any length and wrapping like native int32 sums."""
-    rows, terms = _rows(A.shape), A.shape[-1]
-    a = A.reshape(rows, terms)
-    total = torch.zeros(rows, B.shape[0], dtype=torch.int32, device=A.device)
-    with full_precision(A.device):
-        for start in range(0, terms, EXACT_TERMS):
+    a = A.reshape(_rows(A.shape), A.shape[-1])
+    return _summed(a, B, torch.int32).view(*A.shape[:-1], B.shape[0])
+
+
+def _summed(a: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``a B^T``, a part of the terms at a time, so that codes are widened in parts only."""
+    total = torch.zeros(a.shape[0], B.shape[0], dtype=dtype, device=a.device)
+    with full_precision(a.device):
+        for start in range(0, a.shape[1], EXACT_TERMS):
             part = slice(start, start + EXACT_TERMS)
-            total += (a[:, part].float() @ B[:, part].float().t()).to(torch.int32)
-    return total.view(*A.shape[:-1], B.shape[0])
+            total += (a[:, part].float() @ B[:, part].float().t()).to(dtype)
+    return total
 
 
 @register_kernel("int8_mm_dequant", "default")
@@ -252,10 +256,9 @@ def int8_linear(
     result = _scaled(_product(CA, CB), SCA, SCB)
     if outlier_mask is not None:
         # All columns, those of no outliers as zeros: their number would be for the host to read.
-        values = A.reshape(CA.shape).float().masked_fill(~outlier_mask, 0)
-        with full_precision(A.device):
-            correction = values @ CB.float().masked_fill(~outlier_mask, 0).t()
-        result += correction.mul_(SCB.flatten() * UNIT).view(result.shape)
+        values = A.reshape(_rows(A.shape), A.shape[-1]).float().masked_fill(~outlier_mask, 0)
+        correction = _summed(values, CB, torch.float32).mul_(SCB.flatten() * UNIT)
+        result += correction.view(result.shape)
     return _finish(result, bias, A.dtype), outlier_mask
 
 

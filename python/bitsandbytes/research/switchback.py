@@ -32,8 +32,8 @@ def switchback_bnb(
 
     Example:
         >>> bnb.research.switchback_bnb(torch.eye(2), torch.tensor([[127.0, 1], [3, 127]]))
-        tensor([[127.0000,   3.0000],
-                [  1.0000, 127.0000]])
+        tensor([[127.,   3.],
+                [  1., 127.]])
     """
     result = switchback(A, B, bias, vectorwise=True)
     return result if out is None else out.copy_(result)
