@@ -5,6 +5,7 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/code/code.h"
 #include "bitsandbytes/kernels/quantize.h"
+#include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/runtime.cuh"
 
 namespace bnb::gpu {
@@ -55,9 +56,9 @@ class ScaleReader {
       first = {scales_.absmax[block >> shift_], static_cast<uint8_t>(codes & 0xff)};
       second = {first.absmax, static_cast<uint8_t>(codes >> 8)};
     } else {
-      const float2 pair = *reinterpret_cast<const float2*>(scales_.absmax + block);
-      first = {pair.x, 0};
-      second = {pair.y, 0};
+      const auto& pair = *reinterpret_cast<const Pack<float, 2>*>(scales_.absmax + block);
+      first = {pair.values[0], 0};
+      second = {pair.values[1], 0};
     }
   }
 
