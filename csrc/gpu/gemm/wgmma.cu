@@ -238,7 +238,7 @@ __device__ __forceinline__ void bring_scales(const Gemm4bit& args, const WgmmaPl
 // ---- Products ---------------------------------------------------------------------------------
 
 // The row of eight that lane 4 g + t of a fragment holds: one for which lanes that read together
-// find codes in different banks, see make_tile_map().
+// find codes in different banks, as Swizzle::k64 leaves them.
 template <class Shape>
 __device__ __forceinline__ constexpr uint32_t row_of(uint32_t g) {
   return Shape::kBlocks == 2 ? (g & 1u) | (g & 2u) << 1 | (g & 4u) >> 1 : g;
@@ -458,7 +458,7 @@ struct Multiplier {
     }
     before = __shfl_sync(0xffffffffu, before, 0);
     if (before != count - 1) return false;
-    __syncwarp();  // what lane 0 sees, all see
+    __syncwarp();      // what lane 0 sees, all see
     if (count == 2) {  // the order does not matter
       add(part(1 - own));
       return true;
