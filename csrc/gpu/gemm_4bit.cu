@@ -24,10 +24,9 @@ int64_t gemm_4bit_workspace_bytes(const Gemm4bit& args) {
 
 void gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream) {
   if (takes_warpgroups(args)) return wgmma_gemm_4bit(args, workspace, stream);
-  const bool tensor_cores = takes_mma(args) && has_tensor_products();
   by_type(args.dtype, args.weight.scales.nested(), [&]<class T, bool kNested>() {
-    if constexpr (!std::is_same_v<T, float>) {
-      if (tensor_cores) return mma_gemm_4bit<T, kNested>(args, stream);
+    if constexpr (kTensorProducts && !std::is_same_v<T, float>) {
+      if (takes_mma(args) && has_tensor_products()) return mma_gemm_4bit<T, kNested>(args, stream);
     }
     simt_gemm_4bit<T, kNested>(args, stream);
   });

@@ -144,8 +144,9 @@ struct MaskReader {
   __device__ __forceinline__ void each(int64_t col, const Visit& visit) const {
     const Words<uint8_t, 16> words = load(col);
     if (count(words) == 0) return;
+#pragma unroll
     for (int i = 0; i < 16; ++i) {
-      if (col + i < cols && mask[col + i] != 0) visit(col + i);
+      if (words.byte(i) != 0) visit(col + i);
     }
   }
 };

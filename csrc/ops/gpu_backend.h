@@ -69,6 +69,9 @@ struct GpuBackend {
     call_torch("aten::_int_mm", "out", stack.data());
     torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
   }
+  static bool int8_scaled_matmul_is_fast(const Int8ScaledMatmul& args) {
+    return gpu::int8_scaled_matmul_is_fast(args);
+  }
   static void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product,
                                  const Scope& scope) {
     gpu::int8_scale_product(args, product, scope.stream());

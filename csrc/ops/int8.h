@@ -216,8 +216,8 @@ void int8_scaled_into(const Tensor& codes, const Tensor& row_stats, const Tensor
       b.size(0),
       b.size(1)};
   if constexpr (Backend::kInt8Library) {
-    if (library_takes_int8(m, args.n, args.k)) {
-      const typename Backend::Scope scope(codes);
+    const typename Backend::Scope scope(codes);
+    if (!Backend::int8_scaled_matmul_is_fast(args) && library_takes_int8(m, args.n, args.k)) {
       const Tensor product = new_empty(codes, {m, args.n}, ScalarType::Int);
       Backend::library_int8_matmul(left, right, product, m, scope);
       Backend::int8_scale_product(args, product.const_data_ptr<int32_t>(), scope);

@@ -3,30 +3,29 @@
 //
 // out[i, j] = row_stats[i] * col_stats[j] / 127^2 * sum over k of a[i, k] b[j, k], exact in 32-bit
 // integers, plus bias and the products of outlier columns. Rows i are tokens, columns j features, k
-// a term. As the tensor cores see it, out^T [features, tokens] = b a^T: the weight is the operand of
-// 64 rows, the tokens are the columns, of which there may be as few as 16.
+// a term. As the tensor cores see it, out^T [features, tokens] = b a^T: the weight is the operand
+// of 64 rows, the tokens are the columns, of which there may be as few as 16.
 //
 // A block of threads makes tiles of kFeatures x kTokens. Stages of 128 terms go through a ring:
 //
-//     one thread      starts the copies of weights [kFeatures, 128] and tokens [kTokens, 128]
-//     its warps       gather the outlier columns, 64 to a stage, as 16-bit numbers
 //     warpgroups      multiply 64 features each, scale the sums and store them
+//     one warp        starts the copies of weights [kFeatures, 128] and tokens [kTokens, 128]
+//     other warps     gather the outlier columns, 64 to a stage, as 16-bit numbers
 //
 // For many tokens, tiles are large, blocks stay for several, and two neighbours in a cluster, which
 // make tiles of the same tokens, copy half of those each to both. For few tokens, tiles are small,
-// several blocks share a multiprocessor, and the blocks of a cluster share the terms of a tile; they
-// add their sums, which are exact, through each other's shared memory.
+// several blocks share a multiprocessor, and the blocks of a cluster share the terms of a tile;
+// they add their sums, which are exact, through each other's shared memory.
 //
 // Outlier columns. Weights are codes, which 16 bits hold exactly, and the values are those of the
 // input (a float is split in three bfloat16), so products are exact and added in float. With large
 // tiles there are registers for the second sums of 64 tokens only, so stages of outlier columns are
 // multiplied 64 tokens at a time; where they fill more than one, they are gathered anew for each.
-#include "gpu/int8/wgmma.h"
-
 #include "bitsandbytes/blocks.h"
+#include "gpu/int8/wgmma.h"
 #include "gpu/runtime/runtime.cuh"
 
-#if BNB_CLUSTERS
+#if BNB_BULK_COPIES
 
 #include <algorithm>
 
@@ -44,11 +43,11 @@ constexpr int kGroup = 128;  // threads of a warpgroup
 
 template <int tokens, int groups, int copy_warps, int stages, int resident, bool splits>
 struct Int8Shape {
-  static constexpr int kTokens = tokens;       // of a tile
-  static constexpr int kGroups = groups;       // warpgroups that multiply
+  static constexpr int kTokens = tokens;  // of a tile
+  static constexpr int kGroups = groups;  // warpgroups that multiply
   static constexpr int kCopyWarps = copy_warps;
-  static constexpr int kStages = stages;       // on their way at a time
-  static constexpr int kResident = resident;   // blocks on a multiprocessor
+  static constexpr int kStages = stages;      // on their way at a time
+  static constexpr int kResident = resident;  // blocks on a multiprocessor
   // Blocks of a cluster share the terms of a tile; otherwise they share tokens.
   static constexpr bool kSplits = splits;
 
@@ -125,6 +124,17 @@ __device__ __forceinline__ BFloat16 part_of(float x, int part) {
   return {static_cast<uint16_t>(float_bits(x) >> 16)};
 }
 
+struct EightWords {
+  uint32_t words[8];
+};
+
+// From any block of the cluster.
+__device__ __forceinline__ EightWords load_eight(uint32_t address) {
+  const uint4 x = load_in_cluster(address);
+  const uint4 y = load_in_cluster(address + 16);
+  return {{x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w}};
+}
+
 // What a block does for one tile.
 struct Job {
   int feature;
@@ -144,6 +154,10 @@ struct Int8Product {
   static constexpr int kTokens = Shape::kTokens;
   static constexpr int kSums = Shape::kSums;
   static constexpr int kChunk = std::min(kTokens, 64);  // tokens that are finished at a time
+  using SlabPack = Pack<Slab, 8>;
+  // Barriers of the warps that copy, and of each warpgroup.
+  static constexpr int kCopyBarrier = 1;
+  static constexpr int kGroupBarrier = 2;
 
   const Int8Task& task;
   char* shared;
@@ -217,62 +231,91 @@ struct Int8Product {
       }
       place.advance(job.last_stage - job.first_stage);
       __syncwarp();
-      if (job.split > 0) return;
-      const int slabs = slab_count(outliers);
+      const int slabs = job.split == 0 ? slab_count(outliers) : 0;
       for (int i = 0; i < slabs * rounds(slabs); ++i) {
-        const int first = i % slabs * kSlabColumns;
         barriers[place.slot].empty.wait(place.phase ^ 1);
-        gather(job, first, min(kSlabColumns, outliers - first), stage(place.slot), thread);
-        fence_shared_for_async();
-        if constexpr (Shape::kCopyWarps > 1) {
-          named_barrier(1, Shape::kCopiers);
-        } else {
-          __syncwarp();
-        }
+        named_barrier(kCopyBarrier, Shape::kCopiers);  // the place is free
+        named_barrier(kCopyBarrier, Shape::kCopiers);  // the columns are there
         if (thread == 0) barriers[place.slot].full.arrive();
         place.advance();
       }
     });
   }
 
-  // Some outlier columns of the weights and of the tokens, and zeros for the other terms of a stage.
-  __device__ __forceinline__ void gather(const Job& job, int first, int columns, char* to,
-                                         int thread) const {
-    const Int8ScaledMatmul& args = task.args;
-    const int32_t* const list = args.outliers + 1 + first;
+  // Gathers outlier columns of the weights and of the tokens, with zeros for the other terms of a
+  // stage. The first kHeld packs of 8 terms are read while the tensor cores are busy with the tile.
+  __device__ __forceinline__ void gather(int thread) const {
+    constexpr int kGatherers = Shape::kCopiers - kWarp;
+    constexpr int kLines = Shape::kFeatures + kTokens;
+    constexpr int kOwn = static_cast<int>(ceil_div(kLines, kGatherers));
     constexpr int kPacks = kSlabTerms / 8;
-    for (int i = thread; i < (Shape::kFeatures + kTokens) * kPacks; i += Shape::kCopiers) {
-      const int line = i / kPacks;
-      const int chunk = i % kPacks;
-      Pack<Slab, 8> pack;
-      if (line < Shape::kFeatures) {
-        const int64_t feature = job.feature + line;
+    constexpr int kHeld = 1;
+    const int outliers = outlier_count();
+    if (outliers == 0) return;
+    const int slabs = slab_count(outliers);
+    Place place;
+    for_each_tile([&](const Job& job) {
+      place.advance(job.last_stage - job.first_stage);
+      if (job.split > 0) return;
+      for (int i = 0; i < slabs * rounds(slabs); ++i) {
+        const int first = i % slabs * kSlabColumns;
+        const int columns = min(kSlabColumns, outliers - first);
+        SlabPack held[kHeld][kOwn];
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int column = (8 * chunk + e) / kParts;
-          const bool there = column < columns && feature < args.n;
-          const int8_t code = there ? args.b[feature * args.k + list[column]] : int8_t{0};
-          pack.values[e] = narrow<Slab>(static_cast<float>(code));
-        }
-        *reinterpret_cast<Pack<Slab, 8>*>(to + swizzled(line, chunk)) = pack;
-      } else {
-        const int64_t token = job.token + line - Shape::kFeatures;
-        const T* const values = static_cast<const T*>(args.values) + token * args.k;
+        for (int o = 0; o < kOwn; ++o) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int column = (8 * chunk + e) / kParts;
-          const bool there = column < columns && token < args.m;
-          const T value = there ? values[list[column]] : T{};
-          if constexpr (kParts == 1) {
-            pack.values[e] = value;
-          } else {
-            pack.values[e] = part_of(value, (8 * chunk + e) % kParts);
+          for (int pack = 0; pack < kHeld; ++pack) {
+            held[pack][o] = read_slab(job, thread + o * kGatherers, first, columns, pack);
           }
         }
-        *reinterpret_cast<Pack<Slab, 8>*>(to + Shape::kWeightBytes +
-                                          swizzled(line - Shape::kFeatures, chunk)) = pack;
+        named_barrier(kCopyBarrier, Shape::kCopiers);
+#pragma unroll
+        for (int o = 0; o < kOwn; ++o) {
+          const int line = thread + o * kGatherers;
+          if (line >= kLines) break;
+          char* const to = stage(place.slot);
+#pragma unroll
+          for (int pack = 0; pack < kHeld; ++pack) {
+            *reinterpret_cast<SlabPack*>(to + swizzled(line, pack)) = held[pack][o];
+          }
+#pragma unroll 1
+          for (int pack = kHeld; pack < kPacks; ++pack) {
+            *reinterpret_cast<SlabPack*>(to + swizzled(line, pack)) =
+                read_slab(job, line, first, columns, pack);
+          }
+        }
+        fence_shared_for_async();
+        named_barrier(kCopyBarrier, Shape::kCopiers);
+        place.advance();
+      }
+    });
+  }
+
+  // Eight terms of a line: of a feature's weights, or of a token after all features.
+  __device__ __forceinline__ SlabPack read_slab(const Job& job, int line, int first, int columns,
+                                                int pack) const {
+    const Int8ScaledMatmul& args = task.args;
+    const int32_t* const list = args.outliers + 1 + first;
+    SlabPack terms{};
+    if (8 * pack >= columns * kParts) return terms;
+    const bool weight = line < Shape::kFeatures;
+    const int64_t row = weight ? job.feature + line : job.token + line - Shape::kFeatures;
+    if (row >= (weight ? args.n : args.m)) return terms;
+    const int8_t* const codes = args.b + row * args.k;
+    const T* const values = static_cast<const T*>(args.values) + row * args.k;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int column = (8 * pack + e) / kParts;
+      if (column >= columns) continue;
+      if (weight) {
+        terms.values[e] = narrow<Slab>(static_cast<float>(codes[list[column]]));
+      } else if constexpr (kParts == 1) {
+        terms.values[e] = values[list[column]];
+      } else {
+        terms.values[e] = part_of(values[list[column]], (8 * pack + e) % kParts);
       }
     }
+    return terms;
   }
 
   // ---- Products ------------------------------------------------------------------------------
@@ -329,11 +372,10 @@ struct Int8Product {
     release(before);
   }
 
-  // The products of the outlier columns for the tokens of a chunk. Whether their stages come anew for
-  // each chunk, and whether this is the first or the last, decides about waiting and releasing.
+  // The products of the outlier columns for the tokens of a chunk. Whether their stages come anew
+  // for each chunk, and whether this is the first or the last, decides about waiting and releasing.
   __device__ __forceinline__ void multiply_outliers(int slabs, int chunk, const Position& at,
-                                                    Place& place,
-                                                    float (&d)[kChunk / 2]) const {
+                                                    Place& place, float (&d)[kChunk / 2]) const {
     const bool last = slabs > 1 || chunk == kTokens / kChunk - 1;
     for (int s = 0; s < slabs; ++s) {
       barriers[place.slot].full.wait(place.phase);
@@ -392,7 +434,7 @@ struct Int8Product {
         for (int i = 0; i < kOwn; ++i) {
           scales[at.thread + i * kGroup] = __fmul_rn(own_scales[i], kInt8Product);
         }
-        named_barrier(2 + at.group, kGroup);
+        named_barrier(kGroupBarrier + at.group, kGroup);
         const Finish finish{scales, {features[0], features[1]}, {biases[0], biases[1]}};
         if (outliers == 0) {
           store<false>(job, at, finish, d, 0, place);
@@ -412,7 +454,8 @@ struct Int8Product {
     float biases[2];
   };
 
-  // Some tokens at a time lie in shared memory as [token][64 features], from where whole rows go out.
+  // Some tokens at a time lie in shared memory as [token][64 features], from where whole rows go
+  // out.
   template <bool kOutliers>
   __device__ __forceinline__ void store(const Job& job, const Position& at, const Finish& finish,
                                         const int (&sums)[kSums], int slabs, Place& place) const {
@@ -425,7 +468,7 @@ struct Int8Product {
       if constexpr (kOutliers) multiply_outliers(slabs, chunk, at, place, added);
 #pragma unroll
       for (int row = 0; row < kChunk; row += kRows) {
-        if (chunk + row > 0) named_barrier(2 + at.group, kGroup);
+        if (chunk + row > 0) named_barrier(kGroupBarrier + at.group, kGroup);
         stage_rows<kRows>(at, [&](int unit, int e) {
           const int j = row / 8 + unit;
           const int token = chunk * kChunk + 8 * j + 2 * at.t;
@@ -438,12 +481,12 @@ struct Int8Product {
           return __fmaf_rn(__int2float_rn(sums[chunk * (kChunk / 2) + 4 * j + e]),
                            __fmul_rn(feature, e % 2 == 0 ? scale.x : scale.y), result);
         });
-        named_barrier(2 + at.group, kGroup);
+        named_barrier(kGroupBarrier + at.group, kGroup);
         store_rows<kRows>(job, at, chunk * kChunk + row);
       }
     }
     // The chunk's place, and the scales, are free only when all have read them.
-    named_barrier(2 + at.group, kGroup);
+    named_barrier(kGroupBarrier + at.group, kGroup);
   }
 
   __device__ __forceinline__ char* staging(const Position& at) const {
@@ -521,7 +564,7 @@ struct Int8Product {
     const Int8ScaledMatmul& args = task.args;
     constexpr int kAddedAt = kTokens * Shape::kFeatures;
     int* const sums = reinterpret_cast<int*>(shared);
-    named_barrier(2, kGroup);  // the ring is no longer read
+    named_barrier(kGroupBarrier, kGroup);  // the ring is no longer read
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       const int token = i / 4 * 8 + 2 * at.t + i % 2;
@@ -537,37 +580,37 @@ struct Int8Product {
       const int64_t feature = job.feature + unit % 8 * 8;
       if (token >= args.m || feature >= args.n) continue;
       const uint32_t place = here + 4 * (row * 64 + spread(row, unit % 8 * 8));
-      uint32_t total[8] = {};
-      for (int s = 0; s < task.splits; ++s) {
-        const uint32_t there = address_in_block(place, s);
-        const uint4 x = load_in_cluster(there);
-        const uint4 y = load_in_cluster(there + 16);
-        const uint32_t part[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) total[i] += part[i];
-      }
-      uint32_t products[8] = {};
-      if (outliers) {
-        const uint32_t there = address_in_block(place + 4 * kAddedAt, 0);
-        const uint4 x = load_in_cluster(there);
-        const uint4 y = load_in_cluster(there + 16);
-        const uint32_t part[8] = {x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w};
-#pragma unroll
-        for (int i = 0; i < 8; ++i) products[i] = part[i];
-      }
+      // Read while the sums are on their way.
       const float row_scale = __fmul_rn(args.row_stats[token], kInt8Product);
-      Pack<T, kPackSize<T>> packs[8 / kPackSize<T>];
+      float stats[8];
+      float results[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const bool there = feature + i < args.n;
-        const float stat = there ? args.col_stats[feature + i] : 0.0f;
-        float result = there ? bias_at(args.bias, args.bias_dtype, feature + i) : 0.0f;
-        if (outliers) {
-          result = __fmaf_rn(bits_float(products[i]), __fmul_rn(stat, 1.0f / kInt8Max), result);
+        stats[i] = there ? args.col_stats[feature + i] : 0.0f;
+        results[i] = there ? bias_at(args.bias, args.bias_dtype, feature + i) : 0.0f;
+      }
+      uint32_t totals[8] = {};
+#pragma unroll 4
+      for (int s = 0; s < task.splits; ++s) {
+        const EightWords part = load_eight(address_in_block(place, s));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) totals[i] += part.words[i];
+      }
+      if (outliers) {
+        const EightWords products = load_eight(address_in_block(place + 4 * kAddedAt, 0));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          results[i] = __fmaf_rn(bits_float(products.words[i]), __fmul_rn(stats[i], 1.0f / kInt8Max),
+                                 results[i]);
         }
-        result = __fmaf_rn(__int2float_rn(static_cast<int>(total[i])), __fmul_rn(stat, row_scale),
-                           result);
-        packs[i / kPackSize<T>].values[i % kPackSize<T>] = narrow<T>(result);
+      }
+      Pack<T, kPackSize<T>> packs[8 / kPackSize<T>];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        packs[i / kPackSize<T>].values[i % kPackSize<T>] =
+            narrow<T>(__fmaf_rn(__int2float_rn(static_cast<int>(totals[i])),
+                                __fmul_rn(stats[i], row_scale), results[i]));
       }
 #pragma unroll
       for (int p = 0; p < 8 / kPackSize<T>; ++p) {
@@ -605,12 +648,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   if (Shape::kFan > 1) cluster_barrier();
   wait_for_previous_kernel();
   if (thread >= Shape::kMakers) {
-    if constexpr (!Shape::kSplits) give_registers<56>();
-    product.copy(token_map, weight_map, thread - Shape::kMakers);
+    if constexpr (!Shape::kSplits) give_registers<72>();
+    if (thread < Shape::kMakers + kWarp) {
+      product.copy(token_map, weight_map, thread - Shape::kMakers);
+    } else {
+      product.gather(thread - Shape::kMakers - kWarp);
+    }
     __syncwarp();
     if (Shape::kSplits) cluster_barrier();  // the one of exchange()
   } else {
-    if constexpr (!Shape::kSplits) take_registers<224>();
+    if constexpr (!Shape::kSplits) take_registers<216>();
     product.make(thread);
   }
   // Others may still arrive at this block's barriers, or read its sums.
@@ -620,9 +667,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 
 // ---- On the host -------------------------------------------------------------------------------
 
-using Tokens16 = Int8Shape<16, 1, 1, 5, 4, true>;
-using Tokens32 = Int8Shape<32, 1, 1, 4, 4, true>;
-using Tokens64 = Int8Shape<64, 1, 1, 3, 4, true>;
+using Tokens16 = Int8Shape<16, 1, 2, 5, 4, true>;
+using Tokens32 = Int8Shape<32, 1, 2, 4, 4, true>;
+using Tokens64 = Int8Shape<64, 1, 2, 4, 3, true>;
 using Tokens128 = Int8Shape<128, 2, 4, 6, 1, false>;
 using Tokens256 = Int8Shape<256, 2, 4, 4, 1, false>;
 
@@ -632,8 +679,7 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
   const Int8ScaledMatmul& args = task.args;
   const TensorMap token_map =
       tensor_map(args.a, args.m, args.k, Shape::kTokens / Shape::kFan, Swizzle::k128);
-  const TensorMap weight_map =
-      tensor_map(args.b, args.n, args.k, Shape::kFeatures, Swizzle::k128);
+  const TensorMap weight_map = tensor_map(args.b, args.n, args.k, Shape::kFeatures, Swizzle::k128);
   allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -652,8 +698,7 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
 
 template <class T, class Shape>
 void run(const Int8ScaledMatmul& args, Stream stream) {
-  Int8Task task{args,
-                static_cast<int>(ceil_div(args.n, Shape::kFeatures * Shape::kFan)),
+  Int8Task task{args, static_cast<int>(ceil_div(args.n, Shape::kFeatures * Shape::kFan)),
                 static_cast<int>(ceil_div(args.m, Shape::kTokens)), 1,
                 args.n % kPackSize<T> == 0 && is_aligned(args.out, 16)};
   const int tiles = task.feature_tiles * task.token_tiles;
@@ -734,4 +779,4 @@ void wgmma_int8(const Int8ScaledMatmul&, Stream) {}
 
 }  // namespace bnb::gpu
 
-#endif  // BNB_CLUSTERS
+#endif  // BNB_BULK_COPIES

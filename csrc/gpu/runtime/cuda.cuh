@@ -193,11 +193,17 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+__device__ __forceinline__ void sync_threads_of(int part, int threads) {
+  // Barrier 0 is that of __syncthreads().
+  asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }
 
-// Whether multiply_add_16x8x16() has an instruction on the current device.
+inline constexpr bool kTensorProducts = true;
+
 inline bool has_tensor_products() {
   constexpr int kAmpere = 8;
   int device = 0;

@@ -74,9 +74,10 @@ void int8_vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream);
 // Exact 32-bit integer product.
 void int8_linear_matmul(const Int8Matmul& args, Stream stream);
 
-// The layer in one kernel; and its second half, where another library made the integer product
-// [m, n].
+// The layer in one kernel; whether that is faster, on the current device, than another library's
+// integer product [m, n] and the second half of the layer; and that half.
 void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream);
+bool int8_scaled_matmul_is_fast(const Int8ScaledMatmul& args);
 void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product, Stream stream);
 
 // out = a * row_stats * col_stats / 127^2 + bias, rounded once to dtype.
