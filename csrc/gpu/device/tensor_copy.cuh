@@ -7,9 +7,6 @@
 // (BNB_GRID_CONSTANT).
 #pragma once
 
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -35,14 +32,7 @@ enum class Swizzle {
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encode = [] {
     void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-#if CUDART_VERSION >= 12050
-    BNB_GPU_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                   cudaEnableDefault, &found));
-#else
-    BNB_GPU_CHECK(
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
-#endif
+    BNB_GPU_CHECK(find_driver_function("cuTensorMapEncodeTiled", &function));
     return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
   }();
   return encode;

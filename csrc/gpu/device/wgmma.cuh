@@ -306,6 +306,13 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// start_copy() to an address.
+template <int kBytes>
+__device__ __forceinline__ void start_copy_at(uint32_t shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(kBytes)
+               : "memory");
+}
+
 // ---- Bulk copies ------------------------------------------------------------------------------
 
 // Starts a copy of `bytes` (a multiple of 16, like both addresses) that counts at `barrier`.

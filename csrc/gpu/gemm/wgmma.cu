@@ -5,7 +5,7 @@
 // B, from shared memory. A block of threads has a warpgroup that copies and some that multiply:
 //
 //     codes ---- copy engine -------> [stages] --> registers --> table --> A --+
-//     scales --- copy engine -------> [stages] -------------------------+      v
+//     scales --- cp.async ----------> [stages] -------------------------+      v
 //     tokens --- ordered by a kernel, copy engine --> [stages] -------- | -> wgmma --> sums --> out
 //                                                                       +-> weights or sums
 //
@@ -100,17 +100,10 @@ struct Slot {
   __device__ __forceinline__ uint32_t codes() const {
     return Shape::kCodesAt + number * Shape::kCodeStage;
   }
-  // Codes of nested scales are there.
-  __device__ __forceinline__ BarrierAt coded() const {
-    return {Shape::piece(Shape::kBarrierPiece + 1) + 8 * number};
-  }
-  // Of rows, 16 bytes each, with a scale for every 64 k of the stage.
-  __device__ __forceinline__ uint32_t scales() const {
-    return Shape::kScalesAt + number * Shape::kScaleStage;
-  }
-  // A word that says with which of the 16 bytes the scales begin.
-  __device__ __forceinline__ uint32_t scales_begin() const {
-    return Shape::piece(Shape::kBarrierPiece + 1) + 64 + 4 * number;
+  // Of a row, for all blocks of the stage.
+  __device__ __forceinline__ uint32_t scales(uint32_t row) const {
+    return Shape::piece(0) + (number * Shape::kScalePieces + row / Shape::kRowsPerPiece) * 256 +
+           row % Shape::kRowsPerPiece * (4 * Shape::kBlocks);
   }
 };
 
@@ -140,35 +133,22 @@ class TokenCopier {
   Slot<Shape> slot_;
 };
 
-// One thread starts the copies. The first of the weight need not wait for the kernel that orders
-// the tokens. `scales`: the copy engine copies scales, or the codes of nested ones.
+// One thread starts the copies of codes and tokens. The first codes need not wait for the kernel
+// that orders the tokens.
 template <class Shape>
-__device__ __forceinline__ void copy_stages(const TensorMap& code_map, const TensorMap& scale_map,
-                                            bool scales, bool nested, const WgmmaPlan& plan,
-                                            const char* ordered) {
+__device__ __forceinline__ void copy_codes_and_tokens(const TensorMap& codes, const WgmmaPlan& plan,
+                                                      const char* ordered) {
   TokenCopier<Shape> tokens(plan, ordered);
   WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
   const int first_stages = min(walk.all_stages(static_cast<int>(blockIdx.x)), Shape::kStages);
-  const int bytes =
-      Shape::kTokenStage + Shape::kCodeStage + (scales && !nested ? Shape::kScaleStage : 0);
   int stages = 0;
   Slot<Shape> slot;
   while (walk.next()) {
     const int row = walk.tile / plan.token_tiles * Shape::kRows;
     for (int stage = walk.begin; stage < walk.end; ++stage) {
       slot.empty().wait(slot.parity ^ 1u);
-      // The copy engine reads whole 16 bytes of a row, among which are the stage's scales.
-      const int column = stage * Shape::kBlocks;
-      const int scale_byte = column * (nested ? 1 : 4);
-      store_shared(slot.scales_begin(), scales && !nested ? scale_byte % Shape::kScaleRow : 0);
-      slot.full().arrive_and_expect(bytes);
-      tensor_copy(slot.codes(), code_map, column * 32 / 2, row, slot.full());
-      if (scales) {
-        if (nested) slot.coded().arrive_and_expect(Shape::kScaleStage);
-        tensor_copy(slot.scales(), scale_map,
-                    scale_byte / Shape::kScaleRow * (Shape::kScaleRow / 2), row,
-                    nested ? slot.coded() : slot.full());
-      }
+      slot.full().arrive_and_expect(Shape::kTokenStage + Shape::kCodeStage);
+      tensor_copy(slot.codes(), codes, stage * (Shape::kBlocks * 32 / 2), row, slot.full());
       slot.advance();
       if (++stages < first_stages) continue;
       if (stages == first_stages) {
@@ -180,78 +160,76 @@ __device__ __forceinline__ void copy_stages(const TensorMap& code_map, const Ten
   }
 }
 
-// Some warps bring scales that are not as the copy engine leaves them.
+// Some warps bring scales.
 constexpr int kScaleThreads = 96;
 
-// Codes that the copy engine left become the scales, in their place.
-template <class Shape>
-__device__ __forceinline__ void decode_scales(const Gemm4bit& args, const WgmmaPlan& plan,
-                                              const float* levels, int thread) {  // [kCodeLevels]
-  constexpr int kCount = static_cast<int>(ceil_div(Shape::kRows, kScaleThreads));
-  const Scales& scales = args.weight.scales;
-  const int columns = static_cast<int>(args.weight.k / 64);
-  const int shift = log2_of(scales.block_size);
-  const float offset = *scales.offset;
-  WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
-  Slot<Shape> slot;
-  while (walk.next()) {
-    const int64_t first = int64_t{walk.tile / plan.token_tiles} * Shape::kRows;
-    for (int stage = walk.begin; stage < walk.end; ++stage) {
-      float absmax[kCount][Shape::kBlocks];
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int64_t row = min(first + thread + i * kScaleThreads, args.weight.n - 1);
-#pragma unroll
-        for (int block = 0; block < Shape::kBlocks; ++block) {
-          const int column = min(stage * Shape::kBlocks + block, columns - 1);
-          absmax[i][block] = scales.absmax[(row * columns + column) >> shift];
-        }
-      }
-      slot.coded().wait(slot.parity);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int row = thread + i * kScaleThreads;
-        if (row >= Shape::kRows) break;
-        const uint32_t place = slot.scales() + row * Shape::kScaleRow;
-        const uint32_t begin = stage * Shape::kBlocks % Shape::kScaleRow;
-        const uint32_t codes = load_shared(place + begin / 4 * 4) >> (8 * (begin % 4));
-#pragma unroll
-        for (int block = 0; block < Shape::kBlocks; ++block) {
-          const float level = levels[(codes >> (8 * block)) & 0xffu];
-          store_shared(place + 4 * block,
-                       float_bits(__fadd_rn(__fmul_rn(level, absmax[i][block]), offset)));
-        }
-      }
-      fence_shared_for_async();
-      slot.full().arrive();
-      slot.advance();
-    }
-  }
-}
-
-// Scales one by one, for weights of which the copy engine cannot copy them.
+// Numbers are copied. Those that are codes are read before their place is free, so that they are
+// there when it is. `pairs`: the scales of two blocks of 64 lie side by side and can be read at a
+// time.
 template <class Shape, bool kNested>
-__device__ __forceinline__ void copy_scales(const Gemm4bit& args, const WgmmaPlan& plan,
-                                            const ScaleReader<kNested>& scale_of, int log2_blocks,
-                                            int thread) {
+__device__ __forceinline__ void bring_scales(const Gemm4bit& args, const WgmmaPlan& plan,
+                                             const ScaleReader<kNested>& scale_of, int log2_blocks,
+                                             bool pairs, int thread) {
+  constexpr int kCount = static_cast<int>(ceil_div(Shape::kRows, kScaleThreads));
   const int columns = static_cast<int>(args.weight.k / 64);
   WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
   Slot<Shape> slot;
   while (walk.next()) {
     const int64_t first = int64_t{walk.tile / plan.token_tiles} * Shape::kRows;
     for (int stage = walk.begin; stage < walk.end; ++stage) {
-      slot.empty().wait(slot.parity ^ 1u);
-      for (int row = thread; row < Shape::kRows; row += kScaleThreads) {
-        const int64_t begin = min(first + row, args.weight.n - 1) * columns;
+      // Beyond the last row that one, whose products are not stored. Beyond the last column that
+      // one, which meets tokens of zeros.
+      const auto begin_of = [&](int i) {
+        return min(first + thread + i * kScaleThreads, args.weight.n - 1) * columns;
+      };
+      const auto column_of = [&](int block) {
+        return min(stage * Shape::kBlocks + block, columns - 1);
+      };
+      if constexpr (kNested) {
+        typename ScaleReader<kNested>::Stored stored[kCount][Shape::kBlocks];
 #pragma unroll
-        for (int block = 0; block < Shape::kBlocks; ++block) {
-          // Beyond the end of k the last, which meets tokens of zeros.
-          const int column = min(stage * Shape::kBlocks + block, columns - 1);
-          const float scale = scale_of((begin + column) >> log2_blocks);
-          store_shared(slot.scales() + row * Shape::kScaleRow + 4 * block, float_bits(scale));
+        for (int i = 0; i < kCount; ++i) {
+          if (Shape::kBlocks == 2 && pairs) {
+            scale_of.load_pair(begin_of(i) + 2 * stage, stored[i][0],
+                               stored[i][Shape::kBlocks - 1]);
+          } else {
+#pragma unroll
+            for (int block = 0; block < Shape::kBlocks; ++block) {
+              stored[i][block] = scale_of.load((begin_of(i) + column_of(block)) >> log2_blocks);
+            }
+          }
         }
+        slot.empty().wait(slot.parity ^ 1u);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const int row = thread + i * kScaleThreads;
+          if (row >= Shape::kRows) break;
+#pragma unroll
+          for (int block = 0; block < Shape::kBlocks; ++block) {
+            store_shared(slot.scales(row) + 4 * block,
+                         float_bits(scale_of.value(stored[i][block])));
+          }
+        }
+        slot.full().arrive();
+      } else {
+        slot.empty().wait(slot.parity ^ 1u);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          const int row = thread + i * kScaleThreads;
+          if (row >= Shape::kRows) break;
+          const float* const absmax = args.weight.scales.absmax;
+          if (Shape::kBlocks == 2 && pairs) {
+            start_copy_at<8>(slot.scales(row), absmax + begin_of(i) + 2 * stage);
+          } else {
+#pragma unroll
+            for (int block = 0; block < Shape::kBlocks; ++block) {
+              start_copy_at<4>(slot.scales(row) + 4 * block,
+                               absmax + ((begin_of(i) + column_of(block)) >> log2_blocks));
+            }
+          }
+        }
+        slot.full().arrive_after_copies();
       }
-      slot.full().arrive();
       slot.advance();
     }
   }
@@ -260,7 +238,7 @@ __device__ __forceinline__ void copy_scales(const Gemm4bit& args, const WgmmaPla
 // ---- Products ---------------------------------------------------------------------------------
 
 // The row of eight that lane 4 g + t of a fragment holds: one for which lanes that read together
-// find codes in different banks, see make_tile_map().
+// find codes in different banks, as Swizzle::k64 leaves them.
 template <class Shape>
 __device__ __forceinline__ constexpr uint32_t row_of(uint32_t g) {
   return Shape::kBlocks == 2 ? (g & 1u) | (g & 2u) << 1 | (g & 4u) >> 1 : g;
@@ -290,11 +268,7 @@ struct Multiplier {
   uint32_t warp;
   uint32_t lane;
 
-  // Sets of weights of 64 k.
-  static constexpr int kSets =
-      Shape::kScaleSums && (Shape::kTokens <= 32 || Shape::kGroups == 2) ? 2 : 1;
-
-  uint32_t a[kSets][4][4];         // [product][fragment]
+  uint32_t a[4][4];                // weights of 64 k: [product][fragment]
   uint2 codes[2];                  // of two rows, eight apart
   float scale[Shape::kBlocks][2];  // of the same
   float sums[kSums];
@@ -321,9 +295,8 @@ struct Multiplier {
   __device__ __forceinline__ void read(int block) {
     if (block == 0) {
       coded.full().wait(coded.parity);
-      const uint32_t from =
-          coded.scales() + load_shared(coded.scales_begin()) + row() * Shape::kScaleRow;
-      constexpr int kNext = 8 * Shape::kScaleRow;
+      const uint32_t from = coded.scales(row());
+      constexpr int kNext = 8 * 4 * Shape::kBlocks;  // eight rows on, in the same piece
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (Shape::kBlocks == 2) {
@@ -348,12 +321,13 @@ struct Multiplier {
     if (block == Shape::kBlocks - 1) coded.advance();
   }
 
-  __device__ __forceinline__ void look_up(int product, uint32_t (&pairs)[4]) const {
+  __device__ __forceinline__ void decode(int product, int block) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint2 words = codes[i % 2];
       const int byte = 2 * product + i / 2;
-      pairs[i] = look_up(byte < 4 ? words.x : words.y, byte % 4);
+      const uint32_t pair = look_up(byte < 4 ? words.x : words.y, byte % 4);
+      a[product][i] = Shape::kScaleSums ? pair : scaled(pair, scale[block][i % 2]);
     }
   }
 
@@ -366,29 +340,26 @@ struct Multiplier {
     return swizzled_descriptor(slot.tokens() + block * Shape::kTokenBlock);
   }
 
-  // 64 k, whose weights are in a[kFrom]. The next go to a[kTo], where registers suffice for two
-  // sets, or take the place of those whose products have ended.
-  template <int kFrom, int kTo>
+  // 64 k, whose weights are decoded. The next are decoded as products end.
   __device__ __forceinline__ void step_scaling_sums(int block, bool more) {
     float part[kSums];
     const float own[2] = {scale[block][0], scale[block][1]};
+    const int next = (block + 1) % Shape::kBlocks;
     const uint64_t tokens = tokens_of(block);
     wgmma_fence();
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
-      Wgmma<T, Shape::kTokens>::run(part, a[kFrom][product], advance_k(tokens, product),
-                                    product > 0);
+      Wgmma<T, Shape::kTokens>::run(part, a[product], advance_k(tokens, product), product > 0);
       wgmma_commit();
     }
     if (more) {
-      read((block + 1) % Shape::kBlocks);
-      if constexpr (kFrom == kTo) wgmma_wait<3>();
-      look_up(0, a[kTo][0]);
-      if constexpr (kFrom == kTo) wgmma_wait<2>();
-      look_up(1, a[kTo][1]);
-      if constexpr (kFrom == kTo) wgmma_wait<1>();
-      look_up(2, a[kTo][2]);
-      if constexpr (kFrom != kTo) look_up(3, a[kTo][3]);
+      read(next);
+      wgmma_wait<3>();
+      decode(0, next);
+      wgmma_wait<2>();
+      decode(1, next);
+      wgmma_wait<1>();
+      decode(2, next);
     }
     wgmma_wait<0>();
     wgmma_hold(part);
@@ -396,7 +367,7 @@ struct Multiplier {
       release(slot);
       slot.advance();
     }
-    if (kFrom == kTo && more) look_up(3, a[kTo][3]);
+    if (more) decode(3, next);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = __fmaf_rn(part[i], own[i / 2 % 2], sums[i]);
   }
@@ -406,21 +377,17 @@ struct Multiplier {
     return {slot.number == 0 ? Shape::kStages - 1 : slot.number - 1, 0};
   }
 
-  // 64 k. Three products are under way while the weights of a fourth are scaled.
+  // 64 k. Three products are under way while the weights of a fourth are decoded.
   __device__ __forceinline__ void step_scaling_weights(int block, bool first) {
     read(block);
     const uint64_t tokens = tokens_of(block);
-    uint32_t pairs[4];
-    look_up(0, pairs);
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
       wgmma_wait<3>();
       if (product == 3 && block == 0 && !first) release(before());
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[0][product][i] = scaled(pairs[i], scale[block][i % 2]);
-      if (product < 3) look_up(product + 1, pairs);
+      decode(product, block);
       wgmma_fence();
-      Wgmma<T, Shape::kTokens>::run(sums, a[0][product], advance_k(tokens, product),
+      Wgmma<T, Shape::kTokens>::run(sums, a[product], advance_k(tokens, product),
                                     !first || product > 0);
       wgmma_commit();
     }
@@ -434,7 +401,7 @@ struct Multiplier {
       if (left == 0) return;
       read(0);
 #pragma unroll
-      for (int product = 0; product < 4; ++product) look_up(product, a[0][product]);
+      for (int product = 0; product < 4; ++product) decode(product, 0);
     }
     while (walk.next()) {
       if constexpr (Shape::kScaleSums) {
@@ -442,9 +409,10 @@ struct Multiplier {
         for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
         for (int stage = walk.begin; stage < walk.end; ++stage) {
           --left;
-          static_assert(Shape::kBlocks == 2);
-          step_scaling_sums<0, kSets - 1>(0, true);
-          step_scaling_sums<kSets - 1, 0>(1, left > 0);
+#pragma unroll
+          for (int block = 0; block < Shape::kBlocks; ++block) {
+            step_scaling_sums(block, block < Shape::kBlocks - 1 || left > 0);
+          }
         }
       } else {
         for (int stage = walk.begin; stage < walk.end; ++stage) {
@@ -490,6 +458,7 @@ struct Multiplier {
     }
     before = __shfl_sync(0xffffffffu, before, 0);
     if (before != count - 1) return false;
+    __syncwarp();      // what lane 0 sees, all see
     if (count == 2) {  // the order does not matter
       add(part(1 - own));
       return true;
@@ -530,7 +499,7 @@ struct Multiplier {
     const float factor = Shape::kScaleSums ? unit : 1.0f;
     // A token takes 32 bytes of the warp's four pieces.
     const auto place_of = [&](uint32_t token) {
-      return Shape::piece(4 * warp) + token / 4 * 256 + token % 4 * 32;
+      return Shape::piece(Shape::kScratchPiece + 4 * warp) + token / 4 * 256 + token % 4 * 32;
     };
     const uint32_t to_scratch = place_of(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 16;
     const uint32_t from_scratch = place_of(lane / 2) + lane % 2 * 16;
@@ -595,21 +564,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                            BNB_GRID_CONSTANT const Levels4 levels,
                            BNB_GRID_CONSTANT const TensorMap codes,
-                           BNB_GRID_CONSTANT const TensorMap scales, bool copy_engine_scales,
                            BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace, float multiple,
                            int log2_block) {
 #if BNB_HOPPER
   BNB_DYNAMIC_SHARED(dynamic);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
-  const bool nested = args.weight.scales.codes != nullptr;
   if (thread == 0) {
     if (shared_address(dynamic) != Shape::kStart) __trap();  // has_kernels() has looked
     Slot<Shape> slot;
     for (int i = 0; i < Shape::kStages; ++i) {
-      slot.full().init(copy_engine_scales && !nested ? 1 : kScaleThreads + 1);
+      slot.full().init(kScaleThreads + 1);
       slot.empty().init(Shape::kWarps);
-      slot.coded().init(1);
       slot.advance();
     }
     fence_barrier_init();
@@ -631,26 +597,27 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   } else {
     give_registers<kCopyRegisters<Shape>>();
     const int copier = thread - 128 * Shape::kGroups;
+    const Scales& scales = args.weight.scales;
+    const bool pairs = Shape::kBlocks == 2 && log2_block == 6 && args.weight.k % 128 == 0;
     if (copier < kWarp) {
-      if (copier == 0) {
-        copy_stages<Shape>(codes, scales, copy_engine_scales, nested, plan, workspace);
-      }
-    } else if (nested) {
-      auto* const nested_levels =
+      if (copier == 0) copy_codes_and_tokens<Shape>(codes, plan, workspace);
+    } else if (scales.codes != nullptr) {
+      auto* const levels_of_scales =
           reinterpret_cast<float*>(dynamic + Shape::kNestedAt - Shape::kStart);
       for (int i = copier - kWarp; i < kCodeLevels; i += kScaleThreads) {
-        nested_levels[i] = args.weight.scales.code[i];
+        levels_of_scales[i] = scales.code[i];
       }
       named_barrier(2, kScaleThreads);
-      if (copy_engine_scales) {
-        decode_scales<Shape>(args, plan, nested_levels, copier - kWarp);
-      } else {
-        const ScaleReader<true> scale_of(args.weight.scales, nested_levels);
-        copy_scales<Shape, true>(args, plan, scale_of, log2_block - 6, copier - kWarp);
-      }
-    } else if (!copy_engine_scales) {
-      const ScaleReader<false> scale_of(args.weight.scales, static_cast<const float*>(nullptr));
-      copy_scales<Shape, false>(args, plan, scale_of, log2_block - 6, copier - kWarp);
+      bring_scales<Shape>(args, plan,
+                          ScaleReader<true>(scales, static_cast<const float*>(levels_of_scales)),
+                          log2_block - 6,
+                          pairs && is_aligned(scales.codes, 2) && scales.block_size % 2 == 0 &&
+                              log2_of(scales.block_size) > 0,
+                          copier - kWarp);
+    } else {
+      bring_scales<Shape>(args, plan,
+                          ScaleReader<false>(scales, static_cast<const float*>(nullptr)),
+                          log2_block - 6, pairs && is_aligned(scales.absmax, 8), copier - kWarp);
     }
   }
 #endif
@@ -660,10 +627,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 //                                tokens groups blocks stages scale sums
 using Wide16 = WgmmaShape<16, 4, 2, 6, true>;
-using Wide32 = WgmmaShape<32, 4, 2, 5, true>;
+using Wide32 = WgmmaShape<32, 4, 2, 6, true>;
 using Wide64 = WgmmaShape<64, 4, 2, 4, true>;
 using Narrow16 = WgmmaShape<16, 2, 2, 8, true>;
-using Narrow32 = WgmmaShape<32, 2, 2, 7, true>;
+using Narrow32 = WgmmaShape<32, 2, 2, 8, true>;
 using Narrow64 = WgmmaShape<64, 2, 2, 5, true>;
 using Tokens128 = WgmmaShape<128, 2, 1, 6, false>;
 using Tokens192 = WgmmaShape<192, 2, 1, 5, false>;
@@ -705,18 +672,6 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   const TensorMap codes =
       tensor_map(weight.codes, weight.n, weight.k / 2, Shape::kRows, 32 * Shape::kBlocks,
                  Shape::kBlocks == 2 ? Swizzle::k64 : Swizzle::kNone);
-  // Scales as a matrix of a column for every 64 k, if rows lie on 16 bytes.
-  const bool nested = weight.scales.nested();
-  const void* const scale_matrix =
-      nested ? static_cast<const void*>(weight.scales.codes) : weight.scales.absmax;
-  const int64_t scale_bytes = weight.k / 64 * (nested ? 1 : 4);
-  const bool copy_engine_scales = weight.block_size == 64 && scale_bytes % 16 == 0 &&
-                                  is_aligned(scale_matrix, 16) &&
-                                  (!nested || log2_of(weight.scales.block_size) >= 0);
-  const TensorMap scales = copy_engine_scales
-                               ? tensor_map(scale_matrix, weight.n, scale_bytes, Shape::kRows,
-                                            Shape::kScaleRow, Swizzle::kNone)
-                               : codes;  // not used
   auto* kernel = &wgmma_gemm_4bit_kernel<T, Shape>;
   constexpr int kShared = Shape::kEnd - Shape::kStart;
   allow_shared(reinterpret_cast<const void*>(kernel), kShared);
@@ -732,9 +687,9 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &early;
   config.numAttrs = 1;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(
-      &config, kernel, args, Levels4(weight), codes, scales, copy_engine_scales, plan, workspace,
-      level_multiple<TableType>(weight.code), log2_of(weight.block_size)));
+  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, args, Levels4(weight), codes, plan, workspace,
+                                   level_multiple<TableType>(weight.code),
+                                   log2_of(weight.block_size)));
 }
 
 // Whether the device has a kernel of sm_90a, which this one tells by its shared memory: for other

@@ -17,7 +17,7 @@
 #include <cstdint>
 
 #include "bitsandbytes/blocks.h"
-#include "gpu/runtime/runtime.cuh"
+#include "bitsandbytes/config.h"
 
 namespace bnb::gpu {
 
@@ -39,21 +39,21 @@ struct WgmmaShape {
 
   // Shared memory by address. The table of 256 entries for 32 lanes takes every other 128 bytes of
   // its span, so that an address is made of a byte of codes by one instruction. The other pieces of
-  // 128 bytes hold barriers and, for each warp, sixteen rows by sixteen tokens of out.
+  // 128 bytes hold scales, barriers and, for each warp, sixteen rows by sixteen tokens of out.
   static constexpr int kStart = 1024;                // what is before is the system's
   static constexpr int kTokenBlock = kTokens * 128;  // 64 k of all tokens
   static constexpr int kTokenStage = kBlocks * kTokenBlock;
   static constexpr int kCodeStage = kRows * kBlocks * 32;
-  static constexpr int kScaleRow = 16;  // the least that the copy engine copies
-  static constexpr int kScaleStage = kRows * kScaleRow;
   static constexpr int kTableAt = kStart + kStages * kTokenStage;
   static constexpr int kCodesAt = kTableAt + 256 * 256;
-  static constexpr int kScalesAt = kCodesAt + kStages * kCodeStage;
-  static constexpr int kNestedAt = kScalesAt + kStages * kScaleStage;  // levels of nested scales
+  static constexpr int kNestedAt = kCodesAt + kStages * kCodeStage;  // table of nested scales
   static constexpr int kEnd = kNestedAt + 1024;
-  static constexpr int kBarrierPiece = 4 * kWarps;
+  static constexpr int kRowsPerPiece = 32 / kBlocks;  // of scales
+  static constexpr int kScalePieces = kRows / kRowsPerPiece;
+  static constexpr int kScratchPiece = kStages * kScalePieces;
+  static constexpr int kBarrierPiece = kScratchPiece + 4 * kWarps;
   static constexpr int kMostShared = 228 * 1024;  // of a multiprocessor, and of a block
-  static_assert(kStages <= 8 && kEnd <= kMostShared);
+  static_assert(kBarrierPiece < 256 && kStages <= 8 && kEnd <= kMostShared);
 
   BNB_HD static constexpr int piece(int i) { return kTableAt + 128 + 256 * i; }
 };
@@ -65,9 +65,10 @@ inline constexpr int64_t kMostRows = 1 << 30;
 struct WgmmaPlan {
   int blocks;  // of threads
   int token_tiles;
-  int stages;  // of a tile
-  int whole;   // tiles that are not split
-  int split;   // and those that are
+  int stages;     // of a tile
+  int whole;      // tiles that are not split
+  int split;      // and those that are
+  int splitters;  // blocks of threads that have parts of those: the first ones, a stage at least
   int arrivals;
   // Places in the workspace, in bytes. Tokens begin at 0.
   int64_t sums_at;
@@ -86,10 +87,11 @@ struct WgmmaPlan {
     if (even >= multiprocessors * 15 / 16) plan.blocks = even;
     plan.whole = tiles / plan.blocks * plan.blocks;
     plan.split = tiles - plan.whole;
-    if (plan.whole == 0) plan.blocks = std::min(plan.blocks, plan.split * plan.stages);
+    plan.splitters = std::min(plan.blocks, plan.split * plan.stages);
+    if (plan.whole == 0) plan.blocks = plan.splitters;
     plan.arrivals = plan.split * Shape::kWarps;
     plan.sums_at = int64_t{plan.token_tiles} * plan.stages * Shape::kTokenStage;
-    const int64_t parts = plan.split == 0 ? 0 : 2 * plan.blocks;
+    const int64_t parts = 2 * plan.splitters;
     plan.arrivals_at = plan.sums_at + parts * Shape::kRows * Shape::kTokens * 4;
     plan.bytes = plan.arrivals_at + plan.arrivals * 4;
     return plan;
@@ -97,12 +99,13 @@ struct WgmmaPlan {
 
   // The first stage on the line of split tiles that a block of threads takes.
   BNB_HD int first_of(int block) const {
+    if (block >= splitters) return split * stages;
     return static_cast<int>(static_cast<uint32_t>(block * split * stages) /
-                            static_cast<uint32_t>(blocks));
+                            static_cast<uint32_t>(splitters));
   }
   // The block that takes a stage: the last of which the first stage is not beyond.
   BNB_HD int block_of(int stage) const {
-    return static_cast<int>(static_cast<uint32_t>((stage + 1) * blocks - 1) /
+    return static_cast<int>(static_cast<uint32_t>((stage + 1) * splitters - 1) /
                             static_cast<uint32_t>(split * stages));
   }
 };

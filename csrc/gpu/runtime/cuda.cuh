@@ -2,6 +2,8 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <cuda.h>
+#include <cudaTypedefs.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -250,6 +252,16 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
 
 __device__ __forceinline__ uint16_t float_to_half(float x) {
   return __half_as_ushort(__float2half_rn(x));
+}
+
+// A function of the driver as CUDA 12.0 has it, without linking against the driver.
+inline cudaError_t find_driver_function(const char* name, void** function) {
+  cudaDriverEntryPointQueryResult found{};
+#if CUDART_VERSION >= 12050
+  return cudaGetDriverEntryPointByVersion(name, function, 12000, cudaEnableDefault, &found);
+#else
+  return cudaGetDriverEntryPoint(name, function, cudaEnableDefault, &found);
+#endif
 }
 
 template <class... Parameters, class... Arguments>

@@ -149,6 +149,16 @@ def test_products_of_many_rows_on_every_instruction_set(cpu_isa, dtype):
         check_both(ops, shape, blocksize, "nf4", False, dtype, "cpu", (64, 255, 257, 519))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+@pytest.mark.parametrize(("n", "k", "blocksize"), [(72, 256, 64), (35, 192, 64), (8, 128, 128)])
+def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dtype):
+    """Every number of rows for which a GPU has a kernel of its own, and one more."""
+    rows = (9, 17, 33, 65, 129, 193, 257)
+    kind = TYPES[n % 2]
+    check_both(ops, (n, k), blocksize, kind, nested, dtype, device, rows, loose=gpu_kernels)
+
+
 @pytest.mark.parametrize("piece", [1, 500])
 def test_plain_products_in_pieces(device, monkeypatch, piece):
     """As of a weight that is too large to be dequantized at once."""
@@ -174,7 +184,7 @@ def test_bfloat16_error_is_at_most_that_of_a_bfloat16_product(device, gpu_kernel
         (dgrad(ops, grad, packed, state), grad @ values.bfloat16(), grad.double() @ values),
     ):
         error, dense_error = ((r.double() - exact).square().mean().sqrt() for r in (result, dense))
-        assert error <= dense_error * 1.001
+        assert error <= dense_error * (1.005 if gpu_kernels else 1.001)
 
 
 def test_results_are_those_of_any_number_of_threads(cpu_isa):
