@@ -66,7 +66,10 @@ struct Int8Shape {
   static constexpr int kScales = splits ? 0 : kTokens * int{sizeof(float)};  // likewise
   static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kScalesAt = kStagingAt + kGroups * kStaging;
-  static constexpr int kShared = kScalesAt + kGroups * kScales + 1024;  // to align the start
+  static constexpr int kLines = kFeatures + kTokens;  // of a stage
+  static constexpr int kHeldPacks = 2;                // of outlier columns of a line, 16 bytes each
+  static constexpr int kHeldAt = kScalesAt + kGroups * kScales;
+  static constexpr int kShared = kHeldAt + kLines * kHeldPacks * 16 + 1024;  // to align the start
   // Sums, as integers and as floats, take the place of the ring.
   static_assert(!splits || 2 * 4 * kFeatures * kTokens <= kStagingAt);
   static_assert(kTokenBytes / kFan % 1024 == 0);
@@ -154,7 +157,17 @@ struct Int8Product {
   static constexpr int kTokens = Shape::kTokens;
   static constexpr int kSums = Shape::kSums;
   static constexpr int kChunk = std::min(kTokens, 64);  // tokens that are finished at a time
-  using SlabPack = Pack<Slab, 8>;
+  // Eight terms of a stage of outlier columns.
+  struct alignas(16) SlabPack {
+    uint32_t words[4];
+    SlabPack() = default;
+    __device__ __forceinline__ explicit SlabPack(const Slab (&terms)[8]) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        words[w] = terms[2 * w].bits | static_cast<uint32_t>(terms[2 * w + 1].bits) << 16;
+      }
+    }
+  };
   // Barriers of the warps that copy, and of each warpgroup.
   static constexpr int kCopyBarrier = 1;
   static constexpr int kGroupBarrier = 2;
@@ -234,6 +247,7 @@ struct Int8Product {
       const int slabs = job.split == 0 ? slab_count(outliers) : 0;
       for (int i = 0; i < slabs * rounds(slabs); ++i) {
         barriers[place.slot].empty.wait(place.phase ^ 1);
+        __syncwarp();
         named_barrier(kCopyBarrier, Shape::kCopiers);  // the place is free
         named_barrier(kCopyBarrier, Shape::kCopiers);  // the columns are there
         if (thread == 0) barriers[place.slot].full.arrive();
@@ -243,16 +257,15 @@ struct Int8Product {
   }
 
   // Gathers outlier columns of the weights and of the tokens, with zeros for the other terms of a
-  // stage. The first kHeld packs of 8 terms are read while the tensor cores are busy with the tile.
+  // stage. The first of them are read while the tensor cores are busy with the tile, and wait in
+  // shared memory for their place in the ring.
   __device__ __forceinline__ void gather(int thread) const {
     constexpr int kGatherers = Shape::kCopiers - kWarp;
-    constexpr int kLines = Shape::kFeatures + kTokens;
-    constexpr int kOwn = static_cast<int>(ceil_div(kLines, kGatherers));
-    constexpr int kPacks = kSlabTerms / 8;
-    constexpr int kHeld = 1;
+    constexpr int kHeld = Shape::kHeldPacks;
     const int outliers = outlier_count();
     if (outliers == 0) return;
     const int slabs = slab_count(outliers);
+    SlabPack* const held = reinterpret_cast<SlabPack*>(shared + Shape::kHeldAt);
     Place place;
     for_each_tile([&](const Job& job) {
       place.advance(job.last_stage - job.first_stage);
@@ -260,62 +273,86 @@ struct Int8Product {
       for (int i = 0; i < slabs * rounds(slabs); ++i) {
         const int first = i % slabs * kSlabColumns;
         const int columns = min(kSlabColumns, outliers - first);
-        SlabPack held[kHeld][kOwn];
-#pragma unroll
-        for (int o = 0; o < kOwn; ++o) {
-#pragma unroll
-          for (int pack = 0; pack < kHeld; ++pack) {
-            held[pack][o] = read_slab(job, thread + o * kGatherers, first, columns, pack);
+#pragma unroll 1
+        for (int pack = 0; pack < kHeld; ++pack) {
+          const SlabColumns at = columns_of(first, columns, pack);
+#pragma unroll 2
+          for (int line = thread; line < Shape::kLines; line += kGatherers) {
+            held[line * kHeld + pack] = read_slab(job, line, at, pack);
           }
         }
-        named_barrier(kCopyBarrier, Shape::kCopiers);
-#pragma unroll
-        for (int o = 0; o < kOwn; ++o) {
-          const int line = thread + o * kGatherers;
-          if (line >= kLines) break;
-          char* const to = stage(place.slot);
-#pragma unroll
-          for (int pack = 0; pack < kHeld; ++pack) {
-            *reinterpret_cast<SlabPack*>(to + swizzled(line, pack)) = held[pack][o];
-          }
+        __syncwarp();
+        named_barrier(kCopyBarrier, Shape::kCopiers);  // the place is free
+        char* const to = stage(place.slot);
 #pragma unroll 1
-          for (int pack = kHeld; pack < kPacks; ++pack) {
-            *reinterpret_cast<SlabPack*>(to + swizzled(line, pack)) =
-                read_slab(job, line, first, columns, pack);
+        for (int pack = 0; pack < kSlabTerms / 8; ++pack) {
+          const SlabColumns at = columns_of(first, columns, pack);
+#pragma unroll 1
+          for (int line = thread; line < Shape::kLines; line += kGatherers) {
+            store_aligned(to + swizzled(line, pack), pack < kHeld ? held[line * kHeld + pack]
+                                                                  : read_slab(job, line, at, pack));
           }
         }
         fence_shared_for_async();
-        named_barrier(kCopyBarrier, Shape::kCopiers);
+        __syncwarp();
+        named_barrier(kCopyBarrier, Shape::kCopiers);  // the columns are there
         place.advance();
       }
     });
   }
 
-  // Eight terms of a line: of a feature's weights, or of a token after all features.
-  __device__ __forceinline__ SlabPack read_slab(const Job& job, int line, int first, int columns,
-                                                int pack) const {
-    const Int8ScaledMatmul& args = task.args;
-    const int32_t* const list = args.outliers + 1 + first;
-    SlabPack terms{};
-    if (8 * pack >= columns * kParts) return terms;
-    const bool weight = line < Shape::kFeatures;
-    const int64_t row = weight ? job.feature + line : job.token + line - Shape::kFeatures;
-    if (row >= (weight ? args.n : args.m)) return terms;
-    const int8_t* const codes = args.b + row * args.k;
-    const T* const values = static_cast<const T*>(args.values) + row * args.k;
+  // The columns of eight terms, of which `present` are there; the others are like the last.
+  struct SlabColumns {
+    int present;
+    int at[8];
+  };
+  __device__ __forceinline__ SlabColumns columns_of(int first, int columns, int pack) const {
+    SlabColumns result{};
+    result.present = min(columns * kParts - 8 * pack, 8);
+    if (result.present <= 0) return result;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const int column = (8 * pack + e) / kParts;
-      if (column >= columns) continue;
-      if (weight) {
-        terms.values[e] = narrow<Slab>(static_cast<float>(codes[list[column]]));
-      } else if constexpr (kParts == 1) {
-        terms.values[e] = values[list[column]];
+      const int column = min((8 * pack + e) / kParts, columns - 1);
+      result.at[e] = task.args.outliers[1 + first + column];
+    }
+    return result;
+  }
+
+  // Eight terms of a line: of a feature, or, after all features, of a token. Lines beyond the last
+  // of the matrix are like the last: nobody sees their results.
+  __device__ __forceinline__ SlabPack read_slab(const Job& job, int line,
+                                                const SlabColumns& columns, int pack) const {
+    const Int8ScaledMatmul& args = task.args;
+    Slab terms[8] = {};
+    if (columns.present > 0) {
+      if (line < Shape::kFeatures) {
+        const int64_t row = min(int64_t{job.feature} + line, args.n - 1);
+        int8_t codes[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) codes[e] = args.b[row * args.k + columns.at[e]];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          if (e < columns.present) terms[e] = narrow<Slab>(static_cast<float>(codes[e]));
+        }
       } else {
-        terms.values[e] = part_of(values[list[column]], (8 * pack + e) % kParts);
+        const int64_t row = min(int64_t{job.token} + line - Shape::kFeatures, args.m - 1);
+        T values[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          values[e] = static_cast<const T*>(args.values)[row * args.k + columns.at[e]];
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          if (e >= columns.present) continue;
+          if constexpr (kParts == 1) {
+            terms[e] = values[e];
+          } else {
+            terms[e] = part_of(values[e], (8 * pack + e) % kParts);
+          }
+        }
       }
     }
-    return terms;
+    return SlabPack(terms);
   }
 
   // ---- Products ------------------------------------------------------------------------------
@@ -601,8 +638,8 @@ struct Int8Product {
         const EightWords products = load_eight(address_in_block(place + 4 * kAddedAt, 0));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          results[i] = __fmaf_rn(bits_float(products.words[i]), __fmul_rn(stats[i], 1.0f / kInt8Max),
-                                 results[i]);
+          results[i] = __fmaf_rn(bits_float(products.words[i]),
+                                 __fmul_rn(stats[i], 1.0f / kInt8Max), results[i]);
         }
       }
       Pack<T, kPackSize<T>> packs[8 / kPackSize<T>];
