@@ -3,16 +3,30 @@
 #include "bitsandbytes/kernels/gemm_4bit.h"
 #include "gpu/gemm/mma.cuh"
 #include "gpu/gemm/simt.cuh"
+#include "gpu/gemm/wgmma.cuh"
 
 namespace bnb::gpu {
 
-int64_t gemm_4bit_workspace_bytes(const Gemm4bit&) { return 0; }
+namespace {
 
-void gemm_4bit(const Gemm4bit& args, void*, Stream stream) {
-  const bool tensor_cores = takes_mma(args) && has_tensor_products();
+// Up to this many rows of a, products of single warps are faster.
+constexpr int64_t kFewRows = 8;
+
+bool takes_warpgroups(const Gemm4bit& args) {
+  return args.m > kFewRows && wgmma_gemm_4bit_serves(args);
+}
+
+}  // namespace
+
+int64_t gemm_4bit_workspace_bytes(const Gemm4bit& args) {
+  return takes_warpgroups(args) ? wgmma_gemm_4bit_workspace_bytes(args) : 0;
+}
+
+void gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream) {
+  if (takes_warpgroups(args)) return wgmma_gemm_4bit(args, workspace, stream);
   by_type(args.dtype, args.weight.scales.nested(), [&]<class T, bool kNested>() {
-    if constexpr (!std::is_same_v<T, float>) {
-      if (tensor_cores) return mma_gemm_4bit<T, kNested>(args, stream);
+    if constexpr (kTensorProducts && !std::is_same_v<T, float>) {
+      if (takes_mma(args) && has_tensor_products()) return mma_gemm_4bit<T, kNested>(args, stream);
     }
     simt_gemm_4bit<T, kNested>(args, stream);
   });

@@ -2,12 +2,16 @@
 // SPDX-License-Identifier: MIT
 #include "bitsandbytes/kernels/gemm_4bit.h"
 #include "gpu/gemm/simt.cuh"
+#include "gpu/gemm/wgmma_dgrad.h"
 
 namespace bnb::gpu {
 
-int64_t gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad&) { return 0; }
+int64_t gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad& args) {
+  return wgmma_gemm_4bit_dgrad_serves(args) ? wgmma_gemm_4bit_dgrad_workspace_bytes(args) : 0;
+}
 
-void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void*, Stream stream) {
+void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
+  if (wgmma_gemm_4bit_dgrad_serves(args)) return wgmma_gemm_4bit_dgrad(args, workspace, stream);
   by_type(args.dtype, args.weight.scales.nested(),
           [&]<class T, bool kNested>() { simt_gemm_4bit_dgrad<T, kNested>(args, stream); });
 }

@@ -21,6 +21,7 @@ constexpr int kWords = kTileK / 4;
 constexpr int kThreadTile = 4;
 constexpr int kStride = 16;
 using Sums = int[kThreadTile][kThreadTile];
+using ThreadTile = float[kThreadTile][kThreadTile];
 
 __device__ __forceinline__ int thread_row() { return static_cast<int>(threadIdx.x) / kStride; }
 __device__ __forceinline__ int thread_col() { return static_cast<int>(threadIdx.x) % kStride; }
@@ -35,8 +36,129 @@ __device__ __forceinline__ int load_word(const int8_t* row, int64_t from, int64_
   return word;
 }
 
+// What becomes of sums: they are the result.
+struct StoreSums {
+  int32_t* out;  // [m, n]
+  int64_t m;
+  int64_t n;
+
+  __device__ __forceinline__ bool has_outliers() const { return false; }
+  __device__ __forceinline__ void add_outliers(int64_t, int64_t, ThreadTile&) const {}
+  __device__ __forceinline__ float outliers_at(int64_t, int64_t) const { return 0.0f; }
+  __device__ __forceinline__ void store(int64_t row, int64_t col, int sum, float) const {
+    out[row * n + col] = sum;
+  }
+};
+
+__device__ __forceinline__ float read_as_float(DType dtype, const void* p, int64_t i) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return widen(static_cast<const Half*>(p)[i]);
+    case DType::kBFloat16:
+      return widen(static_cast<const BFloat16*>(p)[i]);
+    default:
+      return static_cast<const float*>(p)[i];
+  }
+}
+
+__device__ __forceinline__ float bias_at(const void* bias, DType dtype, int64_t col) {
+  return bias != nullptr ? read_as_float(dtype, bias, col) : 0.0f;
+}
+
+// What becomes of sums in the layer.
+template <class T>
+struct ScaleSums {
+  Int8ScaledMatmul args;
+  int64_t m;
+  int64_t n;
+  __host__ explicit ScaleSums(const Int8ScaledMatmul& a) : args(a), m(a.m), n(a.n) {}
+
+  __device__ __forceinline__ bool has_outliers() const { return args.outliers != nullptr; }
+
+  __device__ __forceinline__ float value(int64_t row, int64_t column) const {
+    return widen(static_cast<const T*>(args.values)[row * args.k + column]);
+  }
+  __device__ __forceinline__ float weight(int64_t col, int64_t column) const {
+    return static_cast<float>(args.b[col * args.k + column]);
+  }
+
+  // Adds the products of outlier columns, without the scale of the weight. All threads of the block
+  // take part; a batch of columns lies in shared memory.
+  __device__ __forceinline__ void add_outliers(int64_t first_row, int64_t first_col,
+                                               ThreadTile& added) const {
+    constexpr int kBatch = 32;
+    __shared__ float values[kTileM][kBatch + 1];
+    __shared__ float weights[kTileN][kBatch + 1];
+    static_assert(kTileM == kTileN);
+    const int count = args.outliers[0];
+    for (int first = 0; first < count; first += kBatch) {
+      for (int i = threadIdx.x; i < kTileM * kBatch; i += kThreads) {
+        const int place = i % kBatch;
+        const bool there = first + place < count;
+        const int64_t column = there ? args.outliers[1 + first + place] : 0;
+        const int64_t row = first_row + i / kBatch;
+        const int64_t col = first_col + i / kBatch;
+        values[i / kBatch][place] = there && row < m ? value(row, column) : 0.0f;
+        weights[i / kBatch][place] = there && col < n ? weight(col, column) : 0.0f;
+      }
+      __syncthreads();
+      for (int place = 0; place < min(kBatch, count - first); ++place) {
+#pragma unroll
+        for (int i = 0; i < kThreadTile; ++i) {
+#pragma unroll
+          for (int j = 0; j < kThreadTile; ++j) {
+            added[i][j] = __fmaf_rn(values[thread_row() + kStride * i][place],
+                                    weights[thread_col() + kStride * j][place], added[i][j]);
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  // The same for one element.
+  __device__ __forceinline__ float outliers_at(int64_t row, int64_t col) const {
+    const int count = has_outliers() ? args.outliers[0] : 0;
+    float added = 0.0f;
+    for (int i = 0; i < count; ++i) {
+      const int64_t column = args.outliers[1 + i];
+      added = __fmaf_rn(value(row, column), weight(col, column), added);
+    }
+    return added;
+  }
+
+  // `added`: the products of outlier columns.
+  __device__ __forceinline__ void store(int64_t row, int64_t col, int sum, float added) const {
+    const float col_stat = args.col_stats[col];
+    const float row_scale = __fmul_rn(args.row_stats[row], kInt8Product);
+    float result = bias_at(args.bias, args.bias_dtype, col);
+    if (has_outliers()) {
+      result = __fmaf_rn(added, __fmul_rn(col_stat, 1.0f / kInt8Max), result);
+    }
+    result = __fmaf_rn(__int2float_rn(sum), __fmul_rn(col_stat, row_scale), result);
+    static_cast<T*>(args.out)[row * n + col] = narrow<T>(result);
+  }
+};
+
+// What a block of threads has of a tile goes to `finish`.
+template <class Finish>
+__device__ __forceinline__ void finish_tile(const Finish& finish, const Sums& sums,
+                                            int64_t first_row, int64_t first_col) {
+  ThreadTile added = {};
+  if (finish.has_outliers()) finish.add_outliers(first_row, first_col, added);
+#pragma unroll
+  for (int i = 0; i < kThreadTile; ++i) {
+    const int64_t row = first_row + thread_row() + kStride * i;
+#pragma unroll
+    for (int j = 0; j < kThreadTile; ++j) {
+      const int64_t col = first_col + thread_col() + kStride * j;
+      if (row < finish.m && col < finish.n) finish.store(row, col, sums[i][j], added[i][j]);
+    }
+  }
+}
+
 // a b^T by tiles of 64 x 64, each thread 4 x 4 of them, four products an instruction; then
-// finish(sums, first row, first column). Serves the shapes that the vendor's library refuses, and
+// `finish` takes the sums. Serves the shapes that the vendor's library refuses, and
 // devices without one.
 template <class Finish>
 __global__ void __launch_bounds__(kThreads)
@@ -75,99 +197,96 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
-  finish(sums, first_row, first_col);
+  finish_tile(finish, sums, first_row, first_col);
 }
 
-// What becomes of sums: they are the result.
-struct StoreSums {
-  int32_t* out;  // [m, n]
-  int64_t m;
-  int64_t n;
+// Rows that the kernel below takes.
+constexpr int64_t kMostFewRows = 16;
+constexpr int kFewThreads = 128;
+constexpr int kFewCols = 4;  // rows of b that a warp multiplies
 
-  __device__ __forceinline__ void operator()(const Sums& sums, int64_t first_row,
-                                             int64_t first_col) const {
-#pragma unroll
-    for (int i = 0; i < kThreadTile; ++i) {
-      const int64_t row = first_row + thread_row() + kStride * i;
-#pragma unroll
-      for (int j = 0; j < kThreadTile; ++j) {
-        const int64_t col = first_col + thread_col() + kStride * j;
-        if (row < m && col < n) out[row * n + col] = sums[i][j];
-      }
-    }
-  }
+// Sixteen bytes along k.
+struct alignas(16) Chunk {
+  int words[4];
 };
 
-// Adds the products of outlier columns, without the scale of the weight. All threads of the block
-// take part; a batch of columns lies in shared memory.
-template <class T>
-__device__ __forceinline__ void add_outliers(const Int8ScaledMatmul& args, int64_t first_row,
-                                             int64_t first_col,
-                                             float (&added)[kThreadTile][kThreadTile]) {
-  constexpr int kBatch = 32;
-  __shared__ float values[kTileM][kBatch + 1];
-  __shared__ float weights[kTileN][kBatch + 1];
-  static_assert(kTileM == kTileN);
-  const int count = args.outliers[0];
-  for (int first = 0; first < count; first += kBatch) {
-    for (int i = threadIdx.x; i < kTileM * kBatch; i += kThreads) {
-      const int place = i % kBatch;
-      const bool there = first + place < count;
-      const int64_t column = there ? args.outliers[1 + first + place] : 0;
-      const int64_t row = first_row + i / kBatch;
-      const int64_t col = first_col + i / kBatch;
-      values[i / kBatch][place] =
-          there && row < args.m ? widen(static_cast<const T*>(args.values)[row * args.k + column])
-                                : 0.0f;
-      weights[i / kBatch][place] =
-          there && col < args.n ? static_cast<float>(args.b[col * args.k + column]) : 0.0f;
-    }
-    __syncthreads();
-    for (int place = 0; place < min(kBatch, count - first); ++place) {
+__device__ __forceinline__ Chunk load_chunk(const int8_t* row, int64_t from, int64_t k,
+                                            bool aligned) {
+  if (aligned) return *reinterpret_cast<const Chunk*>(row + from);
+  Chunk chunk;
 #pragma unroll
-      for (int i = 0; i < kThreadTile; ++i) {
+  for (int w = 0; w < 4; ++w) chunk.words[w] = load_word(row, from + 4 * w, k, false);
+  return chunk;
+}
+
+// Leaves in values[0] of lane l the sum, over the lanes of the warp, of values[l % kCount]: lanes
+// halve what they hold as they add, so that kCount values take little more shuffles than one.
+template <int kCount>
+__device__ __forceinline__ void add_over_warp(int (&values)[kCount]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
-        for (int j = 0; j < kThreadTile; ++j) {
-          added[i][j] = __fmaf_rn(values[thread_row() + kStride * i][place],
-                                  weights[thread_col() + kStride * j][place], added[i][j]);
-        }
-      }
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool upper = (lane & half) != 0;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      if (i >= half) continue;
+      const int kept = upper ? values[i + half] : values[i];
+      const int given = upper ? values[i] : values[i + half];
+      values[i] = kept + shuffle_xor(given, half);
     }
-    __syncthreads();
+  }
+#pragma unroll
+  for (int lanes = kCount; lanes < kWarp; lanes *= 2) {
+    values[0] += shuffle_xor(values[0], lanes);
   }
 }
 
-// What becomes of sums in the layer.
-template <class T>
-struct ScaleSums {
-  Int8ScaledMatmul args;
-
-  __device__ __forceinline__ void operator()(const Sums& sums, int64_t first_row,
-                                             int64_t first_col) const {
-    float added[kThreadTile][kThreadTile] = {};
-    if (args.outliers != nullptr) add_outliers<T>(args, first_row, first_col, added);
+// The same for few rows of a, where reading b takes the time: a warp reads kFewCols rows of b once,
+// each lane sixteen bytes of them at a time, and multiplies them with kRows rows of a, which stay
+// in cache.
+template <int kRows, class Finish>
+__global__ void __launch_bounds__(kFewThreads)
+    int8_few_rows_kernel(const int8_t* __restrict__ a,  // [m, k]
+                         const int8_t* __restrict__ b,  // [n, k]
+                         int64_t k, bool aligned, const Finish finish) {
+  constexpr int kSums = kRows * kFewCols;
+  static_assert(kSums <= kWarp);
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t warp = int64_t{blockIdx.x} * (kFewThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t first_row = int64_t{blockIdx.y} * kRows;
+  const int64_t first_col = warp * kFewCols;
+  if (first_col >= finish.n) return;
+  // Behind the last row and column the last one is multiplied once more, for nothing.
+  const auto row_of_a = [&](int i) { return a + min(first_row + i, finish.m - 1) * k; };
+  const auto row_of_b = [&](int j) { return b + min(first_col + j, finish.n - 1) * k; };
+  int sums[kSums] = {};
+#pragma unroll 2
+  for (int64_t from = lane * 16; from < k; from += kWarp * 16) {
+    Chunk y[kFewCols];
 #pragma unroll
-    for (int i = 0; i < kThreadTile; ++i) {
-      const int64_t row = first_row + thread_row() + kStride * i;
-      if (row >= args.m) continue;
-      const float row_scale = __fmul_rn(args.row_stats[row], kInt8Product);
+    for (int j = 0; j < kFewCols; ++j) y[j] = load_chunk(row_of_b(j), from, k, aligned);
 #pragma unroll
-      for (int j = 0; j < kThreadTile; ++j) {
-        const int64_t col = first_col + thread_col() + kStride * j;
-        if (col >= args.n) continue;
-        const float col_stat = args.col_stats[col];
-        float result = bias_at(args.bias, args.bias_dtype, col);
-        if (args.outliers != nullptr) {
-          result = __fmaf_rn(added[i][j], __fmul_rn(col_stat, 1.0f / kInt8Max), result);
+    for (int i = 0; i < kRows; ++i) {
+      const Chunk x = load_chunk(row_of_a(i), from, k, aligned);
+#pragma unroll
+      for (int j = 0; j < kFewCols; ++j) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          int& sum = sums[i * kFewCols + j];
+          sum = dot4(x.words[w], y[j].words[w], sum);
         }
-        result = __fmaf_rn(__int2float_rn(sums[i][j]), __fmul_rn(col_stat, row_scale), result);
-        static_cast<T*>(args.out)[row * args.n + col] = narrow<T>(result);
       }
     }
   }
-};
+  add_over_warp(sums);
+  const int64_t row = first_row + lane / kFewCols;
+  const int64_t col = first_col + lane % kFewCols;
+  if (lane < kSums && row < finish.m && col < finish.n) {
+    finish.store(row, col, sums[0], finish.outliers_at(row, col));
+  }
+}
 
-// The same where another kernel made the integer product.
+// What is left to do where another kernel made the integer product.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     scale_product_kernel(const int32_t* __restrict__ product,  // [m, n]
@@ -181,12 +300,10 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < kThreadTile; ++j) {
       const int64_t col = first_col + thread_col() + kStride * j;
-      if (row < finish.args.m && col < finish.args.n) {
-        sums[i][j] = product[row * finish.args.n + col];
-      }
+      if (row < finish.m && col < finish.n) sums[i][j] = product[row * finish.n + col];
     }
   }
-  finish(sums, first_row, first_col);
+  finish_tile(finish, sums, first_row, first_col);
 }
 
 // Calls body(grid, first row) for parts of all tiles: a grid's second dimension ends at 65535.
@@ -201,13 +318,27 @@ void over_tiles(int64_t m, int64_t n, const Body& body) {
   }
 }
 
+template <int kRows, class Finish>
+void few_rows(const int8_t* a, const int8_t* b, int64_t k, const Finish& finish, Stream stream) {
+  const bool aligned = k % 16 == 0 && is_aligned(a, 16) && is_aligned(b, 16);
+  constexpr int64_t kCols = int64_t{kFewThreads} / kWarp * kFewCols;
+  const dim3 grid(static_cast<unsigned>(ceil_div(finish.n, kCols)),
+                  static_cast<unsigned>(ceil_div(finish.m, int64_t{kRows})));
+  launch("int8_few_rows_kernel", int8_few_rows_kernel<kRows, Finish>, grid, kFewThreads, 0, stream,
+         a, b, k, aligned, finish);
+}
+
 template <class Finish>
-void matmul(const int8_t* a, const int8_t* b, int64_t m, int64_t n, int64_t k, const Finish& finish,
-            Stream stream) {
+void matmul(const int8_t* a, const int8_t* b, int64_t k, const Finish& finish, Stream stream) {
+  const int64_t m = finish.m;
+  if (m == 1) return few_rows<1>(a, b, k, finish, stream);
+  if (m == 2) return few_rows<2>(a, b, k, finish, stream);
+  if (m <= 4) return few_rows<4>(a, b, k, finish, stream);
+  if (m <= kMostFewRows) return few_rows<8>(a, b, k, finish, stream);
   const bool aligned = k % 4 == 0 && is_aligned(a, 4) && is_aligned(b, 4);
-  over_tiles(m, n, [&](dim3 grid, int64_t row) {
+  over_tiles(m, finish.n, [&](dim3 grid, int64_t row) {
     launch("int8_matmul_kernel", int8_matmul_kernel<Finish>, grid, kThreads, 0, stream, a, b, row,
-           m, n, k, aligned, finish);
+           m, finish.n, k, aligned, finish);
   });
 }
 
@@ -228,14 +359,13 @@ __global__ void __launch_bounds__(kThreads) int8_mm_dequant_kernel(const Int8MmD
 }  // namespace
 
 void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
-  matmul(args.a, args.b, args.m, args.n, args.k, StoreSums{args.out, args.m, args.n}, stream);
+  matmul(args.a, args.b, args.k, StoreSums{args.out, args.m, args.n}, stream);
 }
 
 void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream) {
   if (wgmma_int8_serves(args)) return wgmma_int8(args, stream);
-  by_dtype(args.dtype, [&]<class T>(T*) {
-    matmul(args.a, args.b, args.m, args.n, args.k, ScaleSums<T>{args}, stream);
-  });
+  by_dtype(args.dtype,
+           [&]<class T>(T*) { matmul(args.a, args.b, args.k, ScaleSums<T>(args), stream); });
 }
 
 bool int8_scaled_matmul_is_fast(const Int8ScaledMatmul& args) { return wgmma_int8_serves(args); }
@@ -249,7 +379,7 @@ void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product, St
   by_dtype(args.dtype, [&]<class T>(T*) {
     over_tiles(args.m, args.n, [&](dim3 grid, int64_t row) {
       launch("scale_product_kernel", scale_product_kernel<T>, grid, kThreads, 0, stream, product,
-             row, ScaleSums<T>{args});
+             row, ScaleSums<T>(args));
     });
   });
 }

@@ -5,6 +5,7 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/code/code.h"
 #include "bitsandbytes/kernels/quantize.h"
+#include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/runtime.cuh"
 
 namespace bnb::gpu {
@@ -41,23 +42,25 @@ class ScaleReader {
 
   __device__ __forceinline__ Stored load(int64_t block) const {
     if constexpr (kNested) {
-      const int64_t second = shift_ >= 0 ? block >> shift_ : block / scales_.block_size;
-      return {scales_.absmax[second], scales_.codes[block]};
+      return {absmax_of_code(block), scales_.codes[block]};
     } else {
       return {scales_.absmax[block], 0};
     }
   }
 
-  // Of blocks b and b + 1, where b is even, in one access; codes' blocks have an even size.
+  // Of blocks b and b + 1, where b is even, in one access. Nested scales: codes' blocks have an
+  // even size.
   __device__ __forceinline__ void load_pair(int64_t block, Stored& first, Stored& second) const {
     if constexpr (kNested) {
-      const uint16_t codes = *reinterpret_cast<const uint16_t*>(scales_.codes + block);
-      first = {scales_.absmax[block >> shift_], static_cast<uint8_t>(codes & 0xff)};
-      second = {first.absmax, static_cast<uint8_t>(codes >> 8)};
+      [[maybe_unused]] const auto codes =
+          *reinterpret_cast<const Pack<uint8_t, 2>*>(scales_.codes + block);
+      first = {absmax_of_code(block), codes.values[0]};
+      second = {first.absmax, codes.values[1]};
     } else {
-      const float2 pair = *reinterpret_cast<const float2*>(scales_.absmax + block);
-      first = {pair.x, 0};
-      second = {pair.y, 0};
+      const auto* const pair = reinterpret_cast<const Pack<float, 2>*>(scales_.absmax + block);
+      [[maybe_unused]] const Pack<float, 2> both = *pair;
+      first = {both.values[0], 0};
+      second = {both.values[1], 0};
     }
   }
 
@@ -72,6 +75,10 @@ class ScaleReader {
   __device__ __forceinline__ float operator()(int64_t block) const { return value(load(block)); }
 
  private:
+  __device__ __forceinline__ float absmax_of_code(int64_t block) const {
+    return scales_.absmax[shift_ >= 0 ? block >> shift_ : block / scales_.block_size];
+  }
+
   const Scales& scales_;
   const float* code_;
   float offset_ = 0.0f;

@@ -25,7 +25,11 @@ using TensorMap = CUtensorMap;
 
 // How the 16-byte chunks of a tile's rows are permuted: within rows of 64 or 128 bytes, so that
 // eight rows of one chunk lie in different banks.
-enum class Swizzle { k64 = CU_TENSOR_MAP_SWIZZLE_64B, k128 = CU_TENSOR_MAP_SWIZZLE_128B };
+enum class Swizzle {
+  kNone = CU_TENSOR_MAP_SWIZZLE_NONE,
+  k64 = CU_TENSOR_MAP_SWIZZLE_64B,
+  k128 = CU_TENSOR_MAP_SWIZZLE_128B
+};
 
 // The driver's function, which the runtime library finds: nothing is linked against the driver.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
@@ -44,16 +48,17 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encode;
 }
 
-// A matrix [rows, row_bytes] whose rows follow each other, in tiles of [tile_rows, width of the
-// swizzle]. Its address and row_bytes are multiples of 16.
+// A matrix [rows, row_bytes] whose rows follow each other, in tiles of [tile_rows, tile_bytes]. Its
+// address, row_bytes and tile_bytes are multiples of 16; so must be the byte at which a copy
+// begins.
 inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t row_bytes, int tile_rows,
-                            Swizzle swizzle) {
+                            int tile_bytes, Swizzle swizzle) {
   constexpr cuuint32_t kElement = 2;  // bytes; what they mean does not matter
   TensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(row_bytes) / kElement,
                               static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t tile[] = {(swizzle == Swizzle::k128 ? 128u : 64u) / kElement,
+  const cuuint32_t tile[] = {static_cast<cuuint32_t>(tile_bytes) / kElement,
                              static_cast<cuuint32_t>(tile_rows)};
   const cuuint32_t steps[] = {1, 1};
   const CUresult status = tensor_map_encoder()(
@@ -65,6 +70,12 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t row_bytes,
                              std::to_string(static_cast<int>(status)));
   }
   return map;
+}
+// In tiles as wide as the swizzle.
+inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t row_bytes, int tile_rows,
+                            Swizzle swizzle) {
+  return tensor_map(matrix, rows, row_bytes, tile_rows, swizzle == Swizzle::k128 ? 128 : 64,
+                    swizzle);
 }
 
 // ---- In kernels --------------------------------------------------------------------------------
@@ -78,12 +89,16 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
 // Starts a copy of the tile that begins at row `row` and 16-bit column `column`; counts at
 // `barrier`.
 __device__ __forceinline__ void tensor_copy(uint32_t shared, const TensorMap& map, int column,
-                                            int row, TransactionBarrier& barrier) {
+                                            int row, BarrierAt barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier.state))
+      "l"(&map), "r"(column), "r"(row), "r"(barrier.address)
       : "memory");
+}
+__device__ __forceinline__ void tensor_copy(uint32_t shared, const TensorMap& map, int column,
+                                            int row, TransactionBarrier& barrier) {
+  tensor_copy(shared, map, column, row, barrier.at());
 }
 
 // The same to the same place in every block of the cluster whose bit is set in `blocks`; counts at

@@ -1,5 +1,6 @@
 // Hopper's instructions behind names: warpgroup products, barriers of transactions, bulk copies.
-// For targets with BNB_HOPPER only (sm_90a). SPDX-License-Identifier: MIT
+// For targets with BNB_HOPPER only (sm_90a).
+// SPDX-License-Identifier: MIT
 //
 // A warpgroup is four consecutive warps of which the first has a number divisible by four. It
 // multiplies A [64, 16] in registers by B [16, n] in shared memory into float sums in registers.
@@ -305,21 +306,6 @@ __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// start_copy(), or zeros instead of what lies there.
-template <int kBytes>
-__device__ __forceinline__ void start_copy_if(bool present, uint32_t shared, const void* global) {
-  const int bytes = present ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-                 "r"(bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global),
-                 "n"(kBytes), "r"(bytes)
-                 : "memory");
-  }
-}
-
 // ---- Bulk copies ------------------------------------------------------------------------------
 
 // Starts a copy of `bytes` (a multiple of 16, like both addresses) that counts at `barrier`.
@@ -329,16 +315,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, i
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(shared),
       "l"(global), "r"(bytes), "r"(barrier.address)
-      : "memory");
-}
-
-// Starts a copy of the tile that begins at column x of row y, zeros beyond the matrix's ends.
-__device__ __forceinline__ void bulk_copy_tile(uint32_t shared, const TileMap& map, int x, int y,
-                                               BarrierAt barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
-      "l"(&map), "r"(x), "r"(y), "r"(barrier.address)
       : "memory");
 }
 

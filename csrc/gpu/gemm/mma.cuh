@@ -58,6 +58,10 @@ inline constexpr int kMmaLineWords = 64;
 inline constexpr int kMmaLines = 256;
 inline constexpr int kMmaTableBytes = 4 * kMmaLines * kMmaLineWords;
 
+// Rows of activations in shared memory lie so far apart that reading 8 of them at once, 64 bytes of
+// each, is spread over all banks.
+inline constexpr int kMmaPadding = 16;  // bytes
+
 struct MmaShape {
   int log2_block;
   int team_warps;
@@ -65,7 +69,8 @@ struct MmaShape {
 };
 
 // kQuads: the scales of a unit's blocks are neighbours, at a multiple of four.
-template <class T, int kColTiles, bool kNested, bool kQuads>
+// kStaged: there is room for the activations in shared memory.
+template <class T, int kColTiles, bool kNested, bool kQuads, bool kStaged>
 __global__ void __launch_bounds__(kMmaThreads, 1)
     gemm_4bit_mma_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                          BNB_GRID_CONSTANT const Levels4 levels, float multiple, MmaShape shape) {
@@ -104,31 +109,23 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     return row < n - kMmaRows ? row : n - kMmaRows;
   };
 
-  // What this warp reads next: its unit, the first element of the lane's first row there, and the
-  // codes that the lane reads first in both rows.
+  // What this warp reads next: its unit, and the first element of the lane's first row there.
   int next_item = static_cast<int>(blockIdx.x) * teams + team;
   int next_unit = of_team;
-  int64_t next_begin = 0;
-  const uint8_t* next_codes[2];
+  int64_t next_begin = (first_row(next_item) + group) * k + of_team * kMmaUnit;
   const int own_block = group % kMmaBlocks;
-  const auto begin_item = [&] {
-    next_unit = of_team;
-    next_begin = (first_row(next_item) + group) * k + of_team * kMmaUnit;
-    next_codes[0] = args.weight.codes + next_begin / 2 + place * 8 + own_block * (kMmaBlock / 2);
-    next_codes[1] = next_codes[0] + 4 * k;
-  };
-  begin_item();
-  const int64_t to_first = ((own_block ^ 1) - own_block) * (kMmaBlock / 2);
-  const int64_t to_second = ((own_block ^ 2) - own_block) * (kMmaBlock / 2);
+  const int own_byte = place * 8 + own_block * (kMmaBlock / 2);
+  const int to_first = ((own_block ^ 1) - own_block) * (kMmaBlock / 2);
+  const int to_second = ((own_block ^ 2) - own_block) * (kMmaBlock / 2);
   const auto load = [&](Unit& to) {
     to.there = next_item < items && next_unit < units;
     if (to.there) {
       const int64_t left = k - next_unit * int64_t{kMmaUnit};
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint8_t* const high = next_codes[r] + to_second;
-        const uint8_t* const from[kMmaBlocks] = {next_codes[r], next_codes[r] + to_first, high,
-                                                 high + to_first};
+        const uint8_t* const low = args.weight.codes + (next_begin / 2 + own_byte) + r * (4 * k);
+        const uint8_t* const high = low + to_second;
+        const uint8_t* const from[kMmaBlocks] = {low, low + to_first, high, high + to_first};
 #pragma unroll
         for (int b = 0; b < kMmaBlocks; ++b) {
           // Behind the end of a row is nothing, or what a scale of zero takes out of the sum.
@@ -179,17 +176,47 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     }
     next_unit += team_warps;
     next_begin += team_warps * kMmaUnit;
-    next_codes[0] += team_warps * (kMmaUnit / 2);
-    next_codes[1] += team_warps * (kMmaUnit / 2);
     if (next_unit >= shape.turns * team_warps) {
       next_item += stride;
-      begin_item();
+      next_unit = of_team;
+      next_begin = (first_row(next_item) + group) * k + of_team * kMmaUnit;
     }
   };
-  // By name, not in an array: copying one would wait for what it has asked for.
-  Unit even;
-  Unit odd;
-  load(even);
+  // The same with its blocks in order. Whoever takes it waits for it: only then is there room to
+  // ask for another.
+  const auto take = [&](const Unit& from) {
+    Unit to = from;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Bit by bit of the row's number.
+      uint2 half[kMmaBlocks];
+#pragma unroll
+      for (int b = 0; b < kMmaBlocks; ++b) {
+        half[b] = (group & 1) != 0 ? from.codes[r][b ^ 1] : from.codes[r][b];
+      }
+#pragma unroll
+      for (int b = 0; b < kMmaBlocks; ++b) {
+        to.codes[r][b] = (group & 2) != 0 ? half[b ^ 2] : half[b];
+      }
+    }
+    return to;
+  };
+  Unit asked;
+  load(asked);
+
+  const int64_t row_bytes = k * 2 + kMmaPadding;  // of activations in shared memory
+  if constexpr (kStaged) {
+    const int64_t cols =
+        args.m - first_col < kColTiles * kMmaCols ? args.m - first_col : kColTiles * kMmaCols;
+    const char* const from = static_cast<const char*>(args.a) + first_col * k * 2;
+    char* const to = memory + kMmaTableBytes;
+    for (int64_t col = 0; col < cols; ++col) {
+      for (int64_t i = thread * 16; i < k * 2; i += kMmaThreads * 16) {
+        start_copy<16>(to + col * row_bytes + i, from + col * k * 2 + i);
+      }
+    }
+    close_copy_group();
+  }
 
   // Two weights in a word, the first in the lower half, for every byte of codes; a copy for every
   // lane, whose words lie in a bank of their own, so that lookups never conflict.
@@ -201,6 +228,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     if (thread < kCodeLevels) scale_levels[thread] = scales.code[thread];
     offset = *scales.offset;
   }
+  if constexpr (kStaged) wait_copies<0>();
   __syncthreads();
 
   // The weights of byte `i` of a word of codes.
@@ -212,33 +240,21 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
 
   // Where this lane's rows of activations begin. Of rows that are not there it reads another one:
   // they make columns of their own, which nobody stores.
-  const T* a[kColTiles];
+  const char* a[kColTiles];
 #pragma unroll
   for (int c = 0; c < kColTiles; ++c) {
-    const int64_t col = first_col + c * kMmaCols + group;
-    a[c] = static_cast<const T*>(args.a) + (col < args.m ? col : args.m - 1) * k + place * 16;
+    const int64_t own = first_col + c * kMmaCols + group;
+    const int64_t col = own < args.m ? own : args.m - 1;
+    a[c] = kStaged ? memory + kMmaTableBytes + (col - first_col) * row_bytes + place * 32
+                   : static_cast<const char*>(args.a) + col * k * 2 + place * 32;
   }
 
   float sums[kColTiles][4] = {};
-  // Every warp of a block of threads does so at any time, so that the compiler sees all lanes
-  // together: a unit that is not there has scales of zero.
+  // A warp without a unit does so too, with scales of zero: then the compiler knows that all lanes
+  // come here together, and addresses the table with one register for all of them.
   const auto multiply = [&](const Unit& now, int unit) {
     const int first = unit < units ? unit * kMmaUnit : 0;
     const int64_t left = k - first;
-    uint2 codes[2][kMmaBlocks];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      // Blocks in order: bit by bit of the row's number.
-      uint2 half[kMmaBlocks];
-#pragma unroll
-      for (int b = 0; b < kMmaBlocks; ++b) {
-        half[b] = (group & 1) != 0 ? now.codes[r][b ^ 1] : now.codes[r][b];
-      }
-#pragma unroll
-      for (int b = 0; b < kMmaBlocks; ++b) {
-        codes[r][b] = (group & 2) != 0 ? half[b ^ 2] : half[b];
-      }
-    }
 #pragma unroll
     for (int b = 0; b < kMmaBlocks; ++b) {
       const bool inside = kQuads || b * kMmaBlock < left;
@@ -247,15 +263,15 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
       for (int c = 0; c < kColTiles; ++c) {
 #pragma unroll
         for (int v = 0; v < 2; ++v) {
-          const T* const at = a[c] + first + b * kMmaBlock + v * 8;
+          const char* const at = a[c] + (first + b * kMmaBlock) * 2 + v * 16;
           x[c][v] = inside ? *reinterpret_cast<const uint4*>(at) : uint4{0, 0, 0, 0};
         }
       }
       float products[kColTiles][4] = {};
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
-        const uint32_t g0 = s < 2 ? codes[0][b].x : codes[0][b].y;
-        const uint32_t g8 = s < 2 ? codes[1][b].x : codes[1][b].y;
+        const uint32_t g0 = s < 2 ? now.codes[0][b].x : now.codes[0][b].y;
+        const uint32_t g8 = s < 2 ? now.codes[1][b].x : now.codes[1][b].y;
         const int byte = s % 2 * 2;
         const uint32_t w[4] = {lookup(g0, byte), lookup(g8, byte), lookup(g0, byte + 1),
                                lookup(g8, byte + 1)};
@@ -292,13 +308,13 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     const auto line_of = [&](int w, int i) {
       return shared_sums + ((buffer * kMmaWarps + w) * kSums + i) * kMmaLineWords + lane;
     };
-    if (kBuffers == 1) __syncthreads();
+    if (kBuffers == 1) sync_threads_of(team, team_warps * kWarp);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
       *line_of(warp, i) = sums[i / 4][i % 4];
       sums[i / 4][i % 4] = 0.0f;
     }
-    __syncthreads();
+    sync_threads_of(team, team_warps * kWarp);
     if (item < items) {
       for (int i = of_team; i < kSums; i += team_warps) {
         float sum = 0.0f;
@@ -329,18 +345,23 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     return first_item < items;
   };
   while (true) {
-    load(odd);
-    if (!advance(even)) break;
-    load(even);
-    if (!advance(odd)) break;
+    const Unit now = take(asked);
+    load(asked);
+    if (!advance(now)) break;
   }
 }
 
+// Columns of tiles when there are more rows of activations than one holds.
+inline constexpr int kMmaManyCols = 4;
+
 // Whether this kernel takes the arguments, on a device that has the instructions.
 inline bool takes_mma(const Gemm4bit& args) {
+  constexpr int64_t kMostGridRows = 65535;  // of a grid's second dimension
+  constexpr int64_t kMost = int64_t{1} << 30;
   const Weight4bit& w = args.weight;
   const Scales& s = w.scales;
-  return args.dtype != DType::kFloat32 && w.n >= kMmaRows && w.k % kMmaBlock == 0 && w.k > 0 &&
+  return args.dtype != DType::kFloat32 && args.m <= kMostGridRows * kMmaManyCols * kMmaCols &&
+         w.n >= kMmaRows && w.n <= kMost && w.k % kMmaBlock == 0 && w.k > 0 && w.k <= kMost &&
          w.block_size >= kMmaBlock && is_aligned(w.codes, 8) && is_aligned(args.a, 16) &&
          (!s.nested() || log2_of(s.block_size) >= 0);
 }
@@ -365,21 +386,39 @@ inline int mma_team(int64_t n, int64_t units) {
   return best;
 }
 
-template <class T, int kColTiles, bool kNested, bool kQuads>
+template <int kColTiles>
+int64_t mma_staged_bytes(const Gemm4bit& args) {
+  return std::min<int64_t>(args.m, kColTiles * kMmaCols) * (args.weight.k * 2 + kMmaPadding);
+}
+
+template <class T, int kColTiles, bool kNested, bool kQuads, bool kStaged>
 void launch_mma(const Gemm4bit& args, Stream stream) {
-  const auto kernel = gemm_4bit_mma_kernel<T, kColTiles, kNested, kQuads>;
+  const auto kernel = gemm_4bit_mma_kernel<T, kColTiles, kNested, kQuads, kStaged>;
   const Weight4bit& w = args.weight;
   const int64_t units = ceil_div(w.k, kMmaUnit);
-  MmaShape shape{log2_of(w.block_size), kMmaWarps, 0};
-  shape.team_warps = mma_team(w.n, units);
+  MmaShape shape{log2_of(w.block_size), mma_team(w.n, units), 0};
   shape.turns = static_cast<int>(ceil_div(units, shape.team_warps));
   const int64_t rounds = ceil_div(w.n, kMmaRows * (kMmaWarps / shape.team_warps));
-  const int blocks = static_cast<int>(std::min<int64_t>(rounds, multiprocessors()));
-  const dim3 grid(static_cast<unsigned>(blocks),
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(rounds, multiprocessors())),
                   static_cast<unsigned>(ceil_div(args.m, kColTiles * kMmaCols)));
-  allow_shared(reinterpret_cast<const void*>(kernel), kMmaTableBytes);
-  launch("gemm_4bit_mma_kernel", kernel, grid, kMmaThreads, kMmaTableBytes, stream, args,
-         Levels4(w), level_multiple<T>(w.code), shape);
+  const int bytes =
+      kMmaTableBytes + static_cast<int>(kStaged ? mma_staged_bytes<kColTiles>(args) : 0);
+  allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+  launch("gemm_4bit_mma_kernel", kernel, grid, kMmaThreads, bytes, stream, args, Levels4(w),
+         level_multiple<T>(w.code), shape);
+}
+
+template <class T, int kColTiles, bool kNested, bool kQuads>
+void launch_mma(const Gemm4bit& args, Stream stream) {
+  constexpr int kStatic = kNested ? 4 * kCodeLevels : 0;
+  const int64_t room = most_shared_bytes() - kStatic - kMmaTableBytes;
+  // More rows would rarely find it.
+  if constexpr (kColTiles == 1) {
+    if (mma_staged_bytes<kColTiles>(args) <= room) {
+      return launch_mma<T, kColTiles, kNested, kQuads, true>(args, stream);
+    }
+  }
+  launch_mma<T, kColTiles, kNested, kQuads, false>(args, stream);
 }
 
 template <class T, int kColTiles, bool kNested>
@@ -388,15 +427,14 @@ void launch_mma(const Gemm4bit& args, Stream stream) {
   const Scales& s = w.scales;
   const bool aligned = s.nested() ? is_aligned(s.codes, kMmaBlocks) && s.block_size >= kMmaBlocks
                                   : is_aligned(s.absmax, 4 * kMmaBlocks);
-  if (w.block_size == kMmaBlock && w.k % kMmaUnit == 0 && aligned) {
-    return launch_mma<T, kColTiles, kNested, true>(args, stream);
-  }
-  launch_mma<T, kColTiles, kNested, false>(args, stream);
+  w.block_size == kMmaBlock&& w.k % kMmaUnit == 0 && aligned
+      ? launch_mma<T, kColTiles, kNested, true>(args, stream)
+      : launch_mma<T, kColTiles, kNested, false>(args, stream);
 }
 
 template <class T, bool kNested>
 void mma_gemm_4bit(const Gemm4bit& args, Stream stream) {
-  if (args.m > kMmaCols) return launch_mma<T, 4, kNested>(args, stream);
+  if (args.m > kMmaCols) return launch_mma<T, kMmaManyCols, kNested>(args, stream);
   launch_mma<T, 1, kNested>(args, stream);
 }
 

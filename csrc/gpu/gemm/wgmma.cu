@@ -5,7 +5,7 @@
 // B, from shared memory. A block of threads has a warpgroup that copies and some that multiply:
 //
 //     codes ---- copy engine -------> [stages] --> registers --> table --> A --+
-//     scales --- cp.async ----------> [stages] -------------------------+      v
+//     scales --- copy engine -------> [stages] -------------------------+      v
 //     tokens --- ordered by a kernel, copy engine --> [stages] -------- | -> wgmma --> sums --> out
 //                                                                       +-> weights or sums
 //
@@ -19,11 +19,15 @@
 //
 // A table in shared memory decodes a byte to two weights. 16 bits hold its levels, times a multiple
 // of one's choice, more exactly than they hold dequantized weights. For few tokens, scales are
-// applied to sums over 64 k in float. For many, where registers do not suffice for two sets of sums,
-// weights are multiplied by them in float and rounded.
+// applied to sums over 64 k in float. For many, where registers do not suffice for two sets of
+// sums, weights are multiplied by them in float and rounded.
 #include "gpu/gemm/wgmma.cuh"
+#include "gpu/runtime/runtime.cuh"
+
+#if BNB_BULK_COPIES
 
 #include "gpu/device/scales.cuh"
+#include "gpu/device/tensor_copy.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/device/wgmma.cuh"
 #include "gpu/gemm/levels.cuh"
@@ -31,8 +35,6 @@
 #include "gpu/runtime/check.h"
 
 namespace bnb::gpu {
-
-#if BNB_BULK_COPIES
 
 namespace {
 
@@ -98,10 +100,17 @@ struct Slot {
   __device__ __forceinline__ uint32_t codes() const {
     return Shape::kCodesAt + number * Shape::kCodeStage;
   }
-  // Of a row, for all blocks of the stage.
-  __device__ __forceinline__ uint32_t scales(uint32_t row) const {
-    return Shape::piece(0) + (number * Shape::kScalePieces + row / Shape::kRowsPerPiece) * 256 +
-           row % Shape::kRowsPerPiece * (4 * Shape::kBlocks);
+  // Codes of nested scales are there.
+  __device__ __forceinline__ BarrierAt coded() const {
+    return {Shape::piece(Shape::kBarrierPiece + 1) + 8 * number};
+  }
+  // Of rows, 16 bytes each, with a scale for every 64 k of the stage.
+  __device__ __forceinline__ uint32_t scales() const {
+    return Shape::kScalesAt + number * Shape::kScaleStage;
+  }
+  // A word that says with which of the 16 bytes the scales begin.
+  __device__ __forceinline__ uint32_t scales_begin() const {
+    return Shape::piece(Shape::kBarrierPiece + 1) + 64 + 4 * number;
   }
 };
 
@@ -131,22 +140,35 @@ class TokenCopier {
   Slot<Shape> slot_;
 };
 
-// One thread starts the copies of codes and tokens. The first codes need not wait for the kernel
-// that orders the tokens.
+// One thread starts the copies. The first of the weight need not wait for the kernel that orders
+// the tokens. `scales`: the copy engine copies scales, or the codes of nested ones.
 template <class Shape>
-__device__ __forceinline__ void copy_codes_and_tokens(const TileMap& codes, const WgmmaPlan& plan,
-                                                      const char* ordered) {
+__device__ __forceinline__ void copy_stages(const TensorMap& code_map, const TensorMap& scale_map,
+                                            bool scales, bool nested, const WgmmaPlan& plan,
+                                            const char* ordered) {
   TokenCopier<Shape> tokens(plan, ordered);
   WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
   const int first_stages = min(walk.all_stages(static_cast<int>(blockIdx.x)), Shape::kStages);
+  const int bytes =
+      Shape::kTokenStage + Shape::kCodeStage + (scales && !nested ? Shape::kScaleStage : 0);
   int stages = 0;
   Slot<Shape> slot;
   while (walk.next()) {
     const int row = walk.tile / plan.token_tiles * Shape::kRows;
     for (int stage = walk.begin; stage < walk.end; ++stage) {
       slot.empty().wait(slot.parity ^ 1u);
-      slot.full().arrive_and_expect(Shape::kTokenStage + Shape::kCodeStage);
-      bulk_copy_tile(slot.codes(), codes, stage * (Shape::kBlocks * 32), row, slot.full());
+      // The copy engine reads whole 16 bytes of a row, among which are the stage's scales.
+      const int column = stage * Shape::kBlocks;
+      const int scale_byte = column * (nested ? 1 : 4);
+      store_shared(slot.scales_begin(), scales && !nested ? scale_byte % Shape::kScaleRow : 0);
+      slot.full().arrive_and_expect(bytes);
+      tensor_copy(slot.codes(), code_map, column * 32 / 2, row, slot.full());
+      if (scales) {
+        if (nested) slot.coded().arrive_and_expect(Shape::kScaleStage);
+        tensor_copy(slot.scales(), scale_map,
+                    scale_byte / Shape::kScaleRow * (Shape::kScaleRow / 2), row,
+                    nested ? slot.coded() : slot.full());
+      }
       slot.advance();
       if (++stages < first_stages) continue;
       if (stages == first_stages) {
@@ -158,49 +180,78 @@ __device__ __forceinline__ void copy_codes_and_tokens(const TileMap& codes, cons
   }
 }
 
-// Some warps copy scales.
+// Some warps bring scales that are not as the copy engine leaves them.
 constexpr int kScaleThreads = 96;
 
-// `pairs`: the scales of two blocks of 64 lie side by side and can be read at a time.
+// Codes that the copy engine left become the scales, in their place.
+template <class Shape>
+__device__ __forceinline__ void decode_scales(const Gemm4bit& args, const WgmmaPlan& plan,
+                                              const float* levels, int thread) {  // [kCodeLevels]
+  constexpr int kCount = static_cast<int>(ceil_div(Shape::kRows, kScaleThreads));
+  const Scales& scales = args.weight.scales;
+  const int columns = static_cast<int>(args.weight.k / 64);
+  const int shift = log2_of(scales.block_size);
+  const float offset = *scales.offset;
+  WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
+  Slot<Shape> slot;
+  while (walk.next()) {
+    const int64_t first = int64_t{walk.tile / plan.token_tiles} * Shape::kRows;
+    for (int stage = walk.begin; stage < walk.end; ++stage) {
+      float absmax[kCount][Shape::kBlocks];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t row = min(first + thread + i * kScaleThreads, args.weight.n - 1);
+#pragma unroll
+        for (int block = 0; block < Shape::kBlocks; ++block) {
+          const int column = min(stage * Shape::kBlocks + block, columns - 1);
+          absmax[i][block] = scales.absmax[(row * columns + column) >> shift];
+        }
+      }
+      slot.coded().wait(slot.parity);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int row = thread + i * kScaleThreads;
+        if (row >= Shape::kRows) break;
+        const uint32_t place = slot.scales() + row * Shape::kScaleRow;
+        const uint32_t begin = stage * Shape::kBlocks % Shape::kScaleRow;
+        const uint32_t codes = load_shared(place + begin / 4 * 4) >> (8 * (begin % 4));
+#pragma unroll
+        for (int block = 0; block < Shape::kBlocks; ++block) {
+          const float level = levels[(codes >> (8 * block)) & 0xffu];
+          store_shared(place + 4 * block,
+                       float_bits(__fadd_rn(__fmul_rn(level, absmax[i][block]), offset)));
+        }
+      }
+      fence_shared_for_async();
+      slot.full().arrive();
+      slot.advance();
+    }
+  }
+}
+
+// Scales one by one, for weights of which the copy engine cannot copy them.
 template <class Shape, bool kNested>
 __device__ __forceinline__ void copy_scales(const Gemm4bit& args, const WgmmaPlan& plan,
                                             const ScaleReader<kNested>& scale_of, int log2_blocks,
-                                            bool pairs, int thread) {
+                                            int thread) {
   const int columns = static_cast<int>(args.weight.k / 64);
   WgmmaWalk walk(plan, static_cast<int>(blockIdx.x));
   Slot<Shape> slot;
   while (walk.next()) {
     const int64_t first = int64_t{walk.tile / plan.token_tiles} * Shape::kRows;
-    const int rows = static_cast<int>(min(args.weight.n - first, int64_t{Shape::kRows}));
     for (int stage = walk.begin; stage < walk.end; ++stage) {
       slot.empty().wait(slot.parity ^ 1u);
-#pragma unroll
-      for (int i = 0; i < Shape::kRows; i += kScaleThreads) {
-        const int row = i + thread;
-        if (row >= Shape::kRows) break;
-        const int64_t begin = (first + row) * columns;
-        const uint32_t to = slot.scales(row);
-        if (!kNested && pairs) {
-          start_copy_if<8>(row < rows, to, args.weight.scales.absmax + begin + 2 * stage);
-          continue;
-        }
+      for (int row = thread; row < Shape::kRows; row += kScaleThreads) {
+        const int64_t begin = min(first + row, args.weight.n - 1) * columns;
 #pragma unroll
         for (int block = 0; block < Shape::kBlocks; ++block) {
-          // Beyond the end of k the last, which meet tokens of zeros.
+          // Beyond the end of k the last, which meets tokens of zeros.
           const int column = min(stage * Shape::kBlocks + block, columns - 1);
-          const int64_t scale = (begin + column) >> log2_blocks;
-          if constexpr (kNested) {
-            store_shared(to + 4 * block, float_bits(row < rows ? scale_of(scale) : 0.0f));
-          } else {
-            start_copy_if<4>(row < rows, to + 4 * block, args.weight.scales.absmax + scale);
-          }
+          const float scale = scale_of((begin + column) >> log2_blocks);
+          store_shared(slot.scales() + row * Shape::kScaleRow + 4 * block, float_bits(scale));
         }
       }
-      if constexpr (kNested) {
-        slot.full().arrive();
-      } else {
-        slot.full().arrive_after_copies();
-      }
+      slot.full().arrive();
       slot.advance();
     }
   }
@@ -239,7 +290,11 @@ struct Multiplier {
   uint32_t warp;
   uint32_t lane;
 
-  uint32_t a[4][4];                // weights of 64 k: [product][fragment]
+  // Sets of weights of 64 k.
+  static constexpr int kSets =
+      Shape::kScaleSums && (Shape::kTokens <= 32 || Shape::kGroups == 2) ? 2 : 1;
+
+  uint32_t a[kSets][4][4];         // [product][fragment]
   uint2 codes[2];                  // of two rows, eight apart
   float scale[Shape::kBlocks][2];  // of the same
   float sums[kSums];
@@ -248,8 +303,7 @@ struct Multiplier {
 
   // The table's entry for a byte lies at 256 times the byte, the lane's copy at 4 times the lane.
   __device__ __forceinline__ uint32_t look_up(uint32_t word, int byte) const {
-    const uint32_t at =
-        __byte_perm(word, 4 * lane, 0x7604u | static_cast<uint32_t>(byte) << 4);
+    const uint32_t at = __byte_perm(word, 4 * lane, 0x7604u | static_cast<uint32_t>(byte) << 4);
     uint32_t pair;
     asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(Shape::kTableAt));
     return pair;
@@ -261,16 +315,15 @@ struct Multiplier {
     return narrow_pair<T>(__fmul_rn(low, scale), __fmul_rn(high, scale));
   }
 
-  __device__ __forceinline__ uint32_t row() const {
-    return 16 * warp + row_of<Shape>(lane / 4);
-  }
+  __device__ __forceinline__ uint32_t row() const { return 16 * warp + row_of<Shape>(lane / 4); }
 
   // Waits for 64 k and reads their codes and scales.
   __device__ __forceinline__ void read(int block) {
     if (block == 0) {
       coded.full().wait(coded.parity);
-      const uint32_t from = coded.scales(row());
-      constexpr int kNext = 8 * 4 * Shape::kBlocks;  // eight rows on, in the same piece
+      const uint32_t from =
+          coded.scales() + load_shared(coded.scales_begin()) + row() * Shape::kScaleRow;
+      constexpr int kNext = 8 * Shape::kScaleRow;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (Shape::kBlocks == 2) {
@@ -290,17 +343,17 @@ struct Multiplier {
     const uint32_t swizzle = Shape::kBlocks == 2 ? (row() / 2 % 4) << 4 : 0;
     const uint32_t place = row() * kPitch + (lane % 4 * 8 ^ swizzle);
     codes[0] = load_shared2(coded.codes() + (place ^ static_cast<uint32_t>(block) << 5));
-    codes[1] = load_shared2(coded.codes() + (place ^ static_cast<uint32_t>(block) << 5) + 8 * kPitch);
+    codes[1] =
+        load_shared2(coded.codes() + (place ^ static_cast<uint32_t>(block) << 5) + 8 * kPitch);
     if (block == Shape::kBlocks - 1) coded.advance();
   }
 
-  __device__ __forceinline__ void decode(int product, int block) {
+  __device__ __forceinline__ void look_up(int product, uint32_t (&pairs)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint2 words = codes[i % 2];
       const int byte = 2 * product + i / 2;
-      const uint32_t pair = look_up(byte < 4 ? words.x : words.y, byte % 4);
-      a[product][i] = Shape::kScaleSums ? pair : scaled(pair, scale[block][i % 2]);
+      pairs[i] = look_up(byte < 4 ? words.x : words.y, byte % 4);
     }
   }
 
@@ -313,26 +366,29 @@ struct Multiplier {
     return swizzled_descriptor(slot.tokens() + block * Shape::kTokenBlock);
   }
 
-  // 64 k, whose weights are decoded. The next are decoded as products end.
+  // 64 k, whose weights are in a[kFrom]. The next go to a[kTo], where registers suffice for two
+  // sets, or take the place of those whose products have ended.
+  template <int kFrom, int kTo>
   __device__ __forceinline__ void step_scaling_sums(int block, bool more) {
     float part[kSums];
     const float own[2] = {scale[block][0], scale[block][1]};
-    const int next = (block + 1) % Shape::kBlocks;
     const uint64_t tokens = tokens_of(block);
     wgmma_fence();
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
-      Wgmma<T, Shape::kTokens>::run(part, a[product], advance_k(tokens, product), product > 0);
+      Wgmma<T, Shape::kTokens>::run(part, a[kFrom][product], advance_k(tokens, product),
+                                    product > 0);
       wgmma_commit();
     }
     if (more) {
-      read(next);
-      wgmma_wait<3>();
-      decode(0, next);
-      wgmma_wait<2>();
-      decode(1, next);
-      wgmma_wait<1>();
-      decode(2, next);
+      read((block + 1) % Shape::kBlocks);
+      if constexpr (kFrom == kTo) wgmma_wait<3>();
+      look_up(0, a[kTo][0]);
+      if constexpr (kFrom == kTo) wgmma_wait<2>();
+      look_up(1, a[kTo][1]);
+      if constexpr (kFrom == kTo) wgmma_wait<1>();
+      look_up(2, a[kTo][2]);
+      if constexpr (kFrom != kTo) look_up(3, a[kTo][3]);
     }
     wgmma_wait<0>();
     wgmma_hold(part);
@@ -340,7 +396,7 @@ struct Multiplier {
       release(slot);
       slot.advance();
     }
-    if (more) decode(3, next);
+    if (kFrom == kTo && more) look_up(3, a[kTo][3]);
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i] = __fmaf_rn(part[i], own[i / 2 % 2], sums[i]);
   }
@@ -350,17 +406,21 @@ struct Multiplier {
     return {slot.number == 0 ? Shape::kStages - 1 : slot.number - 1, 0};
   }
 
-  // 64 k. Three products are under way while the weights of a fourth are decoded.
+  // 64 k. Three products are under way while the weights of a fourth are scaled.
   __device__ __forceinline__ void step_scaling_weights(int block, bool first) {
     read(block);
     const uint64_t tokens = tokens_of(block);
+    uint32_t pairs[4];
+    look_up(0, pairs);
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
       wgmma_wait<3>();
       if (product == 3 && block == 0 && !first) release(before());
-      decode(product, block);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[0][product][i] = scaled(pairs[i], scale[block][i % 2]);
+      if (product < 3) look_up(product + 1, pairs);
       wgmma_fence();
-      Wgmma<T, Shape::kTokens>::run(sums, a[product], advance_k(tokens, product),
+      Wgmma<T, Shape::kTokens>::run(sums, a[0][product], advance_k(tokens, product),
                                     !first || product > 0);
       wgmma_commit();
     }
@@ -374,7 +434,7 @@ struct Multiplier {
       if (left == 0) return;
       read(0);
 #pragma unroll
-      for (int product = 0; product < 4; ++product) decode(product, 0);
+      for (int product = 0; product < 4; ++product) look_up(product, a[0][product]);
     }
     while (walk.next()) {
       if constexpr (Shape::kScaleSums) {
@@ -382,10 +442,9 @@ struct Multiplier {
         for (int i = 0; i < kSums; ++i) sums[i] = 0.0f;
         for (int stage = walk.begin; stage < walk.end; ++stage) {
           --left;
-#pragma unroll
-          for (int block = 0; block < Shape::kBlocks; ++block) {
-            step_scaling_sums(block, block < Shape::kBlocks - 1 || left > 0);
-          }
+          static_assert(Shape::kBlocks == 2);
+          step_scaling_sums<0, kSets - 1>(0, true);
+          step_scaling_sums<kSets - 1, 0>(1, left > 0);
         }
       } else {
         for (int stage = walk.begin; stage < walk.end; ++stage) {
@@ -402,8 +461,8 @@ struct Multiplier {
     }
   }
 
-  // Adds what others have of the tile to the warp's sums, or leaves the sums to them; whether it was
-  // the last.
+  // Adds what others have of the tile to the warp's sums, or leaves the sums to them; whether it
+  // was the last.
   __device__ __forceinline__ bool add_parts(const WgmmaWalk& walk) {
     if (walk.begin == 0 && walk.end == plan.stages) return true;
     const int split = walk.tile - plan.whole;
@@ -471,7 +530,7 @@ struct Multiplier {
     const float factor = Shape::kScaleSums ? unit : 1.0f;
     // A token takes 32 bytes of the warp's four pieces.
     const auto place_of = [&](uint32_t token) {
-      return Shape::piece(Shape::kScratchPiece + 4 * warp) + token / 4 * 256 + token % 4 * 32;
+      return Shape::piece(4 * warp) + token / 4 * 256 + token % 4 * 32;
     };
     const uint32_t to_scratch = place_of(lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 16;
     const uint32_t from_scratch = place_of(lane / 2) + lane % 2 * 16;
@@ -513,9 +572,7 @@ template <class TableType, class Shape>
 __device__ __forceinline__ void fill_table(const Levels4& levels, float multiple, int thread) {
   for (int i = thread; i < 256 * 8; i += 128 * Shape::kGroups) {
     const int byte = i / 8;
-    const uint32_t first = narrow<TableType>(__fmul_rn(levels[byte >> 4], multiple)).bits;
-    const uint32_t second = narrow<TableType>(__fmul_rn(levels[byte & 15], multiple)).bits;
-    const uint32_t pair = first | second << 16;
+    const uint32_t pair = pair_of_levels<TableType>(levels, byte, multiple);
     store_shared4(Shape::kTableAt + byte * 256 + i % 8 * 16, make_uint4(pair, pair, pair, pair));
   }
 }
@@ -533,23 +590,26 @@ constexpr int kMultiplyRegisters = Shape::kGroups == 2    ? 224
                                    : Shape::kTokens <= 32 ? 104
                                                           : 112;
 
-template <class T, class Shape, bool kNested>
+template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                            BNB_GRID_CONSTANT const Levels4 levels,
-                           BNB_GRID_CONSTANT const TileMap codes,
+                           BNB_GRID_CONSTANT const TensorMap codes,
+                           BNB_GRID_CONSTANT const TensorMap scales, bool copy_engine_scales,
                            BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace, float multiple,
                            int log2_block) {
 #if BNB_HOPPER
   BNB_DYNAMIC_SHARED(dynamic);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
+  const bool nested = args.weight.scales.codes != nullptr;
   if (thread == 0) {
     if (shared_address(dynamic) != Shape::kStart) __trap();  // has_kernels() has looked
     Slot<Shape> slot;
     for (int i = 0; i < Shape::kStages; ++i) {
-      slot.full().init(kScaleThreads + 1);
+      slot.full().init(copy_engine_scales && !nested ? 1 : kScaleThreads + 1);
       slot.empty().init(Shape::kWarps);
+      slot.coded().init(1);
       slot.advance();
     }
     fence_barrier_init();
@@ -560,23 +620,37 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     using Mine = Multiplier<T, Shape>;
     fill_table<typename Mine::TableType, Shape>(levels, multiple, thread);
     named_barrier(1, 128 * Shape::kGroups);
-    Mine mine{args, plan, workspace, 1.0f / multiple, static_cast<uint32_t>(warp),
+    Mine mine{args,
+              plan,
+              workspace,
+              1.0f / multiple,
+              static_cast<uint32_t>(warp),
               static_cast<uint32_t>(thread % kWarp)};
     wait_for_previous_kernel();
     mine.run();
   } else {
     give_registers<kCopyRegisters<Shape>>();
-    auto& nested_levels = *reinterpret_cast<float(*)[kNested ? kCodeLevels : 1]>(
-        dynamic + Shape::kNestedAt - Shape::kStart);
     const int copier = thread - 128 * Shape::kGroups;
     if (copier < kWarp) {
-      if (copier == 0) copy_codes_and_tokens<Shape>(codes, plan, workspace);
-    } else {
-      const ScaleReader<kNested> scale_of(args.weight.scales, nested_levels);
+      if (copier == 0) {
+        copy_stages<Shape>(codes, scales, copy_engine_scales, nested, plan, workspace);
+      }
+    } else if (nested) {
+      auto* const nested_levels =
+          reinterpret_cast<float*>(dynamic + Shape::kNestedAt - Shape::kStart);
+      for (int i = copier - kWarp; i < kCodeLevels; i += kScaleThreads) {
+        nested_levels[i] = args.weight.scales.code[i];
+      }
       named_barrier(2, kScaleThreads);
-      const bool pairs = Shape::kBlocks == 2 && log2_block == 6 && args.weight.k % 128 == 0 &&
-                         is_aligned(args.weight.scales.absmax, 8);
-      copy_scales<Shape, kNested>(args, plan, scale_of, log2_block - 6, pairs, copier - kWarp);
+      if (copy_engine_scales) {
+        decode_scales<Shape>(args, plan, nested_levels, copier - kWarp);
+      } else {
+        const ScaleReader<true> scale_of(args.weight.scales, nested_levels);
+        copy_scales<Shape, true>(args, plan, scale_of, log2_block - 6, copier - kWarp);
+      }
+    } else if (!copy_engine_scales) {
+      const ScaleReader<false> scale_of(args.weight.scales, static_cast<const float*>(nullptr));
+      copy_scales<Shape, false>(args, plan, scale_of, log2_block - 6, copier - kWarp);
     }
   }
 #endif
@@ -584,23 +658,40 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 // ---- Launch -----------------------------------------------------------------------------------
 
-//                           tokens groups blocks stages scale sums
-using Shape16 = WgmmaShape<16, 4, 2, 6, true>;
-using Shape32 = WgmmaShape<32, 4, 2, 6, true>;
-using Shape64 = WgmmaShape<64, 4, 2, 4, true>;
-using Shape128 = WgmmaShape<128, 3, 1, 5, false>;
-using Shape256 = WgmmaShape<256, 2, 1, 4, false>;
+//                                tokens groups blocks stages scale sums
+using Wide16 = WgmmaShape<16, 4, 2, 6, true>;
+using Wide32 = WgmmaShape<32, 4, 2, 5, true>;
+using Wide64 = WgmmaShape<64, 4, 2, 4, true>;
+using Narrow16 = WgmmaShape<16, 2, 2, 8, true>;
+using Narrow32 = WgmmaShape<32, 2, 2, 7, true>;
+using Narrow64 = WgmmaShape<64, 2, 2, 5, true>;
+using Tokens128 = WgmmaShape<128, 2, 1, 6, false>;
+using Tokens192 = WgmmaShape<192, 2, 1, 5, false>;
+using Tokens256 = WgmmaShape<256, 2, 1, 4, false>;
 
+// Calls visit.operator()<Shape>() for the shape that suits a product.
 template <class Visitor>
-decltype(auto) with_shape(int64_t m, Visitor&& visit) {
-  if (m <= 16) return visit.template operator()<Shape16>();
-  if (m <= 32) return visit.template operator()<Shape32>();
-  if (m <= 64) return visit.template operator()<Shape64>();
-  if (m <= 128) return visit.template operator()<Shape128>();
-  return visit.template operator()<Shape256>();
+decltype(auto) with_shape(const Gemm4bit& args, int multiprocessors, Visitor&& visit) {
+  // Tiles of many rows of the weight share their tokens better, but end together later.
+  constexpr int kLongStages = 32;
+  const bool wide = ceil_div(args.weight.n, Wide16::kRows) * ceil_div(args.weight.k, 128) >=
+                    int64_t{kLongStages} * multiprocessors;
+  if (args.m <= 16 && wide) return visit.template operator()<Wide16>();
+  if (args.m <= 16) return visit.template operator()<Narrow16>();
+  if (args.m <= 32 && wide) return visit.template operator()<Wide32>();
+  if (args.m <= 32) return visit.template operator()<Narrow32>();
+  if (args.m <= 64 && wide) return visit.template operator()<Wide64>();
+  if (args.m <= 64) return visit.template operator()<Narrow64>();
+  // Measured times of tiles relate like these numbers.
+  const int64_t of_128 = ceil_div(args.m, 128) * 72;
+  const int64_t of_192 = ceil_div(args.m, 192) * 86;
+  const int64_t of_256 = ceil_div(args.m, 256) * 100;
+  if (of_128 < std::min(of_192, of_256)) return visit.template operator()<Tokens128>();
+  if (of_192 < of_256) return visit.template operator()<Tokens192>();
+  return visit.template operator()<Tokens256>();
 }
 
-template <class T, class Shape, bool kNested>
+template <class T, class Shape>
 void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   const Weight4bit& weight = args.weight;
   const auto plan = WgmmaPlan::make<Shape>(args.m, weight.n, weight.k, multiprocessors());
@@ -611,10 +702,22 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
          Shape::kTokens, plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace),
          reinterpret_cast<int*>(workspace + plan.arrivals_at), plan.arrivals);
 
-  TileMap codes;
-  BNB_GPU_CHECK(make_tile_map(&codes, weight.codes, weight.n, weight.k / 2, Shape::kRows,
-                              32 * Shape::kBlocks, Shape::kBlocks == 2));
-  auto* kernel = &wgmma_gemm_4bit_kernel<T, Shape, kNested>;
+  const TensorMap codes =
+      tensor_map(weight.codes, weight.n, weight.k / 2, Shape::kRows, 32 * Shape::kBlocks,
+                 Shape::kBlocks == 2 ? Swizzle::k64 : Swizzle::kNone);
+  // Scales as a matrix of a column for every 64 k, if rows lie on 16 bytes.
+  const bool nested = weight.scales.nested();
+  const void* const scale_matrix =
+      nested ? static_cast<const void*>(weight.scales.codes) : weight.scales.absmax;
+  const int64_t scale_bytes = weight.k / 64 * (nested ? 1 : 4);
+  const bool copy_engine_scales = weight.block_size == 64 && scale_bytes % 16 == 0 &&
+                                  is_aligned(scale_matrix, 16) &&
+                                  (!nested || log2_of(weight.scales.block_size) >= 0);
+  const TensorMap scales = copy_engine_scales
+                               ? tensor_map(scale_matrix, weight.n, scale_bytes, Shape::kRows,
+                                            Shape::kScaleRow, Swizzle::kNone)
+                               : codes;  // not used
+  auto* kernel = &wgmma_gemm_4bit_kernel<T, Shape>;
   constexpr int kShared = Shape::kEnd - Shape::kStart;
   allow_shared(reinterpret_cast<const void*>(kernel), kShared);
   using TableType = std::conditional_t<Shape::kScaleSums, T, Half>;
@@ -629,9 +732,9 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &early;
   config.numAttrs = 1;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, args, Levels4(weight), codes, plan, workspace,
-                                   level_multiple<TableType>(weight.code),
-                                   log2_of(weight.block_size)));
+  BNB_GPU_CHECK(cudaLaunchKernelEx(
+      &config, kernel, args, Levels4(weight), codes, scales, copy_engine_scales, plan, workspace,
+      level_multiple<TableType>(weight.code), log2_of(weight.block_size)));
 }
 
 // Whether the device has a kernel of sm_90a, which this one tells by its shared memory: for other
@@ -653,13 +756,13 @@ bool has_kernels() {
   BNB_GPU_CHECK(cudaGetDevice(&device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  BNB_GPU_CHECK(
-      cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
-  if (major != 9 || minor != 0 || reserved != Shape16::kStart) return false;
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
+  if (major != 9 || minor != 0 || reserved != Wide16::kStart) return false;
   static const bool built = [] {
     cudaFuncAttributes attributes{};
-    const bool found = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(
-                                                              &marker_kernel)) == cudaSuccess;
+    const bool found =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&marker_kernel)) ==
+        cudaSuccess;
     cudaGetLastError();
     return found && attributes.sharedSizeBytes > 0;
   }();
@@ -671,36 +774,39 @@ bool has_kernels() {
 bool wgmma_gemm_4bit_serves(const Gemm4bit& args) {
   const Weight4bit& weight = args.weight;
   return args.dtype != DType::kFloat32 && args.m > 0 && weight.n > 0 && weight.k > 0 &&
-         weight.k % 64 == 0 && weight.k <= kLongest && weight.block_size >= 64 && is_aligned(weight.codes, 16) &&
-         is_aligned(args.a, 4) && has_kernels();
+         weight.k % 64 == 0 && weight.k <= kLongest && weight.n <= kMostRows &&
+         weight.block_size >= 64 && is_aligned(weight.codes, 16) && is_aligned(args.a, 4) &&
+         has_kernels();
 }
 
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit& args) {
-  return with_shape(args.m, [&]<class Shape>() {
-    return WgmmaPlan::make<Shape>(args.m, args.weight.n, args.weight.k, multiprocessors()).bytes;
+  const int count = multiprocessors();
+  return with_shape(args, count, [&]<class Shape>() {
+    return WgmmaPlan::make<Shape>(args.m, args.weight.n, args.weight.k, count).bytes;
   });
 }
 
 void wgmma_gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream) {
   char* const memory = static_cast<char*>(workspace);
-  with_shape(args.m, [&]<class Shape>() {
-    const bool nested = args.weight.scales.nested();
+  with_shape(args, multiprocessors(), [&]<class Shape>() {
     if (args.dtype == DType::kBFloat16) {
-      nested ? launch_wgmma<BFloat16, Shape, true>(args, memory, stream)
-             : launch_wgmma<BFloat16, Shape, false>(args, memory, stream);
+      launch_wgmma<BFloat16, Shape>(args, memory, stream);
     } else {
-      nested ? launch_wgmma<Half, Shape, true>(args, memory, stream)
-             : launch_wgmma<Half, Shape, false>(args, memory, stream);
+      launch_wgmma<Half, Shape>(args, memory, stream);
     }
   });
 }
 
+}  // namespace bnb::gpu
+
 #else
+
+namespace bnb::gpu {
 
 bool wgmma_gemm_4bit_serves(const Gemm4bit&) { return false; }
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit&) { return 0; }
 void wgmma_gemm_4bit(const Gemm4bit&, void*, Stream) {}
 
-#endif  // BNB_BULK_COPIES
-
 }  // namespace bnb::gpu
+
+#endif  // BNB_BULK_COPIES

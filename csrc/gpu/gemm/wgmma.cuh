@@ -9,7 +9,8 @@
 namespace bnb::gpu {
 
 // Whether the current device and these arguments are ones that the kernel takes: compute capability
-// 9.0 in a build for sm_90a, 16-bit dtype, k a multiple of 64, blocks of at least 64, aligned codes.
+// 9.0 in a build for sm_90a, 16-bit dtype, k a multiple of 64, blocks of at least 64, aligned
+// codes.
 bool wgmma_gemm_4bit_serves(const Gemm4bit& args);
 
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit& args);

@@ -1,681 +1,138 @@
-// The backward product with a 4-bit weight on Hopper's tensor cores, for 16-bit dtypes.
+// The backward product with a 4-bit weight on Hopper's tensor cores: which tiles, and the launch.
 // SPDX-License-Identifier: MIT
-//
-// out[i, k] = sum over j of grad[i, j] w[j, k]. Rows i are tokens, columns k features, and j, a row
-// of the weight, is a term. As the tensor cores see it, out^T [features, tokens] = w^T grad^T: the
-// weight is the operand in registers, so that it is decoded where it is needed, and grad the one in
-// shared memory.
-//
-// A block of threads makes a tile of 128 features x kTokens tokens:
-//
-//     warps 0-3, 4-7   warpgroups of 64 features each: decode their part of a stage, 64 terms, while
-//                      the tensor cores are busy with the stage before
-//     warp 8           starts the copies of codes [64 terms, 64 bytes] and grads [kTokens, 64 terms]
-//                      into a ring of stages
-//     warps 9, 10      bring the scales of 32 terms of a stage each
-//
-// kFan neighbouring blocks of a cluster make tiles of the same tokens, and each copies its part of
-// the grads to all of them. Where there are few tiles, `splits` groups of blocks share the terms of
-// a tile: each leaves its sums in the shared memories of the cluster, where they are added in order.
-//
-// Decoding. A byte holds two neighbouring features of a term; a register of the operand, two
-// neighbouring terms of a feature. A transposing load gives lane 4 g + t bytes 2 g and 2 g + 1 of
-// terms 2 t and 2 t + 1, of which even warps use the first and odd warps the second. A table has the
-// levels of both features of a byte, as floats and in 16 copies, so that the lanes of half a warp
-// find theirs in different banks. Level * scale is rounded once: the weights are those that
-// dequantize_4bit gives.
 #include "gpu/gemm/wgmma_dgrad.h"
-
-#include "bitsandbytes/blocks.h"
 #include "gpu/runtime/runtime.cuh"
+
+#if BNB_BULK_COPIES
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <limits>
 #include <random>
 
-#include "gpu/device/scales.cuh"
-#include "gpu/device/tensor_copy.cuh"
-#include "gpu/device/vector_io.cuh"
-#include "gpu/device/wgmma.cuh"
-#include "gpu/gemm/levels.cuh"
+#include "gpu/gemm/wgmma_dgrad.cuh"
 #include "gpu/runtime/check.h"
 
-#ifndef DECODE
-#define DECODE 64
-#endif
 namespace bnb::gpu {
 namespace {
 
-constexpr int kTerms = 64;       // of a stage
-constexpr int kGroup = 128;      // threads of a warpgroup
-constexpr int kGroupWidth = 64;  // features of a warpgroup
-constexpr int kScaleWarps = 3;
-constexpr int kTableCopies = 16;
-
-struct Barriers {
-  TransactionBarrier full;   // codes, grads and scales are there
-  TransactionBarrier empty;  // all who read them have done so
-};
-
-// The scales of a stage, in the order in which lanes read them: lane 4 g + t takes those of terms
-// 8 i + 2 t and 8 i + 2 t + 1. The four places lie in different banks.
-constexpr int kScalePitch = 2 * kTerms / 8 + 4;
-constexpr int kScaleColumn = 4 * kScalePitch;
-__device__ __forceinline__ int scale_place(int term) {
-  return term / 2 % 4 * kScalePitch + term / 8 * 2 + term % 2;
-}
-
-// Tiles of kGroups * 64 features x kTokens tokens, made by clusters of kFan blocks.
-template <int kTokens_, int kFan_, int kGroups>
-struct Shape {
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kFan = kFan_;
-  static constexpr int kFeatures = kGroups * kGroupWidth;
-  static constexpr int kMakers = kGroups * kGroup;
-  static constexpr int kMakerWarps = kMakers / kWarp;
-  static constexpr int kThreads = kMakers + kGroup;
-  // The registers that the launch gives, moved to those who need them.
-  static constexpr int kMakerRegisters = kGroups == 2 ? 208 : 104;
-  static constexpr int kOtherRegisters = kGroups == 2 ? 88 : 64;
-
-  // A stage.
-  static constexpr int kGradBytes = kTokens * kSwizzleRow;
-  static constexpr int kCodeRow = kFeatures / 2;
-  static constexpr Swizzle kCodeSwizzle = kCodeRow == 64 ? Swizzle::k64 : Swizzle::k128;
-  static constexpr int kCodeBytes = kTerms * kCodeRow;
-  static constexpr int kStageBytes = kGradBytes + kCodeBytes;
-  static constexpr int kScaleBytes =
-      kFeatures / kLeastBlock * kScaleColumn * int{sizeof(float)};
-
-  // Shared memory: table, code of the scales, ring, scales, barriers, a flag.
-  static constexpr int kMostBytes = 227 * 1024;
-  static constexpr int kTableBytes = 256 * kTableCopies * int{sizeof(float2)};
-  static constexpr int kRing = kTableBytes + kCodeLevels * int{sizeof(float)};
-  static constexpr int kStages =
-      (kMostBytes - kRing - 16) / (kStageBytes + kScaleBytes + int{sizeof(Barriers)});
-  static constexpr int kScales = kRing + kStages * kStageBytes;
-  static constexpr int kBarriers = kScales + kStages * kScaleBytes;
-  static constexpr int kFlag = kBarriers + kStages * int{sizeof(Barriers)};
-  static constexpr int kBytes = kFlag + 16;
-  static_assert(kRing % 1024 == 0 && kStageBytes % 1024 == 0);
-};
-
-struct DgradTask {
-  Scales scales;
-  Levels4 levels;
-  void* out;  // [m, k]
-  int64_t m;
-  int64_t n;
-  int64_t k;
-  int log2_block;
-  int splits;         // of the terms of a tile
-  int feature_tiles;  // of a cluster: kFan tiles wide
-  int token_tiles;
-  // With several splits:
-  float* sums;                   // [tile][split][kTokens / 8][kMakers][4]
-  unsigned long long* arrivals;  // [tile]
-  unsigned long long launch;     // a number of its own, times 256
-};
-
-#if BNB_HOPPER
-
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return to_bfloat16_pair(low, high);
-  } else {
-    uint32_t y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-  }
-}
-
-// A place in the ring, and how often it has been there.
-template <int kStages>
-struct Place {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-// What a block does for one tile. Stages come in pairs; the last may lie beyond the last term.
-struct Job {
-  int64_t feature;
-  int64_t token;
-  int first_stage;
-  int last_stage;
-  int tile;
-  int split;
-};
-
-template <class S>
-struct Dgrad {
-  static constexpr int kTokens = S::kTokens;
-  static constexpr int kFan = S::kFan;
-  static constexpr int kFeatures = S::kFeatures;
-  static constexpr int kStages = S::kStages;
-
-  const DgradTask& task;
-  char* shared;
-  int fan;  // rank in the cluster
-
-  __device__ __forceinline__ char* stage(int slot) const {
-    return shared + S::kRing + slot * S::kStageBytes;
-  }
-  __device__ __forceinline__ float* scales(int slot) const {
-    return reinterpret_cast<float*>(shared + S::kScales + slot * S::kScaleBytes);
-  }
-  __device__ __forceinline__ Barriers& barriers(int slot) const {
-    return reinterpret_cast<Barriers*>(shared + S::kBarriers)[slot];
-  }
-  __device__ __forceinline__ void wait_empty(Place<kStages> place) const {
-    barriers(place.slot).empty.wait(place.phase ^ 1);
-  }
-
-  // Calls make(Job) for every part of a tile that is this block's.
-  template <class Do>
-  __device__ __forceinline__ void for_each_tile(Do&& make) const {
-    const int clusters = static_cast<int>(gridDim.x) / kFan;
-    const int parts = task.feature_tiles * task.token_tiles * task.splits;
-    const int pairs = static_cast<int>(ceil_div(task.n, 2 * kTerms));
-    for (int part = static_cast<int>(blockIdx.x) / kFan; part < parts; part += clusters) {
-      const int tile = part / task.splits;
-      const int split = part % task.splits;
-      const int column = tile % task.feature_tiles;
-      make(Job{(int64_t{column} * kFan + fan) * kFeatures,
-               int64_t{tile / task.feature_tiles} * kTokens,
-               static_cast<int>(int64_t{pairs} * split / task.splits) * 2,
-               static_cast<int>(int64_t{pairs} * (split + 1) / task.splits) * 2, tile * kFan + fan,
-               split});
-    }
-  }
-
-  // ---- Copies --------------------------------------------------------------------------------
-
-  __device__ __forceinline__ void copy(const TensorMap& grad_map, const TensorMap& code_map) const {
-    constexpr int kPart = kTokens / kFan;
-    Place<kStages> place;
-    for_each_tile([&](const Job& job) {
-      if (threadIdx.x % kWarp == 0) {
-        for (int s = job.first_stage; s < job.last_stage; ++s) {
-          wait_empty(place);
-          TransactionBarrier& full = barriers(place.slot).full;
-          const uint32_t to = shared_address(stage(place.slot));
-          full.arrive_and_expect(S::kGradBytes + S::kCodeBytes);
-          tensor_copy(to + S::kGradBytes, code_map, static_cast<int>(job.feature / 4),
-                      s * kTerms, full);
-          const int token = static_cast<int>(job.token) + fan * kPart;
-          if constexpr (kFan > 1) {
-            tensor_copy_to_cluster(to + fan * kPart * kSwizzleRow, grad_map, s * kTerms, token,
-                                   full, static_cast<uint16_t>((1 << kFan) - 1));
-          } else {
-            tensor_copy(to, grad_map, s * kTerms, token, full);
-          }
-          place.advance();
-        }
-      }
-    });
-  }
-
-  // ---- Scales --------------------------------------------------------------------------------
-
-  // Warps take turns of kBatch stages, so that one waits for memory while the others store. A lane
-  // has two terms of a stage.
-  template <bool kNested, int kWidth>
-  __device__ __forceinline__ void bring_scales(int warp, const float* shared_code) const {
-    constexpr int kColumns = kFeatures / kWidth;
-    constexpr int kBatch = (kNested ? 4 : 8) / kColumns > 1 ? (kNested ? 4 : 8) / kColumns : 1;
-    using Reader = ScaleReader<kNested>;
-    const Reader scale_of(task.scales, shared_code);
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int64_t elements_of_half = kWarp * task.k;
-    const int64_t elements_of_stage = kTerms * task.k;
-    // The scales of both columns lie side by side.
-    const bool paired = (kWidth >> task.log2_block) == 1 && task.k % (2 * kWidth) == 0;
-    Place<kStages> place;
-    for_each_tile([&](const Job& job) {
-      const int64_t first_term = int64_t{job.first_stage} * kTerms + lane;
-      const int columns = static_cast<int>(min(task.k - job.feature, int64_t{kFeatures})) / kWidth;
-      const int64_t terms = task.n - first_term;  // of this lane, counted from its first
-      const int64_t element = first_term * task.k + job.feature;
-      const auto there = [&](int s, int half, int c) {
-        return s * kTerms + half * kWarp < terms && c < columns;
-      };
-      const int stages = job.last_stage - job.first_stage;
-      typename Reader::Stored stored[kBatch][2][kColumns];
-      const auto load = [&](int first) {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int64_t of_stage = element + (first + i) * elements_of_stage;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int64_t of_lane = of_stage + half * elements_of_half;
-#pragma unroll
-            for (int c = 0; c < kColumns; c += 2) {
-              if (first + i >= stages) continue;
-              const int64_t block = (of_lane + c * kWidth) >> task.log2_block;
-              if (paired) {
-                if (there(first + i, half, c)) {
-                  scale_of.load_pair(block, stored[i][half][c], stored[i][half][c + 1]);
-                }
-              } else {
-                if (there(first + i, half, c)) stored[i][half][c] = scale_of.load(block);
-                if (there(first + i, half, c + 1)) {
-                  stored[i][half][c + 1] =
-                      scale_of.load((of_lane + (c + 1) * kWidth) >> task.log2_block);
-                }
-              }
-            }
-          }
-        }
-      };
-      load(warp * kBatch);
-      int s = 0;
-      // Whoever waits for a stage takes part in it: nobody is then a turn of the ring ahead or
-      // behind, where parities would mislead.
-      const auto pass = [&](int to) {
-        for (; s < to; ++s, place.advance()) {
-          wait_empty(place);
-          if (lane == 0) barriers(place.slot).full.arrive();
-        }
-      };
-      for (int first = warp * kBatch; first < stages; first += kScaleWarps * kBatch) {
-        pass(first);
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (s == stages) break;
-          wait_empty(place);
-          float* const to = scales(place.slot);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int c = 0; c < kColumns; ++c) {
-              to[c * kScaleColumn + scale_place(lane + half * kWarp)] =
-                  there(s, half, c) ? scale_of.value(stored[i][half][c]) : 0.0f;
-            }
-          }
-          __syncwarp();
-          if (lane == 0) barriers(place.slot).full.arrive();
-          ++s;
-          place.advance();
-        }
-        load(first + kScaleWarps * kBatch);
-      }
-      pass(stages);
-    });
-  }
-
-  __device__ __forceinline__ void bring_scales(int warp) const {
-    const auto* const code = reinterpret_cast<const float*>(shared + S::kTableBytes);
-    if (task.scales.codes != nullptr) {
-      task.log2_block == 5 ? bring_scales<true, 32>(warp, code)
-                           : bring_scales<true, 64>(warp, code);
-    } else {
-      task.log2_block == 5 ? bring_scales<false, 32>(warp, code)
-                           : bring_scales<false, 64>(warp, code);
-    }
-  }
-
-  // ---- Sums ----------------------------------------------------------------------------------
-
-  // Of a thread among those that multiply.
-  struct Position {
-    int chunk;   // of 16 bytes, 32 features, in a row of codes
-    int odd;     // which byte of two
-    int g;
-    int t;
-    __device__ __forceinline__ Position() {
-      const int warp = static_cast<int>(threadIdx.x) / kWarp;
-      chunk = warp / 2;
-      odd = warp % 2;
-      g = static_cast<int>(threadIdx.x) % kWarp / 4;
-      t = static_cast<int>(threadIdx.x) % 4;
-    }
-    // In the tile; the next feature is the thread's as well.
-    __device__ __forceinline__ int feature() const { return 32 * chunk + 4 * g + 2 * odd; }
-  };
-
-  template <class T>
-  __device__ __forceinline__ void decode(int slot, const Position& at,
-                                         uint32_t (&a)[kTerms / 16][4]) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const uint32_t codes = shared_address(stage(slot)) + S::kGradBytes +
-                           lane * S::kCodeRow +
-                           ((at.chunk ^ (S::kCodeSwizzle == Swizzle::k64 ? lane / 2 % 4 : lane % 8)) << 4);
-    const int column = task.log2_block == 5 ? at.chunk : at.chunk / 2;
-    const float* const scale_row = scales(slot) + column * kScaleColumn + at.t * kScalePitch;
-    // Rotations that take the code of the first and of the second term to bits 7 to 14.
-    const int first = at.odd ? 31 : 7;
-    const int second = at.odd ? 15 : 23;
-#if DECODE == 32
-    const uint32_t copy = static_cast<uint32_t>(lane * 4);
-    const auto levels_of = [&](uint32_t word, int rotation) {
-      const uint32_t place = (__funnelshift_l(word, word, rotation) & 0x7f80u) | copy;
-      return __half22float2(*reinterpret_cast<const __half2*>(shared + place));
-    };
-#elif DECODE == 1
-    const uint32_t copy = static_cast<uint32_t>(lane * 4);
-    const auto levels_of = [&](uint32_t word, int rotation) {
-      const uint32_t place = (__funnelshift_l(word, word, rotation) & 0x7f80u) | copy;
-      return float2{__uint_as_float(place), __uint_as_float(place+1)};
-    };
-#else
-    const uint32_t copy = static_cast<uint32_t>(lane % kTableCopies * int{sizeof(float2)});
-    const auto levels_of = [&](uint32_t word, int rotation) {
-      const uint32_t place = (__funnelshift_l(word, word, rotation) & 0x7f80u) | copy;
-      return *reinterpret_cast<const float2*>(shared + place);
-    };
-#endif
-#if DECODE == 0
-#pragma unroll
-    for (int i = 0; i < 4; ++i) for (int j = 0; j < 4; ++j) a[i][j] = codes + i * 4 + j;
-    return;
-#endif
-#pragma unroll
-    for (int half = 0; half < kTerms / 32; ++half) {
-      uint32_t words[4];
-      load_transposed(codes + half * 32 * S::kCodeRow, words);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float4 two = *reinterpret_cast<const float4*>(scale_row + 8 * half + i / 2 * 4);
-        const float2 scale = i % 2 == 0 ? float2{two.x, two.y} : float2{two.z, two.w};
-        const float2 x = levels_of(words[i], first);
-        const float2 y = levels_of(words[i], second);
-        uint32_t(&to)[4] = a[2 * half + i / 2];
-        to[i % 2 * 2] = pack_pair<T>(__fmul_rn(x.x, scale.x), __fmul_rn(y.x, scale.y));
-        to[i % 2 * 2 + 1] = pack_pair<T>(__fmul_rn(x.y, scale.x), __fmul_rn(y.y, scale.y));
-      }
-    }
-  }
-
-  template <class T>
-  __device__ __forceinline__ void multiply(float (&d)[kTokens / 2],
-                                           const uint32_t (&a)[kTerms / 16][4], const char* stage,
-                                           bool accumulate) const {
-    const uint64_t grads = swizzled_descriptor(shared_address(stage));
-    wgmma_fence();
-#pragma unroll
-    for (int s = 0; s < kTerms / 16; ++s) {
-      Wgmma<T, kTokens>::run(d, a[s], advance_k(grads, s), accumulate || s > 0);
-    }
-    wgmma_commit();
-  }
-
-  // Called once per warp.
-  __device__ __forceinline__ void release(int slot) const {
-    if (threadIdx.x % kWarp == 0) {
-      if constexpr (kFan > 1) {
-#pragma unroll
-        for (int f = 0; f < kFan; ++f) barriers(slot).empty.arrive_at(f);
-      } else {
-        barriers(slot).empty.arrive();
-      }
-    }
-  }
-
-  // Four sums: of features f, f + 1 and tokens i, i + 1, the tokens varying faster.
-  template <class T>
-  __device__ __forceinline__ void store(const Job& job, const Position& at, int unit,
-                                        const float (&x)[4]) const {
-    const int64_t feature = job.feature + at.feature();
-    const int64_t token = job.token + 8 * unit + 2 * at.t;
-    if (feature >= task.k) return;
-    T* const to = static_cast<T*>(task.out) + token * task.k + feature;
-    if (token < task.m) *reinterpret_cast<uint32_t*>(to) = pack_pair<T>(x[0], x[2]);
-    if (token + 1 < task.m) *reinterpret_cast<uint32_t*>(to + task.k) = pack_pair<T>(x[1], x[3]);
-  }
-
-  template <class T>
-  __device__ __forceinline__ void make() const {
-    const Position at;
-    Place<kStages> place;
-    for_each_tile([&](const Job& job) {
-      float d[kTokens / 2];
-      uint32_t even[kTerms / 16][4];
-      uint32_t odd[kTerms / 16][4];
-      barriers(place.slot).full.wait(place.phase);
-      decode<T>(place.slot, at, even);
-      int before = place.slot;
-      for (int s = job.first_stage; s < job.last_stage; s += 2) {
-        const int slot = place.slot;
-        multiply<T>(d, even, stage(slot), s > job.first_stage);
-        wgmma_wait<1>();
-        if (s > job.first_stage) release(before);
-        place.advance();
-        barriers(place.slot).full.wait(place.phase);
-        decode<T>(place.slot, at, odd);
-        before = place.slot;
-        multiply<T>(d, odd, stage(before), true);
-        wgmma_wait<1>();
-        release(slot);
-        place.advance();
-        if (s + 2 < job.last_stage) {
-          barriers(place.slot).full.wait(place.phase);
-          decode<T>(place.slot, at, even);
-        }
-      }
-      wgmma_wait<0>();
-      wgmma_hold(d);
-      release(before);
-      if (task.splits == 1) {
-#pragma unroll
-        for (int j = 0; j < kTokens / 8; ++j) {
-          store<T>(job, at, j, {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]});
-        }
-      } else {
-        add_splits<T>(job, at, d);
-      }
-    });
-  }
-
-  // Leaves the sums in the workspace; whoever comes last adds those of all splits, in order.
-  template <class T>
-  __device__ __forceinline__ void add_splits(const Job& job, const Position& at,
-                                             const float (&d)[kTokens / 2]) const {
-    constexpr int kUnits = kTokens / 8;
-    auto* const sums = reinterpret_cast<float4*>(task.sums) +
-                       int64_t{job.tile} * task.splits * kUnits * S::kMakers + threadIdx.x;
-#pragma unroll
-    for (int j = 0; j < kUnits; ++j) {
-      __stcg(&sums[(job.split * kUnits + j) * S::kMakers],
-             float4{d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]});
-    }
-    if (!comes_last(task.arrivals[job.tile])) return;
-#pragma unroll
-    for (int j = 0; j < kUnits; ++j) {
-      float total[4] = {};
-      for (int s = 0; s < task.splits; ++s) {
-        float4 x{d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
-        if (s != job.split) x = __ldcg(&sums[(s * kUnits + j) * S::kMakers]);
-        total[0] = __fadd_rn(total[0], x.x);
-        total[1] = __fadd_rn(total[1], x.y);
-        total[2] = __fadd_rn(total[2], x.z);
-        total[3] = __fadd_rn(total[3], x.w);
-      }
-      store<T>(job, at, j, total);
-    }
-  }
-
-  // Whether all other splits have arrived; what they stored before is visible then. A counter holds
-  // the launch that it counts for, so that it need not be set before.
-  __device__ __forceinline__ bool comes_last(unsigned long long& counter) const {
-    bool& last = *reinterpret_cast<bool*>(shared + S::kFlag);
-    __threadfence();
-    named_barrier(1, S::kMakers);
-    if (threadIdx.x == 0) {
-      unsigned long long seen = counter;
-      for (;;) {
-        const unsigned long long before = (seen & ~0xffull) == task.launch ? seen & 0xffull : 0;
-        const bool all = before + 1 == static_cast<unsigned>(task.splits);
-        const unsigned long long found =
-            atomicCAS(&counter, seen, all ? 0 : task.launch | (before + 1));
-        last = all;
-        if (found == seen) break;
-        seen = found;
-      }
-      __threadfence();
-    }
-    named_barrier(1, S::kMakers);
-    const bool result = last;
-    named_barrier(1, S::kMakers);
-    return result;
-  }
-};
-
-#endif  // BNB_HOPPER
-
+// Clusters of the kernel that are resident together on the current device. Looked up once, since
+// the runtime takes long to say it.
 template <class T, class S>
-__global__ void __launch_bounds__(S::kThreads, 1)
-    wgmma_dgrad_kernel(BNB_GRID_CONSTANT const TensorMap grad_map,
-                       BNB_GRID_CONSTANT const TensorMap code_map,
-                       BNB_GRID_CONSTANT const DgradTask task) {
-#if BNB_HOPPER
-  extern __shared__ __align__(1024) char dgrad_shared[];
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const Dgrad<S> dgrad{task, dgrad_shared, static_cast<int>(blockIdx.x) % S::kFan};
-
-  for (int i = static_cast<int>(threadIdx.x); i < 256 * kTableCopies; i += S::kThreads) {
-    const int byte = i / kTableCopies;
-#if DECODE == 32
-    reinterpret_cast<__half2*>(dgrad_shared)[2 * i] = reinterpret_cast<__half2*>(dgrad_shared)[2 * i + 1] = __floats2half2_rn(task.levels[byte >> 4], task.levels[byte & 15]);
-    if (0)
-#endif
-    reinterpret_cast<float2*>(dgrad_shared)[i] = {task.levels[byte >> 4], task.levels[byte & 15]};
-  }
-  if (task.scales.codes != nullptr) {
-    ScaleReader<true>::fill_code(task.scales, reinterpret_cast<float*>(dgrad_shared + S::kTableBytes));
-  }
-  if (threadIdx.x == 0) {
-    prefetch_map(grad_map);
-    prefetch_map(code_map);
-    for (int slot = 0; slot < S::kStages; ++slot) {
-      dgrad.barriers(slot).full.init(1 + kScaleWarps);
-      dgrad.barriers(slot).empty.init(S::kMakerWarps * S::kFan);
-    }
-    fence_barrier_init();
-  }
-  __syncthreads();
-  if (S::kFan > 1) cluster_barrier();
-
-  if (warp >= S::kMakerWarps) {
-    give_registers<S::kOtherRegisters>();
-    if (warp == S::kMakerWarps) {
-      dgrad.copy(grad_map, code_map);
-    } else {
-      dgrad.bring_scales(warp - S::kMakerWarps - 1);
-    }
-    __syncwarp();
-  } else {
-    take_registers<S::kMakerRegisters>();
-    dgrad.template make<T>();
-  }
-  // Others may still arrive at this block's barriers.
-  if (S::kFan > 1) cluster_barrier();
-#endif
-}
-
-// Clusters of so many blocks that are resident together.
-template <class Kernel>
-int resident_clusters(Kernel* kernel, int blocks, int threads, int shared_bytes) {
+int resident_clusters() {
+  if (S::kFan == 1) return multiprocessors();
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> known{};
+  int device = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  if (device < kDevices && known[device] != 0) return known[device];
+  constexpr auto kernel = wgmma_dgrad_kernel<T, S>;
+  allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+  attribute.val.clusterDim = {S::kFan, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.gridDim = dim3(S::kFan);
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = S::kBytes;
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
   BNB_GPU_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
+  clusters = std::max(clusters, 1);
+  if (device < kDevices) known[device] = clusters;
   return clusters;
 }
 
 // How a product is cut.
 struct Cut {
-  int splits;
-  int clusters;
+  int splits;         // of the terms of a tile
   int feature_tiles;  // of a cluster
   int token_tiles;
+  int clusters;
+
+  int64_t jobs() const { return int64_t{feature_tiles} * token_tiles * splits; }
 };
 
-int dgrad_force_splits = 0;  // EXPERIMENT
-
-// The split of a tile's terms that ends first, by an estimate in clock cycles.
+// With the split of terms that ends first, by an estimate in clock cycles.
 template <class T, class S>
 Cut choose_cut(const Gemm4bitDgrad& args) {
   constexpr int kPairCycles = std::max(8 * S::kTokens * S::kFeatures / 128, 600);
   constexpr int kTileCycles = 2500 + 4 * S::kTokens;
   constexpr int kSplitCycles = 2000 + 24 * S::kTokens;
-  constexpr int kMostSplits = 32;
-  constexpr auto kernel = wgmma_dgrad_kernel<T, S>;
-  const int64_t features = ceil_div(args.weight.k, S::kFeatures * S::kFan);
-  const int64_t tokens = ceil_div(args.m, S::kTokens);
-  const int64_t tiles = features * tokens;
+  constexpr int64_t kMostSplits = 32;
+  const int clusters = resident_clusters<T, S>();
   const int64_t pairs = ceil_div(args.weight.n, 2 * kTerms);
-  allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
-  const int clusters = S::kFan == 1 ? multiprocessors()
-                                 : resident_clusters(kernel, S::kFan, S::kThreads, S::kBytes);
-  int best = 1;
-  int64_t least = INT64_MAX;
-  for (int splits = 1; splits <= std::min<int64_t>(kMostSplits, pairs); ++splits) {
+  Cut cut{1, static_cast<int>(ceil_div(args.weight.k, S::kFeatures * S::kFan)),
+          static_cast<int>(ceil_div(args.m, S::kTokens)), clusters};
+  const int64_t tiles = cut.jobs();
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int splits = 1; splits <= std::min(kMostSplits, pairs); ++splits) {
+    // More would take more workspace and no less time.
     if (splits > 1 && tiles * splits > 2 * clusters) break;
     const int64_t cycles =
         ceil_div(tiles * splits, clusters) *
         (ceil_div(pairs, splits) * kPairCycles + kTileCycles + (splits > 1 ? kSplitCycles : 0));
     if (cycles < least) {
       least = cycles;
-      best = splits;
+      cut.splits = splits;
     }
   }
-  if (dgrad_force_splits) best = dgrad_force_splits;
-  return {best, static_cast<int>(std::min<int64_t>(tiles * best, clusters)),
-          static_cast<int>(features), static_cast<int>(tokens)};
+  cut.clusters = static_cast<int>(std::min<int64_t>(cut.jobs(), clusters));
+  return cut;
 }
 
+// Of the workspace: sums, then a counter for each tile. Nothing with a single split.
 template <class S>
 int64_t sums_bytes(const Cut& cut) {
-  return int64_t{cut.feature_tiles} * S::kFan * cut.token_tiles * cut.splits * S::kFeatures * S::kTokens *
-         int64_t{sizeof(float)};
+  if (cut.splits == 1) return 0;
+  return cut.jobs() * S::kFan * S::kFeatures * S::kTokens * int64_t{sizeof(float)};
+}
+template <class S>
+int64_t arrivals_bytes(const Cut& cut) {
+  if (cut.splits == 1) return 0;
+  return cut.jobs() / cut.splits * S::kFan * int64_t{sizeof(unsigned long long)};
 }
 
-// For a counter of arrivals to tell launches apart.
-inline unsigned long long next_launch() {
-  static std::atomic<unsigned long long> launches{std::random_device{}() +
-                                                  (uint64_t{std::random_device{}()} << 32)};
+// A number that the counters of other launches do not hold, nor, but for a chance of 2^-56, memory
+// that has been something else.
+unsigned long long next_launch() {
+  static std::atomic<unsigned long long> launches = [] {
+    std::random_device random;
+    return (static_cast<unsigned long long>(random()) << 32) | random();
+  }();
   return ++launches << 8;
 }
 
 template <class T, class S>
-void run(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
+void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
   constexpr auto kernel = wgmma_dgrad_kernel<T, S>;
   const Weight4bit& w = args.weight;
   const Cut cut = choose_cut<T, S>(args);
   const TensorMap grad_map =
-      tensor_map(args.grad, args.m, 2 * w.n, S::kTokens / S::kFan, Swizzle::k128);
+      tensor_map(args.grad, args.m, w.n * int64_t{sizeof(T)}, S::kTokens / S::kFan, Swizzle::k128);
   const TensorMap code_map = tensor_map(w.codes, w.n, w.k / 2, kTerms, S::kCodeSwizzle);
-  auto* const sums = static_cast<float*>(workspace);
-  auto* const arrivals = reinterpret_cast<unsigned long long*>(static_cast<char*>(workspace) +
-                                                               sums_bytes<S>(cut));
-  const DgradTask task{w.scales,
-                       Levels4(w),
-                       args.out,
-                       args.m,
-                       w.n,
-                       w.k,
-                       log2_of(w.block_size),
-                       cut.splits,
-                       cut.feature_tiles,
-                       cut.token_tiles,
-                       sums,
-                       arrivals,
-                       next_launch()};
+  const bool nested = w.scales.nested();
+  const bool paired = w.block_size == kGroupWidth && w.k % (2 * kGroupWidth) == 0 &&
+                      (nested ? is_aligned(w.scales.codes, 2) && w.scales.block_size % 2 == 0
+                              : is_aligned(w.scales.absmax, 8));
+  const DgradTask task{
+      w.scales,
+      Levels4(w),
+      args.out,
+      args.m,
+      w.n,
+      w.k,
+      log2_of(w.block_size),
+      paired,
+      cut.splits,
+      cut.feature_tiles,
+      cut.token_tiles,
+      static_cast<float*>(workspace),
+      reinterpret_cast<unsigned long long*>(static_cast<char*>(workspace) + sums_bytes<S>(cut)),
+      next_launch()};
+  allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {S::kFan, 1, 1};
@@ -689,22 +146,84 @@ void run(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
   BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, grad_map, code_map, task));
 }
 
-template <class T>
-void run(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
-  if (args.m <= 16) return run<T, Shape<16, 1, 4>>(args, workspace, stream);
-  if (args.m <= 32) return run<T, Shape<32, 1, 4>>(args, workspace, stream);
-  if (args.m <= 64) return run<T, Shape<64, 1, 4>>(args, workspace, stream);
-  if (args.m <= 128) return run<T, Shape<128, 2, 2>>(args, workspace, stream);
-  return run<T, Shape<256, 2, 2>>(args, workspace, stream);
+// Calls visit<T, Shape>(). Few tokens take more features, so that codes come in longer pieces.
+template <class T, class Visitor>
+decltype(auto) with_shape(int64_t m, Visitor&& visit) {
+  //                                                   tokens fan groups
+  if (m <= 16) return visit.template operator()<T, Shape<16, 1, 4>>();
+  if (m <= 32) return visit.template operator()<T, Shape<32, 1, 4>>();
+  if (m <= 64) return visit.template operator()<T, Shape<64, 1, 4>>();
+  if (m <= 128) return visit.template operator()<T, Shape<128, 2, 2>>();
+  return visit.template operator()<T, Shape<256, 2, 2>>();
+}
+
+template <class Visitor>
+decltype(auto) with_shape(const Gemm4bitDgrad& args, Visitor&& visit) {
+  return args.dtype == DType::kBFloat16 ? with_shape<BFloat16>(args.m, visit)
+                                        : with_shape<Half>(args.m, visit);
+}
+
+// Tells by its shared memory whether this target has the kernels: others have empty ones.
+__global__ void dgrad_marker_kernel(int* out) {
+#if BNB_HOPPER
+  __shared__ int marker[kWarp];
+  marker[threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  out[threadIdx.x] = marker[kWarp - 1 - threadIdx.x];
+#endif
+}
+
+bool has_kernels() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (major != 9 || minor != 0) return false;
+  static const bool built = [] {
+    cudaFuncAttributes attributes{};
+    const cudaError_t status =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&dgrad_marker_kernel));
+    cudaGetLastError();
+    return status == cudaSuccess && attributes.sharedSizeBytes > 0;
+  }();
+  return built;
 }
 
 }  // namespace
 
-bool wgmma_gemm_4bit_dgrad_serves(const Gemm4bitDgrad&) { return true; }
+bool wgmma_gemm_4bit_dgrad_serves(const Gemm4bitDgrad& args) {
+  // Sizes that the copy engine's coordinates hold, and jobs that the kernel counts.
+  constexpr int64_t kMost = int64_t{1} << 30;
+  const Weight4bit& w = args.weight;
+  return args.dtype != DType::kFloat32 && args.m > 0 && w.n > 0 && w.k > 0 && args.m < kMost &&
+         w.n < kMost && w.k < kMost && ceil_div(args.m, 256) * ceil_div(w.k, 256) < kMost / 64 &&
+         w.n % 8 == 0 && w.k % 64 == 0 && is_aligned(args.grad, 16) && is_aligned(w.codes, 16) &&
+         is_aligned(args.out, 4) && has_kernels();
+}
+
+int64_t wgmma_gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad& args) {
+  return with_shape(args, [&]<class T, class S>() {
+    const Cut cut = choose_cut<T, S>(args);
+    return sums_bytes<S>(cut) + arrivals_bytes<S>(cut);
+  });
+}
 
 void wgmma_gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
-  if (args.dtype == DType::kBFloat16) return run<BFloat16>(args, workspace, stream);
-  return run<Half>(args, workspace, stream);
+  with_shape(args, [&]<class T, class S>() { launch_dgrad<T, S>(args, workspace, stream); });
 }
 
 }  // namespace bnb::gpu
+
+#else
+
+namespace bnb::gpu {
+
+bool wgmma_gemm_4bit_dgrad_serves(const Gemm4bitDgrad&) { return false; }
+int64_t wgmma_gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad&) { return 0; }
+void wgmma_gemm_4bit_dgrad(const Gemm4bitDgrad&, void*, Stream) {}
+
+}  // namespace bnb::gpu
+
+#endif  // BNB_BULK_COPIES

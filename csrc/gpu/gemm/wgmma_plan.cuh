@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: MIT
 //
 // A tile of the product is some rows of the weight by some rows of a (tokens). Tiles that fill all
-// blocks of threads evenly are taken whole. What remains is a line of stages (pieces of k), of which
-// every block takes an equal part, whatever tiles it cuts (stream-K, Osama et al. 2023,
+// blocks of threads evenly are taken whole. What remains is a line of stages (pieces of k), of
+// which every block takes an equal part, whatever tiles it cuts (stream-K, Osama et al. 2023,
 // arXiv:2301.03598):
 //
 //     tiles     | whole: 0 1 2 ... | split:    a    |    b    |    c    |
@@ -39,26 +39,28 @@ struct WgmmaShape {
 
   // Shared memory by address. The table of 256 entries for 32 lanes takes every other 128 bytes of
   // its span, so that an address is made of a byte of codes by one instruction. The other pieces of
-  // 128 bytes hold scales, barriers and, for each warp, sixteen rows by sixteen tokens of out.
-  static constexpr int kStart = 1024;  // what is before is the system's
+  // 128 bytes hold barriers and, for each warp, sixteen rows by sixteen tokens of out.
+  static constexpr int kStart = 1024;                // what is before is the system's
   static constexpr int kTokenBlock = kTokens * 128;  // 64 k of all tokens
   static constexpr int kTokenStage = kBlocks * kTokenBlock;
   static constexpr int kCodeStage = kRows * kBlocks * 32;
+  static constexpr int kScaleRow = 16;  // the least that the copy engine copies
+  static constexpr int kScaleStage = kRows * kScaleRow;
   static constexpr int kTableAt = kStart + kStages * kTokenStage;
   static constexpr int kCodesAt = kTableAt + 256 * 256;
-  static constexpr int kNestedAt = kCodesAt + kStages * kCodeStage;  // table of nested scales
+  static constexpr int kScalesAt = kCodesAt + kStages * kCodeStage;
+  static constexpr int kNestedAt = kScalesAt + kStages * kScaleStage;  // levels of nested scales
   static constexpr int kEnd = kNestedAt + 1024;
-  static constexpr int kRowsPerPiece = 32 / kBlocks;  // of scales
-  static constexpr int kScalePieces = kRows / kRowsPerPiece;
-  static constexpr int kScratchPiece = kStages * kScalePieces;
-  static constexpr int kBarrierPiece = kScratchPiece + 4 * kWarps;
-  static_assert(kBarrierPiece < 256 && kStages <= 8);
+  static constexpr int kBarrierPiece = 4 * kWarps;
+  static constexpr int kMostShared = 228 * 1024;  // of a multiprocessor, and of a block
+  static_assert(kStages <= 8 && kEnd <= kMostShared);
 
   BNB_HD static constexpr int piece(int i) { return kTableAt + 128 + 256 * i; }
 };
 
 // Products of its numbers fit 32 bits as long as k does not exceed kLongest.
 inline constexpr int64_t kLongest = 1 << 22;
+inline constexpr int64_t kMostRows = 1 << 30;
 
 struct WgmmaPlan {
   int blocks;  // of threads
@@ -79,6 +81,9 @@ struct WgmmaPlan {
     plan.stages = static_cast<int>(ceil_div(k, 64 * Shape::kBlocks));
     const int tiles = static_cast<int>(ceil_div(n, Shape::kRows)) * plan.token_tiles;
     plan.blocks = multiprocessors;
+    // If nearly all multiprocessors suffice for equal parts of tiles, no block has two tiles.
+    const int even = multiprocessors / tiles * tiles;
+    if (even >= multiprocessors * 15 / 16) plan.blocks = even;
     plan.whole = tiles / plan.blocks * plan.blocks;
     plan.split = tiles - plan.whole;
     if (plan.whole == 0) plan.blocks = std::min(plan.blocks, plan.split * plan.stages);

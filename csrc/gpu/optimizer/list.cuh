@@ -163,20 +163,16 @@ __device__ __forceinline__ void make_step(const OptimizerStep& args, Step<R>* sh
   if (threadIdx.x == 0) *shared = Step<R>::make(args.hyper, *args.step + 1, args.lr);
 }
 
-// Counts `part` of `whole` pieces of work as done, and tells whether they were the last. Called by
-// all threads of a block; after the last piece they see what was written for any of them, and the
-// ticket is zero again.
+// Counts `part` of `whole` pieces of work as done, by one thread, which has done them, or a barrier
+// after them. Whether they were the last; then the thread sees what was written for any of them,
+// and the ticket is zero again.
 __device__ __forceinline__ bool completes(uint32_t* ticket, uint32_t part, uint32_t whole) {
-  bool complete = true;
-  __syncthreads();
-  if (part == whole) return complete;  // no other block is involved
-  if (threadIdx.x == 0) {
-    __threadfence();
-    complete = atomicAdd(ticket, part) + part == whole;
-    if (complete) *ticket = 0;
-    __threadfence();
-  }
-  return block_all(complete);
+  if (part == whole) return true;  // no other block is involved
+  __threadfence();
+  if (atomicAdd(ticket, part) + part != whole) return false;
+  *ticket = 0;
+  __threadfence();
+  return true;
 }
 
 // What a step leaves for the next one, written by the last of its blocks. Called at the end by all
@@ -184,7 +180,8 @@ __device__ __forceinline__ bool completes(uint32_t* ticket, uint32_t part, uint3
 __device__ __forceinline__ void leave_step(const StepList& list) {
   const OptimizerStep& args = list.header.args;
   if (args.counter == nullptr || !list.header.is_last()) return;
-  if (!completes(args.tickets, 1, gridDim.x)) return;
+  __syncthreads();
+  if (!block_all(threadIdx.x != 0 || completes(args.tickets, 1, gridDim.x))) return;
   for (int k = 0; k < 2; ++k) {
     if (args.kept_max[k] == nullptr) continue;
     for (int i = static_cast<int>(threadIdx.x); i < list.header.tensors; i += blockDim.x) {

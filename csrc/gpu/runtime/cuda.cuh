@@ -2,7 +2,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -192,11 +191,17 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
+__device__ __forceinline__ void sync_threads_of(int part, int threads) {
+  // Barrier 0 is that of __syncthreads().
+  asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }
 
-// Whether multiply_add_16x8x16() has an instruction on the current device.
+inline constexpr bool kTensorProducts = true;
+
 inline bool has_tensor_products() {
   constexpr int kAmpere = 8;
   int device = 0;
@@ -245,38 +250,6 @@ __device__ __forceinline__ float half_to_float(uint16_t bits) {
 
 __device__ __forceinline__ uint16_t float_to_half(float x) {
   return __half_as_ushort(__float2half_rn(x));
-}
-
-// The copy engine's description of a matrix and its tiles.
-using TileMap = CUtensorMap;
-
-// Of a matrix of bytes whose rows follow each other. `swizzled`: 16-byte chunk c of row r of a tile
-// lies at chunk c ^ (r / 2 % 4); tiles are then 64 bytes wide.
-inline cudaError_t make_tile_map(TileMap* map, const void* matrix, int64_t rows, int64_t columns,
-                                 int tile_rows, int tile_columns, bool swizzled) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-#if CUDART_VERSION >= 12050
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                     &found);
-#else
-    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t pitch[1] = {static_cast<cuuint64_t>(columns)};
-  const cuuint32_t tile[2] = {static_cast<cuuint32_t>(tile_columns),
-                              static_cast<cuuint32_t>(tile_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  const CUresult status = encode(
-      map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes, pitch, tile, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzled ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <class... Parameters, class... Arguments>

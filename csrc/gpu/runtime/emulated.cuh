@@ -41,6 +41,8 @@ inline uint32_t warp_ballot(bool condition) {
 
 inline bool warp_all(bool condition) { return warp_ballot(!condition) == 0; }
 
+inline void sync_threads_of(int, int) { __syncthreads(); }
+
 inline bool block_all(bool condition) { return emulated::block_all(condition); }
 
 inline int bits_set(uint32_t x) { return __builtin_popcount(x); }
@@ -62,6 +64,8 @@ template <int kOpen>
 void wait_copies() {
   emulated::wait_copies(kOpen);
 }
+
+inline constexpr bool kTensorProducts = true;
 
 inline bool has_tensor_products() { return true; }
 

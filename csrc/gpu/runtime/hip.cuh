@@ -119,14 +119,14 @@ __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
 }
 
+// What these would serve is not compiled.
+inline constexpr bool kTensorProducts = false;
 inline bool has_tensor_products() { return false; }
 template <class T>
-__device__ __forceinline__ void multiply_add_16x8x16(float (&)[4], const uint32_t (&)[4], uint32_t,
-                                                     uint32_t) {
-  __builtin_trap();  // the host asks has_tensor_products()
-}
-
-__device__ __forceinline__ uint2 load_once(const uint2* p) { return *p; }
+__device__ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                     uint32_t b1);
+__device__ uint2 load_once(const uint2* p);
+__device__ void sync_threads_of(int part, int threads);
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));

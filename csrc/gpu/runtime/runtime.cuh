@@ -15,14 +15,18 @@
 //   absmax_step(most, x)            max(most, |x|) in which NaN wins
 //   max_magnitudes<T>(most, pair)   the larger of both magnitudes, for two 16-bit floats in a word;
 //                                   NaN wins
-//   multiply_add_16x8x16<T>(c, a, b0, b1)   c += a b for matrices [16, 8], [16, 16] and [16, 8]
-//   that
-//                                   lie in a warp, as PTX lays out mma.m16n8k16: lane 4 g + t has
-//                                   rows g and g + 8 of a and columns 2 t, 2 t + 1 and the same + 8
-//                                   of them, rows of the same numbers and column g of b
-//   load_once(p)                    what no other thread reads
 //   hide_origin(p)                  p, of which the compiler no longer knows what it points to
 //   approximate_reciprocal, approximate_sqrt    one instruction, within 2 units in the last place
+//   kTensorProducts                 whether there is what follows
+//   has_tensor_products()           whether the current device has instructions for it
+//   multiply_add_16x8x16<T>(c, a, b0, b1)
+//                                   c += a b for matrices [16, 8], [16, 16] and [16, 8] that lie in
+//                                   a warp as PTX's mma.m16n8k16 has them: lane 4 g + t has of a
+//                                   rows g and g + 8, columns 2 t + {0, 1} and 2 t + {8, 9}; of b
+//                                   rows of these numbers, column g
+//   load_once(p)                    what no other thread reads
+//   sync_threads_of(part, threads)  a barrier of each of at most 15 equal parts of a block of
+//                                   threads, which all reach it equally often
 //   BNB_GRID_CONSTANT               kernel parameters that are read in place
 //   BNB_LAUNCH_BOUNDS(threads, blocks)   of a block; of blocks that shall fit a multiprocessor
 //   BNB_DYNAMIC_SHARED(name)        declares the shared memory that the launch asked for

@@ -7,7 +7,7 @@ import torch
 import bitsandbytes as bnb
 from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 
-pytestmark = pytest.mark.filterwarnings("ignore:(Merge|Unmerge)")
+pytestmark = pytest.mark.filterwarnings("ignore:(Merge|Unmerge|All adapters)")
 
 
 def adapted(peft, model, targets="all-linear", **settings):

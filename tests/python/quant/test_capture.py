@@ -19,7 +19,8 @@ def op_of(name):
 
 def capturable(name, args):
     """Whether the sizes of all results are known beforehand: else the op waits for the device."""
-    finds_outliers = name == "int8_vectorwise_quant" and len(args) > 1 and args[1] > 0
+    lists_outliers = name in ("int8_vectorwise_quant", "int8_double_quant")
+    finds_outliers = lists_outliers and len(args) > 1 and args[1] > 0
     return not finds_outliers
 
 

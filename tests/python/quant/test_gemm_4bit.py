@@ -14,7 +14,7 @@ from reference import gemm4 as reference
 ops = torch.ops.bitsandbytes
 TYPES = ("nf4", "fp4")
 # N, K and blocksize: rows that begin in the middle of bytes, of blocks and of what kernels read at
-# once; blocks longer than rows; more rows than a thread takes at a time.
+# once; blocks longer than rows; more rows than a thread takes at a time; what fits tensor cores.
 SHAPES = (
     (1, 1, 32),
     (7, 33, 32),
@@ -28,6 +28,9 @@ SHAPES = (
     (3, 2048, 64),
     (9, 4097, 256),
     (6, 4224, 128),
+    (70, 512, 64),
+    (40, 576, 256),
+    (21, 2304, 64),
 )
 ROWS = (1, 2, 4, 5, 11, 20)
 
@@ -343,6 +346,24 @@ def test_compiles_in_one_graph(device, compile_fresh):
         a, grad = torch.randn(m, 96, device=device), torch.randn(m, 5, device=device)
         for got, want in zip(compiled(a, grad), run(a, grad), strict=True):
             assert torch.equal(got, want)
+
+
+def test_runs_in_a_cuda_graph(device):
+    if device != "cuda":
+        pytest.skip("CUDA graphs exist on CUDA only")
+    packed, state, _ = make_weight((70, 512), 64, "nf4", True, device=device)
+    for dtype in DTYPES:
+        for m in (1, 3, 20, 100):
+            a, grad = (torch.zeros(m, size, device=device, dtype=dtype) for size in (512, 70))
+            gemm(ops, a, packed, state), dgrad(ops, grad, packed, state)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = gemm(ops, a, packed, state), dgrad(ops, grad, packed, state)
+            a.normal_()
+            grad.normal_()
+            graph.replay()
+            assert torch.equal(results[0], gemm(ops, a, packed, state))
+            assert torch.equal(results[1], dgrad(ops, grad, packed, state))
 
 
 # --- errors -------------------------------------------------------------------------------------

@@ -324,7 +324,10 @@ def test_mixed_scaled_mm_matches_specification(int8, device, dtype):
 
 
 # Shapes of one tile of a kernel and of several, whole and not, and such as vendors' libraries take.
-LAYERS = [(3, 5, 33), (1, 70, 64), (20, 16, 40), (70, 72, 136), (300, 3, 17)]
+LAYERS = [
+    *[(1, 70, 64), (2, 5, 48), (3, 5, 33), (4, 17, 544), (13, 3, 700), (16, 9, 32)],
+    *[(20, 16, 40), (70, 72, 136), (300, 3, 17)],
+]
 
 
 def planted(rows, columns, outliers, device):

@@ -711,6 +711,47 @@ def test_storage(device):
         assert torch.equal(got[:101], want.flatten()) and not got[101:].any()
 
 
+def nearest(values, bits):
+    """The nearest numbers with so many significant bits."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
+
+
+def relative_error(values, levels):
+    return math.sqrt(np.mean(np.square(values - levels)) / np.mean(np.square(levels)))
+
+
+@rule("products-4bit", "0.4 (bfloat16) or 0.3 (float16)", "FP4 has none", "from 1 to 2")
+def test_roundings_of_multiples_of_levels():
+    random = np.random.default_rng(1)
+    for bits, ratio in ((8, 0.4), (11, 0.3)):
+        levels = np.float64(reference4.levels("nf4"))
+        multiples = np.arange(2 ** (bits - 1), 2**bits) / 2 ** (bits - 1)
+        kept = min(relative_error(nearest(c * levels, bits) / c, levels) for c in multiples)
+        scales = random.uniform(1, 2, 10000)
+        dequantized = [relative_error(nearest(s * levels, bits) / s, levels) for s in scales]
+        assert round(kept / math.sqrt(np.mean(np.square(dequantized))), 1) == ratio
+        twelfths = np.round(np.float64(reference4.levels("fp4")) * 192) / 192
+        assert (nearest(1.5 * twelfths, bits) == 1.5 * twelfths).all()
+
+
+@rule("products-4bit", "sums in f32 and rounds once", "the numbers of `dequantize_4bit`")
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_weights_of_products(device, gpu_kernels, name):
+    for dtype, step in ((torch.float32, 2.0**-24), (torch.float16, 2.0**-11)):
+        values = torch.randn(16, 256, device=device)
+        packed, state = F.quantize_4bit(values, quant_type=name, blocksize=BLOCK)
+        unit = torch.eye(256, device=device, dtype=dtype)
+        out = bnb.matmul_4bit(unit, packed, state).t()
+        weight = F.dequantize_4bit(packed, state)
+        if gpu_kernels:
+            # The rounding of the result, and that of the weight.
+            bound = (2 if name == "nf4" else 1.01) * step * weight.abs() + 2.0**-25
+            assert ((out - weight).abs() <= bound).all()
+        else:
+            assert torch.equal(out, weight.to(dtype))
+
+
 # --- quantiles ------------------------------------------------------------------------------------
 
 
@@ -822,10 +863,38 @@ def test_int8_overflow(device):
 
 
 @rule(
+    "int8-linear",
+    "`int8_linear` sums their products (f32 activations times codes) with one fma each, in the "
+    "order of the columns:",
+    "out[i, j] = fma(sum_k CA[i,k] CB[j,k], SCB[j] * (SCA[i] * f32(1 / 127^2)), "
+    "fma(sum_o A[i,o] CB[j,o], SCB[j] * f32(1 / 127), bias[j]))",
+)
+def test_int8_linear(device):
+    a = torch.randn(5, 65, device=device)
+    a[1, 7], a[3, 7], a[4, 60], a[0, 20] = 7.5, -40.25, 6.0, 1e4
+    CB = torch.randint(-127, 128, (7, 65), dtype=torch.int8, device=device)
+    SCB, bias = torch.rand(7, device=device), torch.randn(7, device=device)
+    CA, SCA, columns = F.int8_vectorwise_quant(a, threshold=6.0)
+    assert columns.tolist() == [7, 20, 60]
+    # Each fma is computed in float64, whose rounding is 2^-53 at most, and rounded to f32.
+    added = np.zeros((5, 7), f32)
+    for o in columns.tolist():
+        term = array(a)[:, [o]].astype(np.float64) * array(CB)[:, o]
+        added = (added + term).astype(f32)
+    first = added * (array(SCB) * f32(1 / 127)).astype(np.float64) + array(bias)
+    scales = array(SCB) * (array(SCA)[:, None] * f32(1 / 127**2))
+    assert scales.dtype == f32
+    sums = array(CA).astype(np.int64) @ array(CB).astype(np.int64).T
+    want = (sums * scales.astype(np.float64) + first.astype(f32)).astype(f32)
+    got, _ = ops.int8_linear(a, CB, SCB, bias, 6.0)
+    np.testing.assert_array_equal(array(got), want)
+
+
+@rule(
     "int8-mixed",
-    "With outlier columns, their products (f32 activations times codes, one after the other in the "
-    "order of the columns) are multiplied by `SCB / 127` and added to the bias in f32, then the "
-    "product of the remaining columns is added, and there is one rounding.",
+    "In `int8_mixed_scaled_mm` the product of the remaining columns and that of the outlier "
+    "columns (f32 activations times codes, times `SCB / 127`) are added in f32, then the bias, "
+    "then there is one rounding.",
 )
 def test_int8_with_outlier_columns(device):
     # All numbers are whole, so that only the last rounding is one.
