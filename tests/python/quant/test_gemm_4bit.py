@@ -110,6 +110,31 @@ def test_products(device, gpu_kernels, n, k, blocksize, nested, dtype):
     check_both(ops, (n, k), blocksize, kind, nested, dtype, device, loose=gpu_kernels)
 
 
+# N, K, blocksize and rows that the kernels for tensor cores take: parts of their tiles, one and
+# several of them in each direction, sums of one block of threads and of many.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize", "rows"),
+    [
+        (72, 64, 64, (1, 130)),
+        (1032, 192, 32, (5, 70)),
+        (520, 320, 128, (17, 64)),
+        (264, 448, 256, (33, 257)),
+        (136, 384, 64, (128,)),
+        (776, 128, 4096, (16, 20)),
+    ],
+)
+def test_backward_products_in_tiles(device, gpu_kernels, n, k, blocksize, rows, nested, dtype):
+    rounded = torch.float32 if gpu_kernels else dtype
+    packed, state, weight = make_weight((n, k), blocksize, TYPES[k % 3 % 2], nested, rounded, device)
+    for m in rows:
+        grad = torch.randn(m, n).to(device, dtype)
+        result = dgrad(ops, grad, packed, state)
+        assert_product(result, numpy(grad), weight, None, gpu_kernels)
+        assert torch.equal(result, dgrad(ops, grad, packed, state))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize(("n", "k", "blocksize"), SHAPES)
 def test_products_on_every_instruction_set(cpu_isa, n, k, blocksize, dtype):
