@@ -356,6 +356,9 @@ def assert_layer(int8, device, shape, outliers, dtype):
         assert columns.tolist() == list(range(terms - outliers, terms))
     weight = reference.dequantize(numpy(b), numpy(col_stats))
     outlier_term = np.abs(numpy(x)[:, columns]) @ np.abs(weight[:, columns]).T
+    if device == "cuda":
+        # Tensor cores cut off 2^-23 of a sum after every 16 products, three of which are a float's.
+        outlier_term *= 1 + len(columns) * 3 / 16 / 4
     assert_close(out, expected, dtype, expected, outlier_term, shift)
 
 
