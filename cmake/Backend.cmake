@@ -29,7 +29,8 @@ if(BNB_BACKEND STREQUAL "cuda")
   if(COMPUTE_CAPABILITY)
     set(CMAKE_CUDA_ARCHITECTURES ${COMPUTE_CAPABILITY})
   elseif(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
-    # Machine code for the cards in use, and PTX of the last one for those to come.
+    # Machine code for the cards in use, and PTX of the last one for those to come. 90a is 9.0 with
+    # its warpgroup instructions.
     set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90a-real 100-real 120)
   else()
     set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90a-real 90-virtual)

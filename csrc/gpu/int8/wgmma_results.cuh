@@ -1,0 +1,225 @@
+// What becomes of the sums of the layer on Hopper's tensor cores.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include "gpu/int8/dtype.cuh"
+#include "gpu/int8/wgmma_tile.cuh"
+
+#if BNB_HOPPER
+
+namespace bnb::gpu {
+
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return to_bfloat16_pair(low, high);
+  } else {
+    uint32_t y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+  }
+}
+
+struct EightWords {
+  uint32_t words[8];
+};
+
+// From any block of the cluster.
+__device__ __forceinline__ EightWords load_eight(uint32_t address) {
+  const uint4 x = load_in_cluster(address);
+  const uint4 y = load_in_cluster(address + 16);
+  return {{x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w}};
+}
+
+template <class T, class Shape>
+struct Int8Results {
+  using Tile = Int8Tile<T, Shape>;
+  static constexpr int kTokens = Shape::kTokens;
+  static constexpr int kSums = Shape::kSums;
+  static constexpr int kChunk = Tile::kChunk;
+
+  const Tile& tile;
+
+  // ---- Results of large tiles ----------------------------------------------------------------
+
+  // What turns a thread's sums into results.
+  struct Finish {
+    const float* scales;  // of tokens, in shared memory
+    float features[2];    // scales of the thread's two features
+    float biases[2];
+  };
+
+  // Some tokens at a time lie in shared memory as [token][64 features], from where whole rows go
+  // out. add_outliers(chunk, sums) makes the sums of their outlier columns.
+  template <bool kOutliers, class AddOutliers>
+  __device__ __forceinline__ void store(const Int8Job& job, const Int8Position& at,
+                                        const Finish& finish, const int (&sums)[kSums],
+                                        const AddOutliers& add_outliers) const {
+    constexpr int kWidth = 64 * int{sizeof(T)};  // bytes
+    constexpr int kRows = Shape::kStaging / kWidth;
+    static_assert(kChunk % kRows == 0);
+#pragma unroll
+    for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
+      float added[kChunk / 2];
+      if constexpr (kOutliers) add_outliers(chunk, added);
+#pragma unroll
+      for (int row = 0; row < kChunk; row += kRows) {
+        if (chunk + row > 0) named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
+        stage_rows<kRows>(at, [&](int unit, int e) {
+          const int j = row / 8 + unit;
+          const int token = chunk * kChunk + 8 * j + 2 * at.t;
+          const float2 scale = *reinterpret_cast<const float2*>(finish.scales + token);
+          const float feature = finish.features[e / 2];
+          float result = finish.biases[e / 2];
+          if constexpr (kOutliers) {
+            result = __fmaf_rn(added[4 * j + e], __fmul_rn(feature, 1.0f / kInt8Max), result);
+          }
+          return __fmaf_rn(__int2float_rn(sums[chunk * (kChunk / 2) + 4 * j + e]),
+                           __fmul_rn(feature, e % 2 == 0 ? scale.x : scale.y), result);
+        });
+        named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
+        store_rows<kRows>(job, at, chunk * kChunk + row);
+      }
+    }
+    // The chunk's place, and the scales, are free only when all have read them.
+    named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
+  }
+
+  __device__ __forceinline__ char* staging(const Int8Position& at) const {
+    return tile.shared + Shape::kStagingAt + at.group * Shape::kStaging;
+  }
+
+  // Brings value(u, e), of tokens 8 u + 2 t + e % 2 and feature g + 8 (e / 2), to shared memory.
+  template <int kRows, class Value>
+  __device__ __forceinline__ void stage_rows(const Int8Position& at, const Value& value) const {
+    if constexpr (sizeof(T) == 2) {
+      const int matrix = static_cast<int>(threadIdx.x) % kWarp / 8;
+#pragma unroll
+      for (int u = 0; u < kRows / 8; u += 2) {
+        const uint32_t words[4] = {pack_pair<T>(value(u, 0), value(u, 1)),
+                                   pack_pair<T>(value(u, 2), value(u, 3)),
+                                   pack_pair<T>(value(u + 1, 0), value(u + 1, 1)),
+                                   pack_pair<T>(value(u + 1, 2), value(u + 1, 3))};
+        const int row = 8 * (u + matrix / 2) + static_cast<int>(threadIdx.x) % 8;
+        store_transposed(shared_address(staging(at)) + swizzled(row, 2 * at.warp + matrix % 2),
+                         words);
+      }
+    } else {
+      float* const to = reinterpret_cast<float*>(staging(at));
+#pragma unroll
+      for (int u = 0; u < kRows / 8; ++u) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = 8 * u + 2 * at.t + e % 2;
+          to[row * 64 + spread(row, 16 * at.warp + at.g + e / 2 * 8)] = value(u, e);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static const char* staged(const char* staging, int row, int pack) {
+    if constexpr (sizeof(T) == 2) {
+      return staging + swizzled(row, pack);
+    } else {
+      return staging + 4 * (row * 64 + spread(row, pack * kPackSize<T>));
+    }
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void store_rows(const Int8Job& job, const Int8Position& at,
+                                             int first) const {
+    constexpr int kPack = kPackSize<T>;
+    constexpr int kPacks = 64 / kPack;  // of a token
+#pragma unroll
+    for (int i = 0; i < kRows * kPacks / kWarpgroup; ++i) {
+      const int place = i * kWarpgroup + at.thread;
+      const int row = place / kPacks;
+      const int pack = place % kPacks;
+      const int64_t token = job.token + first + row;
+      const int64_t feature = job.feature + 64 * at.group + pack * kPack;
+      if (token >= tile.task.args.m || feature >= tile.task.args.n) continue;
+      store_pack(static_cast<T*>(tile.task.args.out) + token * tile.task.args.n + feature,
+                 *reinterpret_cast<const Pack<T, kPack>*>(staged(staging(at), row, pack)),
+                 tile.task.args.n - feature, tile.task.aligned);
+    }
+  }
+
+  // Where a 32-bit number of a token lies among those of 64 features: tokens 2 t, t = 0 to 3, in
+  // different banks; eight features stay together.
+  __device__ __forceinline__ static int spread(int token, int feature) {
+    return feature ^ ((token / 2 & 3) << 3);
+  }
+
+  // ---- Results of tiles whose terms are shared -----------------------------------------------
+
+  // Sums, and those of the outlier columns, of the first block, go to shared memory; then every
+  // block adds those of all for its share of the results.
+  __device__ __forceinline__ void exchange(const Int8Job& job, const Int8Position& at,
+                                           const int (&d)[kSums], const float (&added)[kSums],
+                                           bool outliers) const {
+    static_assert(Shape::kGroups == 1);
+    const Int8ScaledMatmul& args = tile.task.args;
+    constexpr int kAddedAt = kTokens * Shape::kFeatures;
+    int* const sums = reinterpret_cast<int*>(tile.shared);
+    named_barrier(Tile::kGroupBarrier, kWarpgroup);  // the ring is no longer read
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int token = i / 4 * 8 + 2 * at.t + i % 2;
+      const int place = token * 64 + spread(token, 16 * at.warp + at.g + i % 4 / 2 * 8);
+      sums[place] = d[i];
+      if (outliers && job.split == 0) reinterpret_cast<float*>(sums)[kAddedAt + place] = added[i];
+    }
+    cluster_barrier();
+    const uint32_t here = shared_address(tile.shared);
+    for (int unit = tile.rank * kWarpgroup + at.thread; unit < kTokens * 8;
+         unit += tile.task.splits * kWarpgroup) {
+      const int row = unit / 8;
+      const int64_t token = job.token + row;
+      const int64_t feature = job.feature + unit % 8 * 8;
+      if (token >= args.m || feature >= args.n) continue;
+      const uint32_t place = here + 4 * (row * 64 + spread(row, unit % 8 * 8));
+      // Read while the sums are on their way.
+      const float row_scale = __fmul_rn(args.row_stats[token], kInt8Product);
+      float stats[8];
+      float results[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const bool there = feature + i < args.n;
+        stats[i] = there ? args.col_stats[feature + i] : 0.0f;
+        results[i] = there ? bias_at(args.bias, args.bias_dtype, feature + i) : 0.0f;
+      }
+      uint32_t totals[8] = {};
+#pragma unroll 4
+      for (int s = 0; s < tile.task.splits; ++s) {
+        const EightWords part = load_eight(address_in_block(place, s));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) totals[i] += part.words[i];
+      }
+      if (outliers) {
+        const EightWords products = load_eight(address_in_block(place + 4 * kAddedAt, 0));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          results[i] = __fmaf_rn(bits_float(products.words[i]),
+                                 __fmul_rn(stats[i], 1.0f / kInt8Max), results[i]);
+        }
+      }
+      Pack<T, kPackSize<T>> packs[8 / kPackSize<T>];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        packs[i / kPackSize<T>].values[i % kPackSize<T>] =
+            narrow<T>(__fmaf_rn(__int2float_rn(static_cast<int>(totals[i])),
+                                __fmul_rn(stats[i], row_scale), results[i]));
+      }
+#pragma unroll
+      for (int p = 0; p < 8 / kPackSize<T>; ++p) {
+        const int64_t from = feature + p * kPackSize<T>;
+        store_pack(static_cast<T*>(args.out) + token * args.n + from, packs[p], args.n - from,
+                   tile.task.aligned);
+      }
+    }
+  }
+};
+
+}  // namespace bnb::gpu
+
+#endif  // BNB_HOPPER

@@ -1,0 +1,185 @@
+// What a block of threads of the layer on Hopper's tensor cores makes, and where it keeps it.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "bitsandbytes/blocks.h"
+#include "bitsandbytes/kernels/int8.h"
+#include "gpu/device/tensor_copy.cuh"
+#include "gpu/device/vector_io.cuh"
+#include "gpu/device/wgmma.cuh"
+
+namespace bnb::gpu {
+
+constexpr int kInt8Terms = 128;  // of a stage, bytes
+constexpr int kWarpgroup = 128;  // threads of a warpgroup
+
+template <int tokens, int groups, int copy_warps, int stages, int resident, bool splits>
+struct Int8Shape {
+  static constexpr int kTokens = tokens;  // of a tile
+  static constexpr int kGroups = groups;  // warpgroups that multiply
+  static constexpr int kCopyWarps = copy_warps;
+  static constexpr int kStages = stages;      // on their way at a time
+  static constexpr int kResident = resident;  // blocks on a multiprocessor
+  // Blocks of a cluster share the terms of a tile; otherwise they share tokens.
+  static constexpr bool kSplits = splits;
+
+  static constexpr int kFan = splits ? 1 : 2;  // blocks that copy tokens for each other
+  static constexpr int kFeatures = 64 * kGroups;
+  static constexpr int kMakers = kWarpgroup * kGroups;
+  static constexpr int kCopiers = kWarp * kCopyWarps;
+  static constexpr int kThreads = kMakers + kCopiers;
+  static constexpr int kSums = kTokens / 2;  // of a thread
+
+  // Shared memory, in bytes.
+  static constexpr int kWeightBytes = kFeatures * kInt8Terms;
+  static constexpr int kTokenBytes = kTokens * kInt8Terms;
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
+  static constexpr int kStaging = splits ? 0 : 8192;  // of a warpgroup, for results
+  static constexpr int kScales = splits ? 0 : kTokens * int{sizeof(float)};  // likewise
+  static constexpr int kStagingAt = kStages * kStageBytes;
+  static constexpr int kScalesAt = kStagingAt + kGroups * kStaging;
+  static constexpr int kLines = kFeatures + kTokens;  // of a stage
+  static constexpr int kHeldPacks = 2;                // of outlier columns of a line, 16 bytes each
+  static constexpr int kHeldAt = kScalesAt + kGroups * kScales;
+  static constexpr int kShared = kHeldAt + kLines * kHeldPacks * 16 + 1024;  // to align the start
+  // Sums, as integers and as floats, take the place of the ring.
+  static_assert(!splits || 2 * 4 * kFeatures * kTokens <= kStagingAt);
+  static_assert(kTokenBytes / kFan % 1024 == 0);
+};
+
+struct Int8Task {
+  Int8ScaledMatmul args;
+  int feature_tiles;  // of a cluster
+  int token_tiles;
+  int splits;
+  bool aligned;  // results can be stored 16 bytes at a time
+};
+
+#if BNB_HOPPER
+
+struct RingBarriers {
+  TransactionBarrier full;   // weights and tokens are there
+  TransactionBarrier empty;  // all who read them have done so
+};
+
+// A place in the ring, and how often it has been there.
+template <int kStages>
+struct RingPlace {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+  __device__ __forceinline__ void advance(int count) {
+    slot += count;
+    phase ^= static_cast<uint32_t>(slot / kStages) & 1u;
+    slot %= kStages;
+  }
+};
+
+// What a block does for one tile.
+struct Int8Job {
+  int feature;
+  int token;
+  int first_stage;
+  int last_stage;
+  int split;
+};
+
+// A thread's place: of its warpgroup's 64 features, 16 warp + g and + 8; of every 8 tokens, 2 t
+// and 2 t + 1.
+struct Int8Position {
+  int group;
+  int thread;  // of the group
+  int warp;
+  int g;
+  int t;
+  __device__ __forceinline__ explicit Int8Position(int maker)
+      : group(maker / kWarpgroup),
+        thread(maker % kWarpgroup),
+        warp(thread / kWarp),
+        g(thread % kWarp / 4),
+        t(thread % 4) {}
+};
+
+// What the roles of a block have in common.
+template <class T, class Shape>
+struct Int8Tile {
+  using Place = RingPlace<Shape::kStages>;
+  using Slab = std::conditional_t<std::is_same_v<T, float>, BFloat16, T>;
+  static constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;  // of a value of an outlier
+  static constexpr int kSlabTerms = kInt8Terms / 2;                // of a stage of outlier columns
+  static constexpr int kSlabColumns = kSlabTerms / kParts;
+  static constexpr int kTokens = Shape::kTokens;
+  static constexpr int kSums = Shape::kSums;
+  static constexpr int kChunk = std::min(kTokens, 64);  // tokens that are finished at a time
+  // Eight terms of a stage of outlier columns.
+  struct alignas(16) SlabPack {
+    uint32_t words[4];
+    SlabPack() = default;
+    __device__ __forceinline__ explicit SlabPack(const Slab (&terms)[8]) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        words[w] = terms[2 * w].bits | static_cast<uint32_t>(terms[2 * w + 1].bits) << 16;
+      }
+    }
+  };
+  // Barriers of the warps that copy, and of each warpgroup.
+  static constexpr int kCopyBarrier = 1;
+  static constexpr int kGroupBarrier = 2;
+
+  const Int8Task& task;
+  char* shared;
+  RingBarriers* barriers;
+  int rank;  // in the cluster
+
+  __device__ __forceinline__ char* stage(int slot) const {
+    return shared + slot * Shape::kStageBytes;
+  }
+  __device__ __forceinline__ int outlier_count() const {
+    return task.args.outliers != nullptr ? task.args.outliers[0] : 0;
+  }
+
+  // Stages of outlier columns, and how often they are gathered for a tile.
+  __device__ __forceinline__ static int slab_count(int outliers) {
+    return static_cast<int>(ceil_div(outliers, kSlabColumns));
+  }
+  __device__ __forceinline__ static int rounds(int slabs) {
+    return slabs > 1 ? kTokens / kChunk : 1;
+  }
+
+  // Calls make(Int8Job) for every tile, or part of one, that is this block's.
+  template <class Make>
+  __device__ __forceinline__ void for_each_tile(Make&& make) const {
+    const int stages = static_cast<int>(ceil_div(task.args.k, kInt8Terms));
+    if constexpr (Shape::kSplits) {
+      const int tile = static_cast<int>(blockIdx.x) / task.splits;
+      make(Int8Job{tile % task.feature_tiles * Shape::kFeatures,
+                   tile / task.feature_tiles * kTokens,
+                   static_cast<int>(int64_t{stages} * rank / task.splits),
+                   static_cast<int>(int64_t{stages} * (rank + 1) / task.splits), rank});
+    } else {
+      // Tiles that are made at a time form a block of the result, so that they share operands.
+      constexpr int kBand = 8;
+      const int clusters = static_cast<int>(gridDim.x) / Shape::kFan;
+      const int tiles = task.feature_tiles * task.token_tiles;
+      for (int i = static_cast<int>(blockIdx.x) / Shape::kFan; i < tiles; i += clusters) {
+        const int first = i / (kBand * task.token_tiles) * kBand;
+        const int width = min(task.feature_tiles - first, kBand);
+        const int in_band = i - first * task.token_tiles;
+        make(Int8Job{((first + in_band % width) * Shape::kFan + rank) * Shape::kFeatures,
+                     in_band / width * kTokens, 0, stages, 0});
+      }
+    }
+  }
+};
+
+#endif  // BNB_HOPPER
+
+}  // namespace bnb::gpu
