@@ -195,14 +195,17 @@ def test_training_never_holds_a_dequantized_weight(device, nested):
     x = torch.randn(tokens, features, dtype=torch.bfloat16, device=device, requires_grad=True)
     layer(x).sum().backward()  # what is made once is there
     x.grad = None
-    if device == "cuda":
+    # Without kernels for this device the forward product is one of plain PyTorch.
+    kernels = torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemm_4bit", "CUDA")
+    measured = device == "cuda" and kernels
+    if measured:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     with LargestTensor() as largest:
         layer(x).sum().backward()
     dequantized = features * features * x.element_size()
     assert largest.bytes <= layer.weight.nbytes < dequantized / 3
-    if device == "cuda":  # what the operations took for themselves, too
+    if measured:  # what the operations took for themselves, too
         assert torch.cuda.max_memory_allocated() - before < dequantized / 3
 
 
