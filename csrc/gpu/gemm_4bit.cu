@@ -11,12 +11,20 @@ namespace {
 
 // Up to this many rows of a, products of single warps are faster.
 constexpr int64_t kFewRows = 8;
+// Up to so many, warps with tensor cores read the weight once.
+constexpr int64_t kWarpRows = kMmaManyCols * kMmaCols;
+
+bool takes_warps(const Gemm4bit& args) { return takes_mma(args) && has_tensor_products(); }
 
 bool takes_warpgroups(const Gemm4bit& args) {
   return args.m > kFewRows && wgmma_gemm_4bit_serves(args);
 }
 
 }  // namespace
+
+bool gemm_4bit_is_fast(const Gemm4bit& args) {
+  return args.m <= kFewRows || (args.m <= kWarpRows && takes_warps(args)) || takes_warpgroups(args);
+}
 
 int64_t gemm_4bit_workspace_bytes(const Gemm4bit& args) {
   return takes_warpgroups(args) ? wgmma_gemm_4bit_workspace_bytes(args) : 0;
@@ -26,7 +34,7 @@ void gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream) {
   if (takes_warpgroups(args)) return wgmma_gemm_4bit(args, workspace, stream);
   by_type(args.dtype, args.weight.scales.nested(), [&]<class T, bool kNested>() {
     if constexpr (kTensorProducts && !std::is_same_v<T, float>) {
-      if (takes_mma(args) && has_tensor_products()) return mma_gemm_4bit<T, kNested>(args, stream);
+      if (takes_warps(args)) return mma_gemm_4bit<T, kNested>(args, stream);
     }
     simt_gemm_4bit<T, kNested>(args, stream);
   });

@@ -6,6 +6,17 @@
 
 namespace bnb::gpu {
 
+namespace {
+
+// Up to this many rows of grad the portable kernel reads the weight once.
+constexpr int64_t kFewRows = 8;
+
+}  // namespace
+
+bool gemm_4bit_dgrad_is_fast(const Gemm4bitDgrad& args) {
+  return args.m <= kFewRows || wgmma_gemm_4bit_dgrad_serves(args);
+}
+
 int64_t gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad& args) {
   return wgmma_gemm_4bit_dgrad_serves(args) ? wgmma_gemm_4bit_dgrad_workspace_bytes(args) : 0;
 }

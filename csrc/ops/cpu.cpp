@@ -145,6 +145,7 @@ struct Cpu {
   }
 
   static constexpr bool kInt8Library = false;
+  static constexpr bool kPlainProducts = false;
 
   template <class Arguments>
   static int64_t int8_workspace_bytes(const Arguments& args) {

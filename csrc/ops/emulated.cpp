@@ -11,6 +11,11 @@ struct EmulatedScope {
 };
 
 struct Emulated : GpuBackend<EmulatedScope> {
+  // Enough rows for every kernel to be tested, and more for plain PyTorch.
+  static constexpr int64_t kMostRows = 256;
+  static bool is_fast(const Gemm4bit& args) { return args.m <= kMostRows; }
+  static bool is_fast(const Gemm4bitDgrad& args) { return args.m <= kMostRows; }
+
   // There is no vendor: its part is played by the kernel for all shapes.
   static void library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out, int64_t m,
                                   const EmulatedScope& scope) {

@@ -87,6 +87,17 @@ inline Shape product_shape(const Tensor& a, int64_t columns) {
   return shape;
 }
 
+// Whether plain PyTorch makes a product faster than the backend: by the vendor's library.
+template <class Backend, class Arguments>
+bool plain_is_faster(const Tensor& like, const Arguments& args) {
+  if constexpr (Backend::kPlainProducts) {
+    const typename Backend::Scope scope(like);
+    return args.m > 0 && !Backend::is_fast(args);
+  } else {
+    return false;
+  }
+}
+
 template <class Backend>
 void gemm_4bit_into(const Tensor& a, int64_t rows, const Weight4bit& weight,
                     const std::optional<Tensor>& bias, DType dtype, const Tensor& out) {
@@ -121,8 +132,14 @@ Tensor gemm_4bit(const Tensor& a, const Tensor& b, const Shape& shape, const Ten
     require(bias->dim() == 1, op, ": bias must have one dimension, got shape ", ShapeOf{*bias});
     check_numel(op, "bias", *bias, weight.n);
   }
+  const Weight4bit pointers = weight.pointers(code, Backend::levels(code));
+  if (plain_is_faster<Backend>(
+          a, Gemm4bit{dtype, a.const_data_ptr(), pointers, nullptr, nullptr, rows})) {
+    return call_op("bitsandbytes::_gemm_4bit_plain", a, b, shape, absmax, block_size, quant_type,
+                   bias, absmax_8bit, absmax_code, absmax_offset);
+  }
   Tensor out = new_empty(a, product_shape(a, weight.n), a.scalar_type());
-  gemm_4bit_into<Backend>(a, rows, weight.pointers(code, Backend::levels(code)), bias, dtype, out);
+  gemm_4bit_into<Backend>(a, rows, pointers, bias, dtype, out);
   return out;
 }
 
@@ -138,12 +155,16 @@ Tensor gemm_4bit_dgrad(const Tensor& grad, const Tensor& b, const Shape& shape,
   const int64_t rows = check_operand(op, "grad", grad, weight.n);
   const Code4 code = find_code4(op, quant_type);
   weight.set_scales(absmax, absmax_8bit, absmax_code, absmax_offset);
+  const Weight4bit pointers = weight.pointers(code, Backend::levels(code));
+  if (plain_is_faster<Backend>(
+          grad, Gemm4bitDgrad{dtype, grad.const_data_ptr(), pointers, nullptr, rows})) {
+    return call_op("bitsandbytes::_gemm_4bit_dgrad_plain", grad, b, shape, absmax, block_size,
+                   quant_type, absmax_8bit, absmax_code, absmax_offset);
+  }
   Tensor out = new_empty(grad, product_shape(grad, weight.k), grad.scalar_type());
   if (out.numel() == 0) return out;
   const Tensor source = in_order(grad);
-  const Gemm4bitDgrad args{dtype, source.const_data_ptr(),
-                           weight.pointers(code, Backend::levels(code)), out.mutable_data_ptr(),
-                           rows};
+  const Gemm4bitDgrad args{dtype, source.const_data_ptr(), pointers, out.mutable_data_ptr(), rows};
   run_product<Backend, Gemm4bitDgrad>(grad, args, &Backend::gemm_4bit_dgrad);
   return out;
 }

@@ -33,6 +33,11 @@ struct GpuBackend {
   static void dequantize_4bit(const Dequantize4bit& args, const Scope& scope) {
     gpu::dequantize_4bit(args, scope.stream());
   }
+  // Products that the vendor's library makes faster are left to plain PyTorch.
+  static constexpr bool kPlainProducts = true;
+  static bool is_fast(const Gemm4bit& args) { return gpu::gemm_4bit_is_fast(args); }
+  static bool is_fast(const Gemm4bitDgrad& args) { return gpu::gemm_4bit_dgrad_is_fast(args); }
+
   // Kernels know the levels by the name of the code.
   static const float* levels(Code4) { return nullptr; }
   static int64_t workspace_bytes(const Gemm4bit& args) {

@@ -165,6 +165,14 @@ inline void call_torch(const char* name, const char* overload, StableIValue* sta
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION));
 }
 
+// Calls an op that returns a tensor.
+template <class... Arguments>
+Tensor call_op(const char* name, const Arguments&... arguments) {
+  StableIValue stack[] = {torch::stable::detail::from(arguments)...};
+  call_torch(name, "", stack);
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 #if defined(USE_CUDA)
 // The raw current stream of a CUDA or ROCm device.
 inline void* current_gpu_stream(int32_t device) {

@@ -134,8 +134,15 @@ _PLAN_SCHEMA = (
     "Tensor[] gnorm_vec) -> int"
 )
 
+# Products that native libraries leave to plain PyTorch where it is faster. Never called otherwise.
+_PLAIN_SCHEMAS = tuple(
+    schema.replace("(", "_plain(", 1).replace("gemm", "_gemm", 1)
+    for schema in SCHEMAS
+    if schema.startswith("gemm_4bit")
+)
+
 _definitions = torch.library.Library(NAMESPACE, "DEF")
-for _schema in (*SCHEMAS, _PLAN_SCHEMA):
+for _schema in (*SCHEMAS, *_PLAIN_SCHEMAS, _PLAN_SCHEMA):
     _definitions.define(_schema)
 
 

@@ -46,9 +46,12 @@ namespace gpu {
 
 // The products of a GPU. `workspace` has the bytes that *_workspace_bytes() names, and holds
 // nothing before or after.
+// *_is_fast(): whether the product beats that of the vendor's library on a dequantized weight.
+bool gemm_4bit_is_fast(const Gemm4bit& args);
 int64_t gemm_4bit_workspace_bytes(const Gemm4bit& args);
 void gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream);
 
+bool gemm_4bit_dgrad_is_fast(const Gemm4bitDgrad& args);
 int64_t gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad& args);
 void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream);
 

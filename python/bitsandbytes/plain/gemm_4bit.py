@@ -89,6 +89,7 @@ def _pieces(
         yield slice(first, last), codes, scales[begin // blocksize : -(-end // blocksize)]
 
 
+@register_kernel("_gemm_4bit_plain", "default")
 @register_kernel("gemm_4bit", "default")
 @torch.no_grad()
 def gemm_4bit(
@@ -117,6 +118,7 @@ def gemm_4bit(
         return torch.nn.functional.linear(A, weight, bias)
 
 
+@register_kernel("_gemm_4bit_dgrad_plain", "default")
 @register_kernel("gemm_4bit_dgrad", "default")
 @torch.no_grad()
 def gemm_4bit_dgrad(

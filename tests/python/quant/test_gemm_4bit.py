@@ -159,6 +159,24 @@ def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dty
     check_both(ops, (n, k), blocksize, kind, nested, dtype, device, rows, loose=gpu_kernels)
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+def test_products_that_kernels_leave_to_plain_pytorch(device, gpu_kernels, nested):
+    # float32 has no tensor cores, and these are more rows than kernels without them are for.
+    packed, state, _ = make_weight((9, 64), 64, "nf4", nested, device=device)
+    (shape, scales, *rest), codes = weight_arguments(state, packed.device)
+    weight = (packed, shape, scales, *rest)
+    a, grad = torch.randn(300, 64, device=device), torch.randn(300, 9, device=device)
+    forward = (ops.gemm_4bit(a, *weight, None, *codes), plain.gemm_4bit(a, *weight, None, *codes))
+    backward = (
+        ops.gemm_4bit_dgrad(grad, *weight, *codes),
+        plain.gemm_4bit_dgrad(grad, *weight, *codes),
+    )
+    for result, expected in (forward, backward):
+        torch.testing.assert_close(result, expected)
+        if gpu_kernels:
+            assert torch.equal(result, expected)
+
+
 @pytest.mark.parametrize("piece", [1, 500])
 def test_plain_products_in_pieces(device, monkeypatch, piece):
     """As of a weight that is too large to be dequantized at once."""
