@@ -43,6 +43,7 @@ SEED = 0
 # What this script promises; main() fails when a measurement disagrees.
 MAX_GAP = 2.0  # percentage points between the scores in 8 and in 32 bits
 MAX_STATE_RATIO = 0.27  # optimizer bytes in 8 bits over those in 32 bits
+MIN_COSINE = 0.999  # of a text's vectors by the int8 layers and by those they were made of
 
 
 class Pair(NamedTuple):
@@ -128,6 +129,13 @@ def top1_accuracy(model: nn.Module, pairs: list[Pair], name: str) -> float:
     signatures, descriptions = encode(model, texts, f"scoring {name}").chunk(2)
     nearest = (descriptions @ signatures.T).argmax(dim=1)
     return (nearest == torch.arange(len(pairs), device=nearest.device)).float().mean().item()
+
+
+@torch.no_grad()
+def mean_cosine(model: nn.Module, other: nn.Module, pairs: list[Pair]) -> float:
+    """Compares the vectors of two encoders, text by text."""
+    texts = [p.signature for p in pairs] + [p.description for p in pairs]
+    return (encode(model, texts) * encode(other, texts)).sum(dim=1).mean().item()
 
 
 def contrastive_loss(model: nn.Module, pairs: list[Pair]) -> Tensor:
@@ -223,7 +231,7 @@ def blockwise_round_trip(weight: Tensor) -> str:
     )
 
 
-def broken_promises(exact: Row, adam8: Row, int8: Row) -> list[str]:
+def broken_promises(exact: Row, adam8: Row, int8: Row, cosine: float) -> list[str]:
     """Returns a sentence for each promise that the measurements do not keep."""
     broken = [
         f"{row.name} scores {row.after:.1%}, more than {MAX_GAP:.0f} points away "
@@ -231,6 +239,11 @@ def broken_promises(exact: Row, adam8: Row, int8: Row) -> list[str]:
         for row in (adam8, int8)
         if 100 * abs(row.after - exact.after) > MAX_GAP
     ]
+    if cosine < MIN_COSINE:
+        broken.append(
+            f"vectors of {int8.name} have a mean cosine of {cosine:.5f} with those of the layers "
+            f"they were made of, less than {MIN_COSINE}"
+        )
     if adam8.state_bytes > MAX_STATE_RATIO * exact.state_bytes:
         broken.append(
             f"{adam8.name} keeps {adam8.state_bytes / exact.state_bytes:.1%} of the optimizer "
@@ -348,14 +361,16 @@ def main() -> int:
     quantized = with_int8_linears(trained)
     int8 = Row("+ Linear8bitLt", adam8.after, None, model_bytes(quantized))
     int8.after = top1_accuracy(quantized, held_out, int8.name)
+    cosine = mean_cosine(trained, quantized, held_out[:200])
 
     print(f"\n{format_table([pretrained, exact, adam8, int8])}\n")
     print(blockwise_round_trip(trained.layers[0].expand.weight.detach()))
+    print(f"vectors by Linear8bitLt and by nn.Linear: mean cosine {cosine:.5f}")
     args.out.mkdir(parents=True, exist_ok=True)
     draw(exact, adam8, int8, args.out / "quickstart.png")
     print(f"picture: {args.out / 'quickstart.png'}")
 
-    broken = broken_promises(exact, adam8, int8)
+    broken = broken_promises(exact, adam8, int8, cosine)
     for sentence in broken:
         print(f"promise broken: {sentence}", file=sys.stderr)
     if not broken:
