@@ -137,8 +137,9 @@ def gemm_4bit(record: Record) -> None:
     """Products with an NF4 weight, forward and for the gradient, against bfloat16 weights."""
     n, k = 14336, 4096
     weight = torch.randn(n, k) * k**-0.5
+    # PyTorch's products of float16 matrices take seconds on a CPU.
+    dense_weight = weight.bfloat16()
     for dtype in (torch.bfloat16, torch.float16):
-        linear = nn.Linear(k, n, bias=False).to(dtype)
         for nested in (False, True):
             packed, state = F.quantize_4bit(
                 weight.to(dtype), quant_type="nf4", compress_statistics=nested
@@ -150,11 +151,11 @@ def gemm_4bit(record: Record) -> None:
                 works = {
                     "gemm_4bit": (
                         functools.partial(ops.gemm_4bit, x, packed, *arguments, None, *scales),
-                        functools.partial(nn.functional.linear, x, linear.weight.detach()),
+                        functools.partial(nn.functional.linear, x.bfloat16(), dense_weight),
                     ),
                     "gemm_4bit_dgrad": (
                         functools.partial(ops.gemm_4bit_dgrad, grad, packed, *arguments, *scales),
-                        functools.partial(torch.mm, grad, linear.weight.detach()),
+                        functools.partial(torch.mm, grad.bfloat16(), dense_weight),
                     ),
                 }
                 for verb, (work, dense) in works.items():
