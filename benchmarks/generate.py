@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import Record
+from harness import Record, captured
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -90,20 +90,6 @@ class Generation:
         logits = self._forward(self.tokens, self.position)
         self.tokens.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self.position += 1
-
-
-def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """Returns the replay of a CUDA graph of `step`."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def seconds(step: Callable[[], None], steps: int, device: str) -> float:

@@ -14,7 +14,7 @@ import torch
 
 import bitsandbytes
 
-__all__ = ["Record", "time_cpu", "time_cuda", "time_host"]
+__all__ = ["Record", "captured", "time_cpu", "time_cuda", "time_host"]
 
 
 def time_cuda(work: Callable[[], object], repeats: int = 15, inner: int = 1) -> float:
@@ -37,6 +37,20 @@ def time_cuda(work: Callable[[], object], repeats: int = 15, inner: int = 1) -> 
         end.synchronize()
         times.append(start.elapsed_time(end) / inner)
     return statistics.median(times)
+
+
+def captured(work: Callable[[], object]) -> Callable[[], None]:
+    """Returns the replay of a CUDA graph of `work`."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def time_host(work: Callable[[], object], repeats: int = 15) -> float:

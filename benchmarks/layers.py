@@ -10,7 +10,7 @@ import gc
 from collections.abc import Callable
 
 import torch
-from harness import Record, time_cuda, time_host
+from harness import Record, captured, time_cuda, time_host
 from torch import Tensor, nn
 
 import bitsandbytes as bnb
@@ -32,17 +32,12 @@ def time_graph(layers: list[nn.Module], x: Tensor) -> float:
     """Milliseconds of the kernels of one layer, from replays of a graph of all of them."""
     rounds = -(-8 // len(layers))
     work = [functools.partial(layer, x) for layer in layers] * rounds
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in work[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for call in work:
             call()
-    return time_cuda(graph.replay, repeats=9) / len(work)
+
+    return time_cuda(captured(run), repeats=9) / len(work)
 
 
 def packed(linear: nn.Linear, nested: bool) -> nn.Module:

@@ -10,14 +10,23 @@ of fine-tuning every weight in 32 bits on the same batches.
 """
 
 import argparse
-import copy
 import random
 import sys
+from functools import partial
 
 import torch
 from minilm import load_pretrained
 from peft import LoraConfig, get_peft_model
-from quickstart import MAX_GAP, SEED, Row, format_table, load_pairs, model_bytes, top1_accuracy
+from quickstart import (
+    MAX_GAP,
+    SEED,
+    Row,
+    format_table,
+    load_pairs,
+    model_bytes,
+    top1_accuracy,
+    with_linears,
+)
 from quickstart import train as fine_tune
 from torch import nn
 
@@ -26,20 +35,7 @@ import bitsandbytes as bnb
 
 def with_4bit_linears(model: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
     """Returns a copy of `model` whose linear layers hold NF4 codes with quantized scales."""
-    device = next(model.parameters()).device
-    model = copy.deepcopy(model)
-    for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is nn.Linear:
-                layer = bnb.nn.LinearNF4(
-                    linear.in_features,
-                    linear.out_features,
-                    linear.bias is not None,
-                    compute_dtype=compute_dtype,
-                )
-                layer.load_state_dict(linear.state_dict())
-                setattr(parent, name, layer.to(device))  # the move quantizes the weight
-    return model
+    return with_linears(model, partial(bnb.nn.LinearNF4, compute_dtype=compute_dtype))
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:

@@ -18,9 +18,9 @@ import statistics
 import sys
 import sysconfig
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,23 +180,27 @@ def train(
     return model
 
 
-def with_int8_linears(model: nn.Module) -> nn.Module:
-    """Returns a copy of `model` whose linear layers compute in 8 bits: LLM.int8()."""
+def with_linears(model: nn.Module, make: Callable[[int, int, bool], nn.Module]) -> nn.Module:
+    """Returns a copy of `model` in which ``make(inputs, outputs, bias)`` replaces linear layers."""
     device = next(model.parameters()).device
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, linear in list(parent.named_children()):
             if type(linear) is nn.Linear:
-                int8 = bnb.nn.Linear8bitLt(
-                    linear.in_features,
-                    linear.out_features,
-                    linear.bias is not None,
-                    has_fp16_weights=False,
-                    threshold=6.0,  # input features beyond it are multiplied in 16 bits
-                )
-                int8.load_state_dict(linear.state_dict())
-                setattr(parent, name, int8.to(device))  # the move quantizes the weight
+                layer = make(linear.in_features, linear.out_features, linear.bias is not None)
+                layer.load_state_dict(linear.state_dict())
+                setattr(parent, name, layer.to(device))  # the move quantizes the weight
     return model
+
+
+def with_int8_linears(model: nn.Module) -> nn.Module:
+    """Returns a copy of `model` whose linear layers compute in 8 bits: LLM.int8()."""
+    make = partial(
+        bnb.nn.Linear8bitLt,
+        has_fp16_weights=False,
+        threshold=6.0,  # input features beyond it are multiplied in floating point
+    )
+    return with_linears(model, make)
 
 
 # ---- Measurements ----
@@ -336,9 +340,6 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=1e-4, help="initial learning rate")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-
-    # Linear8bitLt multiplies float32 inputs in float16 and says so at every layer.
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 
     training, held_out = load_pairs()
     print(f"{len(training)} functions to learn from, {len(held_out)} held out for the score")

@@ -50,21 +50,6 @@ struct StoreSums {
   }
 };
 
-__device__ __forceinline__ float read_as_float(DType dtype, const void* p, int64_t i) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return widen(static_cast<const Half*>(p)[i]);
-    case DType::kBFloat16:
-      return widen(static_cast<const BFloat16*>(p)[i]);
-    default:
-      return static_cast<const float*>(p)[i];
-  }
-}
-
-__device__ __forceinline__ float bias_at(const void* bias, DType dtype, int64_t col) {
-  return bias != nullptr ? read_as_float(dtype, bias, col) : 0.0f;
-}
-
 // What becomes of sums in the layer.
 template <class T>
 struct ScaleSums {
