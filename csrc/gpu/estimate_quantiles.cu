@@ -17,6 +17,7 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/quantiles.h"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/check.h"
 
@@ -384,14 +385,7 @@ int64_t quantile_workspace_bytes(DType dtype) {
 void estimate_quantiles(const EstimateQuantiles& args, void* workspace, Stream stream) {
   check_arguments(args);
   ArgumentCheck("estimate_quantiles").pointer("workspace", static_cast<const Count*>(workspace), 1);
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return estimate<Half>(args, workspace, stream);
-    case DType::kBFloat16:
-      return estimate<BFloat16>(args, workspace, stream);
-    default:
-      return estimate<float>(args, workspace, stream);
-  }
+  by_dtype(args.dtype, [&]<class T>() { estimate<T>(args, workspace, stream); });
 }
 
 }  // namespace bnb::gpu

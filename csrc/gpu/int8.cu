@@ -4,6 +4,7 @@
 
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/int8.h"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/check.h"
 
@@ -209,14 +210,7 @@ void vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
 }  // namespace
 
 void int8_vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return vectorwise_quant<Half>(args, stream);
-    case DType::kBFloat16:
-      return vectorwise_quant<BFloat16>(args, stream);
-    default:
-      return vectorwise_quant<float>(args, stream);
-  }
+  by_dtype(args.dtype, [&]<class T>() { vectorwise_quant<T>(args, stream); });
 }
 
 }  // namespace bnb::gpu

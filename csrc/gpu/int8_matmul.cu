@@ -4,8 +4,8 @@
 
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/int8.h"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/vector_io.cuh"
-#include "gpu/int8/dtype.cuh"
 #include "gpu/int8/wgmma.h"
 #include "gpu/runtime/check.h"
 
@@ -350,7 +350,7 @@ void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
 void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream) {
   if (wgmma_int8_serves(args)) return wgmma_int8(args, stream);
   by_dtype(args.dtype,
-           [&]<class T>(T*) { matmul(args.a, args.b, args.k, ScaleSums<T>(args), stream); });
+           [&]<class T>() { matmul(args.a, args.b, args.k, ScaleSums<T>(args), stream); });
 }
 
 bool int8_scaled_matmul_is_fast(const Int8ScaledMatmul& args) { return wgmma_int8_serves(args); }
@@ -361,7 +361,7 @@ void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product, St
                             args.bias, args.out, args.m, args.n},
                            stream);
   }
-  by_dtype(args.dtype, [&]<class T>(T*) {
+  by_dtype(args.dtype, [&]<class T>() {
     over_tiles(args.m, args.n, [&](dim3 grid, int64_t row) {
       launch("scale_product_kernel", scale_product_kernel<T>, grid, kThreads, 0, stream, product,
              row, ScaleSums<T>(args));
@@ -372,7 +372,7 @@ void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product, St
 void int8_mm_dequant(const Int8MmDequant& args, Stream stream) {
   const int blocks =
       static_cast<int>(std::min<int64_t>(args.rows, int64_t{multiprocessors()} * 16));
-  by_dtype(args.dtype, [&]<class T>(T*) {
+  by_dtype(args.dtype, [&]<class T>() {
     launch("int8_mm_dequant_kernel", int8_mm_dequant_kernel<T>, blocks, kThreads, 0, stream, args);
   });
 }

@@ -5,6 +5,7 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/quantize_4bit.h"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/scales.cuh"
 #include "gpu/device/tile.cuh"
 #include "gpu/runtime/check.h"
@@ -217,27 +218,13 @@ void dequantize(const Dequantize4bit& args, Stream stream) {
 void quantize_4bit(const Quantize4bit& args, Stream stream) {
   check_arguments(args);
   if (args.n == 0) return;
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return quantize<Half>(args, stream);
-    case DType::kBFloat16:
-      return quantize<BFloat16>(args, stream);
-    default:
-      return quantize<float>(args, stream);
-  }
+  by_dtype(args.dtype, [&]<class T>() { quantize<T>(args, stream); });
 }
 
 void dequantize_4bit(const Dequantize4bit& args, Stream stream) {
   check_arguments(args);
   if (args.n == 0) return;
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return dequantize<Half>(args, stream);
-    case DType::kBFloat16:
-      return dequantize<BFloat16>(args, stream);
-    default:
-      return dequantize<float>(args, stream);
-  }
+  by_dtype(args.dtype, [&]<class T>() { dequantize<T>(args, stream); });
 }
 
 }  // namespace bnb::gpu

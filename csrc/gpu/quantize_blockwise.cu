@@ -4,6 +4,7 @@
 #include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/quantize.h"
 #include "gpu/device/code8.cuh"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/scales.cuh"
 #include "gpu/device/tile.cuh"
 #include "gpu/device/vector_io.cuh"
@@ -360,27 +361,13 @@ void dequantize(const DequantizeBlockwise& args, Stream stream) {
 void quantize_blockwise(const QuantizeBlockwise& args, Stream stream) {
   check_arguments(args, BlockSizes::kPowersOfTwo);
   if (args.n == 0) return;
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return quantize<Half>(args, stream);
-    case DType::kBFloat16:
-      return quantize<BFloat16>(args, stream);
-    default:
-      return quantize<float>(args, stream);
-  }
+  by_dtype(args.dtype, [&]<class T>() { quantize<T>(args, stream); });
 }
 
 void dequantize_blockwise(const DequantizeBlockwise& args, Stream stream) {
   check_arguments(args);
   if (args.n == 0) return;
-  switch (args.dtype) {
-    case DType::kFloat16:
-      return dequantize<Half>(args, stream);
-    case DType::kBFloat16:
-      return dequantize<BFloat16>(args, stream);
-    default:
-      return dequantize<float>(args, stream);
-  }
+  by_dtype(args.dtype, [&]<class T>() { dequantize<T>(args, stream); });
 }
 
 }  // namespace bnb::gpu

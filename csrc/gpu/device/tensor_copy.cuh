@@ -68,6 +68,26 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t row_bytes,
                     swizzle);
 }
 
+// Whether the current device has the instructions of sm_90a.
+inline bool is_hopper() {
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return major == 9 && minor == 0;
+}
+
+// Whether what was built has `kernel` for them. Its shared memory tells: for other targets kernels
+// are empty.
+inline bool is_built(const void* kernel) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+  cudaGetLastError();
+  return status == cudaSuccess && attributes.sharedSizeBytes > 0;
+}
+
 // ---- In kernels --------------------------------------------------------------------------------
 
 #if BNB_HOPPER

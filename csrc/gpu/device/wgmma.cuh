@@ -301,6 +301,32 @@ struct TransactionBarrier {
   __device__ __forceinline__ void wait(uint32_t parity) { at().wait(parity); }
 };
 
+// ---- Rings of stages in shared memory ----------------------------------------------------------
+
+// Of a stage.
+struct RingBarriers {
+  TransactionBarrier full;   // what the stage holds is there
+  TransactionBarrier empty;  // all who read them have done so
+};
+
+// A place in the ring, and how often it has been there.
+template <int kStages>
+struct RingPlace {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kStages) {
+      slot = 0;
+      phase ^= 1;
+    }
+  }
+  __device__ __forceinline__ void advance(int count) {
+    slot += count;
+    phase ^= static_cast<uint32_t>(slot / kStages) & 1u;
+    slot %= kStages;
+  }
+};
+
 // After init() and before the barrier that lets others use it.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -365,6 +391,20 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
+}
+
+// ---- Conversions ------------------------------------------------------------------------------
+
+// Two floats in 16 bits each, the first in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return to_bfloat16_pair(low, high);
+  } else {
+    uint32_t y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+  }
 }
 
 // ---- Stores of transposed tiles ---------------------------------------------------------------

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "bitsandbytes/blocks.h"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/scales.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/gemm/levels.cuh"
@@ -287,17 +288,9 @@ void simt_gemm_4bit_dgrad(const Gemm4bitDgrad& args, Stream stream) {
 // Calls body.template operator()<T, kNested>() with what the arguments say.
 template <class Body>
 void by_type(DType dtype, bool nested, const Body& body) {
-  const auto with = [&]<class T>() {
+  by_dtype(dtype, [&]<class T>() {
     nested ? body.template operator()<T, true>() : body.template operator()<T, false>();
-  };
-  switch (dtype) {
-    case DType::kFloat16:
-      return with.template operator()<Half>();
-    case DType::kBFloat16:
-      return with.template operator()<BFloat16>();
-    default:
-      return with.template operator()<float>();
-  }
+  });
 }
 
 }  // namespace bnb::gpu

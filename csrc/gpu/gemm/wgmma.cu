@@ -244,17 +244,6 @@ __device__ __forceinline__ constexpr uint32_t row_of(uint32_t g) {
   return Shape::kBlocks == 2 ? (g & 1u) | (g & 2u) << 1 | (g & 4u) >> 1 : g;
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return to_bfloat16_pair(low, high);
-  } else {
-    uint32_t y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-  }
-}
-
 template <class T, class Shape>
 struct Multiplier {
   // Where weights are scaled, the table holds levels as float16, which is more exact than bfloat16.
@@ -286,7 +275,7 @@ struct Multiplier {
   __device__ __forceinline__ static uint32_t scaled(uint32_t pair, float scale) {
     const float low = half_to_float(static_cast<uint16_t>(pair & 0xffffu));
     const float high = half_to_float(static_cast<uint16_t>(pair >> 16));
-    return narrow_pair<T>(__fmul_rn(low, scale), __fmul_rn(high, scale));
+    return pack_pair<T>(__fmul_rn(low, scale), __fmul_rn(high, scale));
   }
 
   __device__ __forceinline__ uint32_t row() const { return 16 * warp + row_of<Shape>(lane / 4); }
@@ -512,8 +501,8 @@ struct Multiplier {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float shift = bias[j % 2];
-        words[j] = narrow_pair<T>(__fmaf_rn(sums[8 * i + 2 * j], factor, shift),
-                                  __fmaf_rn(sums[8 * i + 2 * j + 1], factor, shift));
+        words[j] = pack_pair<T>(__fmaf_rn(sums[8 * i + 2 * j], factor, shift),
+                                __fmaf_rn(sums[8 * i + 2 * j + 1], factor, shift));
       }
       __syncwarp();
       store_transposed(to_scratch, words);
@@ -704,24 +693,13 @@ __global__ void marker_kernel(int* out) {
 }
 
 bool has_kernels() {
+  if (!is_hopper()) return false;
   int device = 0;
-  int major = 0;
-  int minor = 0;
   int reserved = 0;
   BNB_GPU_CHECK(cudaGetDevice(&device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
-  if (major != 9 || minor != 0 || reserved != Wide16::kStart) return false;
-  static const bool built = [] {
-    cudaFuncAttributes attributes{};
-    const bool found =
-        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&marker_kernel)) ==
-        cudaSuccess;
-    cudaGetLastError();
-    return found && attributes.sharedSizeBytes > 0;
-  }();
-  return built;
+  static const bool built = is_built(reinterpret_cast<const void*>(&marker_kernel));
+  return built && reserved == Wide16::kStart;
 }
 
 }  // namespace

@@ -174,20 +174,8 @@ __global__ void dgrad_marker_kernel(int* out) {
 }
 
 bool has_kernels() {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  BNB_GPU_CHECK(cudaGetDevice(&device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (major != 9 || minor != 0) return false;
-  static const bool built = [] {
-    cudaFuncAttributes attributes{};
-    const cudaError_t status =
-        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&dgrad_marker_kernel));
-    cudaGetLastError();
-    return status == cudaSuccess && attributes.sharedSizeBytes > 0;
-  }();
+  if (!is_hopper()) return false;
+  static const bool built = is_built(reinterpret_cast<const void*>(&dgrad_marker_kernel));
   return built;
 }
 

@@ -109,36 +109,7 @@ struct DgradTask {
 
 #if BNB_HOPPER
 
-// Of a stage.
-struct Barriers {
-  TransactionBarrier full;   // codes, grads and scales are there
-  TransactionBarrier empty;  // all who read them have done so
-};
-static_assert(sizeof(Barriers) == kBarrierBytes && kGradRow == kSwizzleRow);
-
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return to_bfloat16_pair(low, high);
-  } else {
-    uint32_t y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-  }
-}
-
-// A place in the ring, and how often it has been there.
-template <int kStages>
-struct Place {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
+static_assert(sizeof(RingBarriers) == kBarrierBytes && kGradRow == kSwizzleRow);
 
 // A tile, or a split of its terms. Stages come in pairs; the last may lie beyond the last term.
 struct Job {
@@ -167,10 +138,10 @@ struct Dgrad {
   __device__ __forceinline__ float* scales(int slot) const {
     return reinterpret_cast<float*>(shared + S::kScales + slot * S::kScaleBytes);
   }
-  __device__ __forceinline__ Barriers& barriers(int slot) const {
-    return reinterpret_cast<Barriers*>(shared + S::kBarriers)[slot];
+  __device__ __forceinline__ RingBarriers& barriers(int slot) const {
+    return reinterpret_cast<RingBarriers*>(shared + S::kBarriers)[slot];
   }
-  __device__ __forceinline__ void wait_empty(Place<kStages> place) const {
+  __device__ __forceinline__ void wait_empty(RingPlace<kStages> place) const {
     barriers(place.slot).empty.wait(place.phase ^ 1);
   }
 
@@ -196,7 +167,7 @@ struct Dgrad {
 
   __device__ __forceinline__ void copy(const TensorMap& grad_map, const TensorMap& code_map) const {
     constexpr int kPart = kTokens / kFan;
-    Place<kStages> place;
+    RingPlace<kStages> place;
     for_each_tile([&](const Job& job) {
       if (threadIdx.x % kWarp == 0) {
         for (int s = job.first_stage; s < job.last_stage; ++s) {
@@ -232,7 +203,7 @@ struct Dgrad {
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int64_t elements_of_half = kWarp * task.k;
     const int64_t elements_of_stage = kTerms * task.k;
-    Place<kStages> place;
+    RingPlace<kStages> place;
     for_each_tile([&](const Job& job) {
       const int64_t first_term = int64_t{job.first_stage} * kTerms + lane;
       const int columns = static_cast<int>(min(task.k - job.feature, int64_t{kFeatures})) / kWidth;
@@ -412,7 +383,7 @@ struct Dgrad {
   template <class T>
   __device__ __forceinline__ void make() const {
     const Position at;
-    Place<kStages> place;
+    RingPlace<kStages> place;
     for_each_tile([&](const Job& job) {
       float d[kTokens / 2];
       uint32_t even[kTerms / 16][4];

@@ -29,9 +29,9 @@
 #include <algorithm>
 
 #include "bitsandbytes/blocks.h"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/tensor_copy.cuh"
 #include "gpu/device/wgmma.cuh"
-#include "gpu/int8/dtype.cuh"
 #include "gpu/int8/wgmma_outliers.cuh"
 #include "gpu/int8/wgmma_results.cuh"
 #include "gpu/int8/wgmma_tile.cuh"
@@ -309,7 +309,7 @@ void run(const Int8ScaledMatmul& args, Stream stream) {
 
 template <class Shape>
 void run(const Int8ScaledMatmul& args, Stream stream) {
-  by_dtype(args.dtype, [&]<class T>(T*) { run<T, Shape>(args, stream); });
+  by_dtype(args.dtype, [&]<class T>() { run<T, Shape>(args, stream); });
 }
 
 // Whether tiles of 128 tokens end before those of 256: they fill the multiprocessors better, but
@@ -323,21 +323,9 @@ bool prefers_small_tiles(const Int8ScaledMatmul& args) {
 }
 
 bool has_kernels() {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  BNB_GPU_CHECK(cudaGetDevice(&device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  BNB_GPU_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (major != 9 || minor != 0) return false;
-  // For other targets than sm_90a kernels are empty, and have no shared memory.
-  static const bool built = [] {
-    cudaFuncAttributes attributes{};
-    const cudaError_t status = cudaFuncGetAttributes(
-        &attributes, reinterpret_cast<const void*>(&wgmma_int8_kernel<BFloat16, Tokens16>));
-    cudaGetLastError();
-    return status == cudaSuccess && attributes.sharedSizeBytes > 0;
-  }();
+  if (!is_hopper()) return false;
+  static const bool built =
+      is_built(reinterpret_cast<const void*>(&wgmma_int8_kernel<BFloat16, Tokens16>));
   return built;
 }
 

@@ -2,23 +2,12 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include "gpu/int8/dtype.cuh"
+#include "gpu/device/dtype.cuh"
 #include "gpu/int8/wgmma_tile.cuh"
 
 #if BNB_HOPPER
 
 namespace bnb::gpu {
-
-template <class T>
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return to_bfloat16_pair(low, high);
-  } else {
-    uint32_t y;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-    return y;
-  }
-}
 
 struct EightWords {
   uint32_t words[8];

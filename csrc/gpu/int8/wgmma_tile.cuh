@@ -60,29 +60,6 @@ struct Int8Task {
 
 #if BNB_HOPPER
 
-struct RingBarriers {
-  TransactionBarrier full;   // weights and tokens are there
-  TransactionBarrier empty;  // all who read them have done so
-};
-
-// A place in the ring, and how often it has been there.
-template <int kStages>
-struct RingPlace {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-  __device__ __forceinline__ void advance(int count) {
-    slot += count;
-    phase ^= static_cast<uint32_t>(slot / kStages) & 1u;
-    slot %= kStages;
-  }
-};
-
 // What a block does for one tile.
 struct Int8Job {
   int feature;

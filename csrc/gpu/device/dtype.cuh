@@ -1,4 +1,4 @@
-// Dtypes known at run time, in kernels and for launches of int8 products.
+// Dtypes known at run time, in kernels and for launches.
 // SPDX-License-Identifier: MIT
 #pragma once
 
@@ -22,16 +22,16 @@ __device__ __forceinline__ float bias_at(const void* bias, DType dtype, int64_t 
   return bias != nullptr ? read_as_float(dtype, bias, col) : 0.0f;
 }
 
-// Calls body with a null pointer that has the type of elements.
+// Calls body.template operator()<T>() with the type of the elements.
 template <class Body>
 void by_dtype(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::kFloat16:
-      return body(static_cast<Half*>(nullptr));
+      return body.template operator()<Half>();
     case DType::kBFloat16:
-      return body(static_cast<BFloat16*>(nullptr));
+      return body.template operator()<BFloat16>();
     default:
-      return body(static_cast<float*>(nullptr));
+      return body.template operator()<float>();
   }
 }
 
