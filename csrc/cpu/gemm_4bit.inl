@@ -311,7 +311,7 @@ void lookup_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_t 
     codes.ahead = kDotCols * w.k / 2;
     for (int i = 0; i < kDotCols; ++i) {
       const int64_t col = first_col + (j + i < cols ? j + i : cols - 1);
-      const int64_t begin = col * w.k + first;
+      const int64_t begin = w.begin_of(col) + first;
       codes.codes[i] = w.codes + begin / 2;
       codes.phase[i] = begin % w.block_size;
       codes.scales[i] =
@@ -334,7 +334,7 @@ void unpack_chunk(const Weight4bit& w, int64_t first_col, int64_t cols, int64_t 
   const int64_t length = staged_length<Op>(count);
   for (int64_t j = 0; j < cols; ++j) {
     alignas(64) typename Op::Element unpacked[kChunk<Op>];
-    unpack<Op, T>(w, (first_col + j) * w.k + first, count, unpacked);
+    unpack<Op, T>(w, w.begin_of(first_col + j) + first, count, unpacked);
     const int64_t lane = j % kDotCols;
     typename Op::Element* to = panel.weights + (j - lane) * length + lane * Op::kVector;
     for (int64_t k = 0; k < length; k += Op::kVector) {

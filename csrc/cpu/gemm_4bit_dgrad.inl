@@ -70,8 +70,8 @@ void unpack_panel(const Weight4bit& w, int64_t first_row, int64_t last_row, int6
     const typename Op::Element* rows[Op::kDepth];
     for (int d = 0; d < Op::kDepth; ++d) {
       if (row + d < last_row) {
-        prefetch_weights(w, (row + d + kAhead) * w.k + first_col);
-        unpack<Op, T>(w, (row + d) * w.k + first_col, cols, unpacked[d]);
+        prefetch_weights(w, w.begin_of(row + d + kAhead) + first_col);
+        unpack<Op, T>(w, w.begin_of(row + d) + first_col, cols, unpacked[d]);
       } else {
         __builtin_memset(unpacked[d], 0, sizeof(unpacked[d]));
       }

@@ -7,6 +7,7 @@
 
 #include "cpu/bounds.h"
 #include "cpu/dispatch.h"
+#include "cpu/grouped_gemm_4bit.h"
 #include "cpu/parallel.h"
 #include "ops/registration.h"
 
@@ -107,6 +108,31 @@ struct Cpu {
         [&](void* panel, int64_t first, int64_t last) {
           kernels.gemm_4bit_dgrad(args, memory, panel, first, last);
         });
+  }
+
+  static void check_groups(const char* op, const Groups& groups) {
+    int64_t before = 0;
+    for (int64_t i = 0; i < groups.count; ++i) {
+      const int64_t end = groups.wide ? static_cast<const int64_t*>(groups.ends)[i]
+                                      : static_cast<const int32_t*>(groups.ends)[i];
+      require(before <= end && end <= groups.rows, op,
+              ": offs must be ascending from 0 to at most ", groups.rows, ", got ", end, " after ",
+              before);
+      before = end;
+    }
+  }
+  static int64_t workspace_bytes(const GroupedGemm4bit& args) {
+    return cpu::grouped_gemm_4bit_workspace_bytes(args, threads());
+  }
+  static void grouped_gemm_4bit(const GroupedGemm4bit& args, void* memory, const Scope&) {
+    cpu::grouped_gemm_4bit(args, memory, threads());
+  }
+  static int64_t workspace_bytes(const GroupedGemm4bitDgrad& args) {
+    return cpu::grouped_gemm_4bit_dgrad_workspace_bytes(args, threads());
+  }
+  static void grouped_gemm_4bit_dgrad(const GroupedGemm4bitDgrad& args, void* memory,
+                                      const Scope&) {
+    cpu::grouped_gemm_4bit_dgrad(args, memory, threads());
   }
 
   static int64_t quantile_workspace_bytes(DType) { return 0; }

@@ -13,21 +13,24 @@ namespace bnb::ops {
 // Scales that share a scale of their own: fixed by the schemas, which do not name it.
 inline constexpr int64_t kNestedBlock = 256;
 
-// The tensors of a weight [n, k], checked, with their elements in order.
+// The tensors of a weight [n, k], or with `grouped` of `count` such weights, checked, with their
+// elements in order.
 class WeightTensors {
  public:
   // `like` (the argument `name`) is the other operand of the product.
   WeightTensors(const char* op, const char* name, const Tensor& like, const Tensor& codes,
-                const Shape& shape, int64_t block_size)
+                const Shape& shape, int64_t block_size, bool grouped = false)
       : op_(op), like_(like), codes_(codes), block_size_(block_size) {
-    require(shape.size() == 2 && shape[0] >= 0 && shape[1] >= 0, op,
-            ": shapeB must be two sizes [N, K], got ", static_cast<int64_t>(shape.size()),
-            " sizes or a negative one");
-    n = shape[0];
-    k = shape[1];
+    bool fits = shape.size() == (grouped ? 3 : 2);
+    for (const int64_t size : shape) fits = fits && size >= 0;
+    require(fits, op, ": shapeB must be ", grouped ? "three sizes [E, N, K]" : "two sizes [N, K]",
+            ", got ", static_cast<int64_t>(shape.size()), " sizes or a negative one");
+    count = grouped ? shape[0] : 1;
+    n = shape[shape.size() - 2];
+    k = shape.back();
     check_block_size_4bit(op, block_size);
     check_same_device(op, "B", codes, name, like);
-    check_packed_numel(op, "B", codes, n * k, block_size);
+    check_packed_numel(op, "B", codes, count * n * k, block_size);
     codes_ = in_order(codes);
   }
 
@@ -47,7 +50,7 @@ class WeightTensors {
         ScaleTensors(op_, like_, blocks(), *codes, *code, absmax, number, kNestedBlock).in_order();
   }
 
-  // Levels: those of `code`, or of a table that has no name (Code4::kCount).
+  // The first weight. Levels: those of `code`, or of a table that has no name (Code4::kCount).
   Weight4bit pointers(Code4 code, const float* levels) const {
     return {static_cast<const uint8_t*>(codes_.const_data_ptr()),
             scales_->pointers(),
@@ -58,11 +61,12 @@ class WeightTensors {
             block_size_};
   }
 
+  int64_t count;
   int64_t n;
   int64_t k;
 
  private:
-  int64_t blocks() const { return ceil_div(n * k, block_size_); }
+  int64_t blocks() const { return ceil_div(count * n * k, block_size_); }
 
   const char* op_;
   const Tensor& like_;

@@ -57,6 +57,16 @@ struct GpuBackend {
   static void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, const Scope& scope) {
     gpu::gemm_4bit_dgrad(args, workspace, scope.stream());
   }
+  // Only the device knows where groups end.
+  static void check_groups(const char*, const Groups&) {}
+  static int64_t workspace_bytes(const GroupedGemm4bit&) { return 0; }
+  static void grouped_gemm_4bit(const GroupedGemm4bit& args, void*, const Scope& scope) {
+    gpu::grouped_gemm_4bit(args, scope.stream());
+  }
+  static int64_t workspace_bytes(const GroupedGemm4bitDgrad&) { return 0; }
+  static void grouped_gemm_4bit_dgrad(const GroupedGemm4bitDgrad& args, void*, const Scope& scope) {
+    gpu::grouped_gemm_4bit_dgrad(args, scope.stream());
+  }
   static int64_t quantile_workspace_bytes(DType dtype) {
     return gpu::quantile_workspace_bytes(dtype);
   }

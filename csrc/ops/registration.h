@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ops/gemm_4bit.h"
+#include "ops/grouped_gemm_4bit.h"
 #include "ops/int8.h"
 #include "ops/optimizer.h"
 #include "ops/percentile_clipping.h"
@@ -35,6 +36,8 @@ void register_ops(Library& m) {
     m.impl("gemv_4bit", TORCH_BOX(&gemv_4bit<Backend>));
     m.impl("gemv_4bit.out", TORCH_BOX(&gemv_4bit_out<Backend>));
   }
+  m.impl("grouped_gemm_4bit", TORCH_BOX(&grouped_gemm_4bit<Backend>));
+  m.impl("grouped_gemm_4bit_dgrad", TORCH_BOX(&grouped_gemm_4bit_dgrad<Backend>));
   m.impl("estimate_quantiles", TORCH_BOX(&estimate_quantiles<Backend>));
   m.impl("int8_vectorwise_quant", TORCH_BOX(&int8_vectorwise_quant<Backend>));
   m.impl("int8_linear_matmul", TORCH_BOX(&int8_linear_matmul<Backend>));

@@ -25,6 +25,7 @@ from .autograd._functions import (
     matmul_cublas,
     mm_cublas,
 )
+from .autograd.grouped4 import grouped_matmul_4bit
 from .nn import modules
 from .optim import adam
 
@@ -36,6 +37,7 @@ __all__ = [
     "bmm_cublas",
     "features",
     "functional",
+    "grouped_matmul_4bit",
     "matmul",
     "matmul_4bit",
     "matmul_cublas",

@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "AUTOCAST_DEVICES",
     "FLOATS",
+    "OFFSETS",
     "check",
     "check_device",
     "check_dtype",
@@ -32,6 +33,8 @@ AUTOCAST_DEVICES = frozenset(
 
 # What activations, weights, biases and results may be.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# What the ends of groups of rows may be.
+OFFSETS = (torch.int32, torch.int64)
 
 
 def check(condition: bool, op: str, argument: str, expected: str, got: object) -> None:

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import FLOATS
+from ._checks import FLOATS, OFFSETS
 from ._codes4 import BLOCKSIZES, QUANT_TYPES, STORAGES
 from ._ops import register_fake
 
@@ -282,6 +282,60 @@ def _(
 ) -> Tensor:
     op = "gemm_4bit_dgrad"
     shape = _gemm_4bit_shape(op, "grad", grad, B, shapeB, blocksize, transposed=True)
+    _check_gemm_4bit_scales(op, quant_type, absmax, absmax_8bit, absmax_code, absmax_offset)
+    return grad.new_empty(shape)
+
+
+def _grouped_gemm_4bit_shape(
+    op: str, name: str, A: Tensor, B: Tensor, offs: Tensor, shapeB, blocksize, transposed
+):
+    """Checks what every grouped product takes; returns the shape of the result."""
+    _check(A.dim() == 2, op, name, "2-D", A.shape)
+    _check(len(shapeB) == 3, op, "shapeB", "[E, N, K]", shapeB)
+    _check(offs.dtype in OFFSETS, op, "offs", "int32 or int64", offs.dtype)
+    _check(offs.shape == (shapeB[0],), op, "offs", f"of shape [{shapeB[0]}]", offs.shape)
+    _check(offs.device == A.device, op, "offs", f"on {A.device} as {name}", offs.device)
+    return _gemm_4bit_shape(op, name, A, B, shapeB[1:], blocksize, transposed)
+
+
+@register_fake("grouped_gemm_4bit")
+def _(
+    A: Tensor,
+    B: Tensor,
+    offs: Tensor,
+    shapeB,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    op = "grouped_gemm_4bit"
+    shape = _grouped_gemm_4bit_shape(op, "A", A, B, offs, shapeB, blocksize, transposed=False)
+    _check_gemm_4bit_scales(op, quant_type, absmax, absmax_8bit, absmax_code, absmax_offset)
+    if bias is not None:
+        _check(bias.dtype == A.dtype, op, "bias", f"{A.dtype} as A", bias.dtype)
+        _check(bias.shape == tuple(shapeB[:2]), op, "bias", f"of shape {shapeB[:2]}", bias.shape)
+    return A.new_empty(shape)
+
+
+@register_fake("grouped_gemm_4bit_dgrad")
+def _(
+    grad: Tensor,
+    B: Tensor,
+    offs: Tensor,
+    shapeB,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    op = "grouped_gemm_4bit_dgrad"
+    shape = _grouped_gemm_4bit_shape(op, "grad", grad, B, offs, shapeB, blocksize, transposed=True)
     _check_gemm_4bit_scales(op, quant_type, absmax, absmax_8bit, absmax_code, absmax_offset)
     return grad.new_empty(shape)
 

@@ -73,6 +73,13 @@ SCHEMAS = (
     "gemm_4bit_dgrad(Tensor grad, Tensor B, int[] shapeB, Tensor absmax, int blocksize, "
     "str quant_type, Tensor? absmax_8bit=None, Tensor? absmax_code=None, "
     "Tensor? absmax_offset=None) -> Tensor",
+    # The same with a weight [E, N, K] for groups of rows: group i ends before row offs[i].
+    "grouped_gemm_4bit(Tensor A, Tensor B, Tensor offs, int[] shapeB, Tensor absmax, "
+    "int blocksize, str quant_type, Tensor? bias=None, Tensor? absmax_8bit=None, "
+    "Tensor? absmax_code=None, Tensor? absmax_offset=None) -> Tensor",
+    "grouped_gemm_4bit_dgrad(Tensor grad, Tensor B, Tensor offs, int[] shapeB, Tensor absmax, "
+    "int blocksize, str quant_type, Tensor? absmax_8bit=None, Tensor? absmax_code=None, "
+    "Tensor? absmax_offset=None) -> Tensor",
     "gemv_4bit(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) "
     "-> Tensor",
     "gemv_4bit.out(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, "
@@ -136,9 +143,9 @@ _PLAN_SCHEMA = (
 
 # Products that native libraries leave to plain PyTorch where it is faster. Never called otherwise.
 _PLAIN_SCHEMAS = tuple(
-    schema.replace("(", "_plain(", 1).replace("gemm", "_gemm", 1)
+    "_" + schema.replace("(", "_plain(", 1)
     for schema in SCHEMAS
-    if schema.startswith("gemm_4bit")
+    if schema.startswith(("gemm_4bit", "grouped_gemm_4bit"))
 )
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Arguments for every op of the package: what opcheck and the schema tests call it with."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -186,10 +187,11 @@ def _(device):
 # --- products with a 4-bit weight ---------------------------------------------------------------
 
 
-def _weight_4bit(device, n, k, blocksize):
+def _weight_4bit(device, *shape, blocksize):
     """Packed codes of any kind, their shape and scales, plain and quantized."""
-    packed = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8, device=device)
-    blocks = -(-n * k // blocksize)
+    numel = math.prod(shape)
+    packed = torch.randint(0, 256, ((numel + 1) // 2, 1), dtype=torch.uint8, device=device)
+    blocks = -(-numel // blocksize)
     plain = torch.rand(blocks, device=device)
     codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
     quantized = {
@@ -197,15 +199,15 @@ def _weight_4bit(device, n, k, blocksize):
         "absmax_code": create_dynamic_map().to(device),
         "absmax_offset": torch.tensor(0.75, device=device),
     }
-    return packed, (n, k), plain, torch.rand(-(-blocks // 256), device=device), quantized
+    return packed, shape, plain, torch.rand(-(-blocks // 256), device=device), quantized
 
 
 @samples("gemm_4bit")
 def _(device):
-    packed, shape, absmax, nested_absmax, nested = _weight_4bit(device, 5, 96, 64)
+    packed, shape, absmax, nested_absmax, nested = _weight_4bit(device, 5, 96, blocksize=64)
     x = torch.randn(2, 3, 96, device=device)
     bias = torch.randn(5, device=device)
-    odd, odd_shape, odd_absmax, _, _ = _weight_4bit(device, 3, 7, 32)
+    odd, odd_shape, odd_absmax, _, _ = _weight_4bit(device, 3, 7, blocksize=32)
     return [
         (x, packed, shape, absmax, 64, "nf4"),
         (x.half(), packed.t(), shape, absmax, 64, "fp4", bias.half()),
@@ -221,7 +223,7 @@ def _(device):
 
 @samples("gemm_4bit_dgrad")
 def _(device):
-    packed, shape, absmax, nested_absmax, nested = _weight_4bit(device, 5, 96, 64)
+    packed, shape, absmax, nested_absmax, nested = _weight_4bit(device, 5, 96, blocksize=64)
     grad = torch.randn(2, 3, 5, device=device)
     return [
         (grad, packed, shape, absmax, 64, "nf4"),
@@ -231,9 +233,41 @@ def _(device):
     ]
 
 
+@samples("grouped_gemm_4bit")
+def _(device):
+    packed, shape, absmax, nested_absmax, nested = _weight_4bit(device, 3, 5, 96, blocksize=64)
+    x = torch.randn(6, 96, device=device)
+    bias = torch.randn(3, 5, device=device)
+    offs = torch.tensor([2, 2, 5], device=device)
+    odd, odd_shape, odd_absmax, _, _ = _weight_4bit(device, 2, 3, 7, blocksize=32)
+    return [
+        (x, packed, offs, shape, absmax, 64, "nf4"),
+        (x.half(), packed.t(), offs.int(), shape, absmax, 64, "fp4", bias.half()),
+        (
+            (x.bfloat16(), packed.flatten(), offs, shape, nested_absmax, 64, "nf4"),
+            nested,
+        ),
+        (x[:, :7], odd, offs[:2].int(), odd_shape, odd_absmax, 32, "nf4"),
+        (x[:0], packed, offs * 0, shape, absmax, 64, "nf4"),
+    ]
+
+
+@samples("grouped_gemm_4bit_dgrad")
+def _(device):
+    packed, shape, absmax, nested_absmax, nested = _weight_4bit(device, 3, 5, 96, blocksize=64)
+    grad = torch.randn(6, 5, device=device)
+    offs = torch.tensor([0, 4, 6], device=device)
+    return [
+        (grad, packed, offs, shape, absmax, 64, "nf4"),
+        (grad.half(), packed.t(), offs.int(), shape, absmax, 64, "fp4"),
+        ((grad.bfloat16(), packed, offs, shape, nested_absmax, 64, "nf4"), nested),
+        (grad[:0], packed, offs * 0, shape, absmax, 64, "nf4"),
+    ]
+
+
 @samples("gemv_4bit")
 def _(device):
-    packed, shape, absmax, _, _ = _weight_4bit(device, 5, 96, 64)
+    packed, shape, absmax, _, _ = _weight_4bit(device, 5, 96, blocksize=64)
     x = torch.randn(3, 96, device=device)
     code = torch.linspace(-1, 1, 16, device=device)
     return [(x, packed, shape, absmax, code, 64), (x[0].half(), packed, shape, absmax, code, 64)]
@@ -241,7 +275,7 @@ def _(device):
 
 @samples("gemv_4bit.out")
 def _(device):
-    packed, shape, absmax, _, _ = _weight_4bit(device, 5, 96, 64)
+    packed, shape, absmax, _, _ = _weight_4bit(device, 5, 96, blocksize=64)
     x = torch.randn(96, device=device)
     code = torch.linspace(-1, 1, 16, device=device)
     return [(x, packed, shape, absmax, code, 64, torch.zeros(5, device=device))]

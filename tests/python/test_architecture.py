@@ -36,7 +36,7 @@ def code_of(path):
 
 
 # What ops may know of the CPU kernels.
-CPU_INTERFACE = ["cpu/bounds.h", "cpu/dispatch.h", "cpu/parallel.h"]
+CPU_INTERFACE = ["cpu/bounds.h", "cpu/dispatch.h", "cpu/grouped_gemm_4bit.h", "cpu/parallel.h"]
 
 # Folder -> what its files may include with quotes, and with brackets besides the C++ library.
 ALLOWED = {

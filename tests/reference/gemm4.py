@@ -8,7 +8,7 @@ import numpy as np
 
 from . import codes4
 
-__all__ = ["closeness", "nested_scales", "product", "weight", "weight_rounding"]
+__all__ = ["closeness", "grouped", "nested_scales", "product", "weight", "weight_rounding"]
 
 SIGNIFICAND = {"float32": 24, "float16": 11, "bfloat16": 8}
 
@@ -21,9 +21,9 @@ def nested_scales(codes, code, absmax, offset, blocksize: int = 256) -> np.ndarr
 
 
 def weight(name: str, packed, absmax, blocksize: int, shape, dtype: str) -> np.ndarray:
-    """Returns the weight float64 [N, K]: level * absmax, rounded to `dtype`."""
+    """Returns the weight float64 of `shape`: level * absmax, rounded to `dtype`."""
     packed = np.asarray(packed).reshape(-1)
-    n = shape[0] * shape[1]
+    n = int(np.prod(shape, dtype=np.int64))
     values = codes4.dequantize(name, packed, absmax, blocksize, n, dtype)
     return values.reshape(shape).astype(np.float64)
 
@@ -35,6 +35,21 @@ def product(a, b, bias=None):
     if bias is not None:
         result, size = result + np.float64(bias), size + np.abs(np.float64(bias))
     return result, size
+
+
+def grouped(function, a, weights, ends, *others):
+    """Returns one result of ``function(rows, weight, ...)`` for all groups of rows, one below the
+    other: those of group i end before row ends[i]. Rows of no group are zeros.
+
+    `others` hold what the function takes besides, by group, or are None.
+    """
+    out = np.zeros((len(a), weights.shape[2]))
+    first = 0
+    for i, end in enumerate(ends):
+        rest = [None if other is None else other[i] for other in others]
+        out[first:end] = function(a[first:end], weights[i], *rest)
+        first = end
+    return out
 
 
 def closeness(result, size, terms: int, dtype: str) -> np.ndarray:

@@ -69,8 +69,45 @@ struct SimtWeight {
 
 inline constexpr int kSimtWarps = 4;
 
-// out[i, j] = sum over k of a[i, k] w[j, k] + bias[j]. A warp per row of w and kRows rows of a,
-// with lanes along k.
+// out[i, col] = sum over k of a[i, k] w[col, k] + bias[col], for rows i from `row` on: a warp, with
+// lanes along k.
+template <class T, int kRows, bool kNested>
+__device__ __forceinline__ void multiply_rows(const Gemm4bit& args,
+                                              const SimtWeight<kNested>& weight, int64_t row,
+                                              int64_t col, bool aligned) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int64_t k = args.weight.k;
+  const int64_t n = args.weight.n;
+  const T* const a = static_cast<const T*>(args.a);
+  const int64_t begin = args.weight.begin_of(col);
+  float sums[kRows] = {};
+#pragma unroll 4
+  for (int64_t i = lane * kSimtSpan; i < k; i += kWarp * kSimtSpan) {
+    float w[kSimtSpan];
+    weight.read(begin + i, k - i, aligned, w);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (row + r < args.m) {
+        float x[kSimtSpan];
+        read_span(a + (row + r) * k + i, k - i, aligned, x);
+#pragma unroll
+        for (int j = 0; j < kSimtSpan; ++j) sums[r] = __fmaf_rn(x[j], w[j], sums[r]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    for (int other = kWarp / 2; other > 0; other /= 2) {
+      sums[r] = __fadd_rn(sums[r], shuffle_xor(sums[r], other));
+    }
+    if (lane == 0 && row + r < args.m) {
+      const float bias = args.bias != nullptr ? widen(static_cast<const T*>(args.bias)[col]) : 0.0f;
+      static_cast<T*>(args.out)[(row + r) * n + col] = narrow<T>(__fadd_rn(sums[r], bias));
+    }
+  }
+}
+
+// A warp per row of w and kRows rows of a.
 template <class T, int kRows, bool kNested>
 __global__ void __launch_bounds__(kSimtWarps* kWarp)
     gemm_4bit_rows_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
@@ -82,39 +119,10 @@ __global__ void __launch_bounds__(kSimtWarps* kWarp)
   __syncthreads();
 
   const SimtWeight<kNested> weight{args.weight.codes, shared_levels, scale_of, log2_block};
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t col = int64_t{blockIdx.x} * kSimtWarps + threadIdx.x / kWarp;
-  const int64_t k = args.weight.k;
-  const int64_t n = args.weight.n;
-  if (col >= n) return;
-  const T* const a = static_cast<const T*>(args.a);
+  if (col >= args.weight.n) return;
   for (int64_t row = int64_t{blockIdx.y} * kRows; row < args.m; row += int64_t{gridDim.y} * kRows) {
-    float sums[kRows] = {};
-#pragma unroll 4
-    for (int64_t i = lane * kSimtSpan; i < k; i += kWarp * kSimtSpan) {
-      float w[kSimtSpan];
-      weight.read(col * k + i, k - i, aligned, w);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (row + r < args.m) {
-          float x[kSimtSpan];
-          read_span(a + (row + r) * k + i, k - i, aligned, x);
-#pragma unroll
-          for (int j = 0; j < kSimtSpan; ++j) sums[r] = __fmaf_rn(x[j], w[j], sums[r]);
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      for (int other = kWarp / 2; other > 0; other /= 2) {
-        sums[r] = __fadd_rn(sums[r], shuffle_xor(sums[r], other));
-      }
-      if (lane == 0 && row + r < args.m) {
-        const float bias =
-            args.bias != nullptr ? widen(static_cast<const T*>(args.bias)[col]) : 0.0f;
-        static_cast<T*>(args.out)[(row + r) * n + col] = narrow<T>(__fadd_rn(sums[r], bias));
-      }
-    }
+    multiply_rows<T, kRows>(args, weight, row, col, aligned);
   }
 }
 
@@ -139,32 +147,38 @@ struct SimtProduct {
   int64_t terms;
 };
 
-// out = a w^T + bias, or a w with kBackward. A block of threads makes tiles of 64 x 128, a thread
-// 4 x 8 of them: columns 4 x to 4 x + 3 and the same 64 columns further, so that reads of
+BNB_HD SimtProduct simt_product(const Gemm4bit& args) {
+  const Weight4bit& w = args.weight;
+  return {args.a, args.bias, args.out, w, args.m, w.n, w.k};
+}
+BNB_HD SimtProduct simt_product(const Gemm4bitDgrad& args) {
+  const Weight4bit& w = args.weight;
+  return {args.grad, nullptr, args.out, w, args.m, w.k, w.n};
+}
+
+// Operands of a tile in shared memory.
+struct SimtTile {
+  float a[kSimtTileTerms][kSimtTileRows];
+  float w[kSimtTileTerms][kSimtTileCols];
+};
+
+// out = a w^T + bias, or a w with kBackward: a tile of 64 x 128 by a block of threads, of which
+// each makes 4 x 8: columns 4 x to 4 x + 3 and the same 64 columns further, so that reads of
 // neighbouring threads do not conflict.
-template <class T, bool kNested, bool kBackward>
-__global__ void __launch_bounds__(kSimtThreads)
-    gemm_4bit_tile_kernel(BNB_GRID_CONSTANT const SimtProduct args,
-                          BNB_GRID_CONSTANT const Levels4 levels, int log2_block,
-                          bool aligned_weight, bool aligned_a) {
+template <class T, bool kBackward, bool kNested>
+__device__ __forceinline__ void multiply_tile(const SimtProduct& args,
+                                              const SimtWeight<kNested>& weight, int64_t first_row,
+                                              int64_t first_col, bool aligned_weight,
+                                              bool aligned_a, SimtTile& tile) {
   constexpr int kRows = 4;
   constexpr int kHalf = 4;
-  __shared__ float shared_levels[kCode4Levels];
-  __shared__ float shared_code[kNested ? kCodeLevels : 1];
-  alignas(16) __shared__ float tile_a[kSimtTileTerms][kSimtTileRows];
-  alignas(16) __shared__ float tile_w[kSimtTileTerms][kSimtTileCols];
-  const ScaleReader<kNested> scale_of(args.weight.scales, shared_code);
-  if (threadIdx.x < kCode4Levels) shared_levels[threadIdx.x] = levels[threadIdx.x];
-
-  const SimtWeight<kNested> weight{args.weight.codes, shared_levels, scale_of, log2_block};
   const int thread = static_cast<int>(threadIdx.x);
   const int x = thread % 16;
   const int y = thread / 16;
   const int64_t k = args.weight.k;
-  const int64_t first_col = int64_t{blockIdx.x} * kSimtTileCols;
   const T* const a = static_cast<const T*>(args.a);
 
-  const auto stage_a = [&](int64_t first_row, int64_t first) {
+  const auto stage_a = [&](int64_t first) {
     const int row = thread % kSimtTileRows;
     const int term = thread / kSimtTileRows * kSimtSpan;
     float span[kSimtSpan];
@@ -172,7 +186,7 @@ __global__ void __launch_bounds__(kSimtThreads)
     read_span(a + (first_row + row) * args.terms + first + term,
               there ? args.terms - first - term : 0, aligned_a, span);
 #pragma unroll
-    for (int i = 0; i < kSimtSpan; ++i) tile_a[term + i][row] = span[i];
+    for (int i = 0; i < kSimtSpan; ++i) tile.a[term + i][row] = span[i];
   };
   // Neighbouring threads have neighbouring columns, and what each reads are neighbouring k.
   const auto stage_w = [&](int64_t first) {
@@ -184,59 +198,75 @@ __global__ void __launch_bounds__(kSimtThreads)
         const int term = thread / 8;
         const int col = thread % 8 * kSimtSpan + s * 8 * kSimtSpan;
         const bool there = first + term < args.terms;
-        weight.read((first + term) * k + first_col + col, there ? k - first_col - col : 0,
-                    aligned_weight, span);
+        weight.read(args.weight.begin_of(first + term) + first_col + col,
+                    there ? k - first_col - col : 0, aligned_weight, span);
 #pragma unroll
-        for (int i = 0; i < kSimtSpan; ++i) tile_w[term][col + i] = span[i];
+        for (int i = 0; i < kSimtSpan; ++i) tile.w[term][col + i] = span[i];
       } else {
         const int col = thread % kSimtTileCols;
         const int term = (thread / kSimtTileCols * kSpans + s) * kSimtSpan;
         const bool there = first_col + col < args.cols;
-        weight.read((first_col + col) * k + first + term, there ? k - first - term : 0,
-                    aligned_weight, span);
+        weight.read(args.weight.begin_of(first_col + col) + first + term,
+                    there ? k - first - term : 0, aligned_weight, span);
 #pragma unroll
-        for (int i = 0; i < kSimtSpan; ++i) tile_w[term + i][col] = span[i];
+        for (int i = 0; i < kSimtSpan; ++i) tile.w[term + i][col] = span[i];
       }
     }
   };
 
+  float sums[kRows][2 * kHalf] = {};
+  for (int64_t first = 0; first < args.terms; first += kSimtTileTerms) {
+    __syncthreads();
+    stage_a(first);
+    stage_w(first);
+    __syncthreads();
+#pragma unroll 8
+    for (int t = 0; t < kSimtTileTerms; ++t) {
+      const auto left = *reinterpret_cast<const Pack<float, kRows>*>(&tile.a[t][y * kRows]);
+      const auto low = *reinterpret_cast<const Pack<float, kHalf>*>(&tile.w[t][x * kHalf]);
+      const auto high =
+          *reinterpret_cast<const Pack<float, kHalf>*>(&tile.w[t][kSimtTileCols / 2 + x * kHalf]);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kHalf; ++j) {
+          sums[i][j] = __fmaf_rn(left.values[i], low.values[j], sums[i][j]);
+          sums[i][kHalf + j] = __fmaf_rn(left.values[i], high.values[j], sums[i][kHalf + j]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2 * kHalf; ++j) {
+      const int64_t at = first_row + y * kRows + i;
+      const int64_t col = first_col + j / kHalf * (kSimtTileCols / 2) + x * kHalf + j % kHalf;
+      if (at < args.m && col < args.cols) {
+        const float bias =
+            args.bias != nullptr ? widen(static_cast<const T*>(args.bias)[col]) : 0.0f;
+        static_cast<T*>(args.out)[at * args.cols + col] = narrow<T>(__fadd_rn(sums[i][j], bias));
+      }
+    }
+  }
+}
+
+template <class T, bool kNested, bool kBackward>
+__global__ void __launch_bounds__(kSimtThreads)
+    gemm_4bit_tile_kernel(BNB_GRID_CONSTANT const SimtProduct args,
+                          BNB_GRID_CONSTANT const Levels4 levels, int log2_block,
+                          bool aligned_weight, bool aligned_a) {
+  __shared__ float shared_levels[kCode4Levels];
+  __shared__ float shared_code[kNested ? kCodeLevels : 1];
+  alignas(16) __shared__ SimtTile tile;
+  const ScaleReader<kNested> scale_of(args.weight.scales, shared_code);
+  if (threadIdx.x < kCode4Levels) shared_levels[threadIdx.x] = levels[threadIdx.x];
+
+  const SimtWeight<kNested> weight{args.weight.codes, shared_levels, scale_of, log2_block};
+  const int64_t col = int64_t{blockIdx.x} * kSimtTileCols;
   for (int64_t row = int64_t{blockIdx.y} * kSimtTileRows; row < args.m;
        row += int64_t{gridDim.y} * kSimtTileRows) {
-    float sums[kRows][2 * kHalf] = {};
-    for (int64_t first = 0; first < args.terms; first += kSimtTileTerms) {
-      __syncthreads();
-      stage_a(row, first);
-      stage_w(first);
-      __syncthreads();
-#pragma unroll 8
-      for (int t = 0; t < kSimtTileTerms; ++t) {
-        const auto left = *reinterpret_cast<const Pack<float, kRows>*>(&tile_a[t][y * kRows]);
-        const auto low = *reinterpret_cast<const Pack<float, kHalf>*>(&tile_w[t][x * kHalf]);
-        const auto high =
-            *reinterpret_cast<const Pack<float, kHalf>*>(&tile_w[t][kSimtTileCols / 2 + x * kHalf]);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-          for (int j = 0; j < kHalf; ++j) {
-            sums[i][j] = __fmaf_rn(left.values[i], low.values[j], sums[i][j]);
-            sums[i][kHalf + j] = __fmaf_rn(left.values[i], high.values[j], sums[i][kHalf + j]);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2 * kHalf; ++j) {
-        const int64_t at = row + y * kRows + i;
-        const int64_t col = first_col + j / kHalf * (kSimtTileCols / 2) + x * kHalf + j % kHalf;
-        if (at < args.m && col < args.cols) {
-          const float bias =
-              args.bias != nullptr ? widen(static_cast<const T*>(args.bias)[col]) : 0.0f;
-          static_cast<T*>(args.out)[at * args.cols + col] = narrow<T>(__fadd_rn(sums[i][j], bias));
-        }
-      }
-    }
+    multiply_tile<T, kBackward>(args, weight, row, col, aligned_weight, aligned_a, tile);
   }
 }
 
@@ -275,14 +305,12 @@ template <class T, bool kNested>
 void simt_gemm_4bit(const Gemm4bit& args, Stream stream) {
   if (args.m == 1) return launch_rows<T, 1, kNested>(args, stream);
   if (args.m <= kMostSimtRows) return launch_rows<T, 4, kNested>(args, stream);
-  const Weight4bit& w = args.weight;
-  launch_tiles<T, kNested, false>({args.a, args.bias, args.out, w, args.m, w.n, w.k}, stream);
+  launch_tiles<T, kNested, false>(simt_product(args), stream);
 }
 
 template <class T, bool kNested>
 void simt_gemm_4bit_dgrad(const Gemm4bitDgrad& args, Stream stream) {
-  const Weight4bit& w = args.weight;
-  launch_tiles<T, kNested, true>({args.grad, nullptr, args.out, w, args.m, w.k, w.n}, stream);
+  launch_tiles<T, kNested, true>(simt_product(args), stream);
 }
 
 // Calls body.template operator()<T, kNested>() with what the arguments say.

@@ -5,13 +5,15 @@
 #include <cstdint>
 
 #include "bitsandbytes/code/registry4.h"
+#include "bitsandbytes/config.h"
 #include "bitsandbytes/kernels/common.h"
 #include "bitsandbytes/kernels/quantize.h"
 
 namespace bnb {
 
 // A matrix [n, k] of 4-bit codes, packed as quantize_4bit packs them. Its blocks run over the
-// flattened matrix, so a block may end in another row than it begins in.
+// flattened matrix, so a block may end in another row than it begins in. It may be some rows of a
+// higher one: then codes and scales are those of the whole, and `first_row` is not 0.
 struct Weight4bit {
   const uint8_t* codes;  // [ceil(n k / 2)]
   Scales scales;         // of ceil(n k / block_size) blocks
@@ -20,6 +22,10 @@ struct Weight4bit {
   int64_t n;
   int64_t k;
   int64_t block_size;  // a power of two from 32 to 4096
+  int64_t first_row = 0;
+
+  // Where a row begins among the elements that `codes` holds.
+  BNB_HD int64_t begin_of(int64_t row) const { return (first_row + row) * k; }
 };
 
 // out = a w^T + bias, where w is level * scale: rounded to dtype on a CPU, closer to the product on
@@ -44,8 +50,8 @@ struct Gemm4bitDgrad {
 
 namespace gpu {
 
-// The products of a GPU. `workspace` has the bytes that *_workspace_bytes() names, and holds
-// nothing before or after.
+// The products of a GPU, with whole matrices (first_row 0). `workspace` has the bytes that
+// *_workspace_bytes() names, and holds nothing before or after.
 // *_is_fast(): whether the product beats that of the vendor's library on a dequantized weight.
 bool gemm_4bit_is_fast(const Gemm4bit& args);
 int64_t gemm_4bit_workspace_bytes(const Gemm4bit& args);

@@ -20,7 +20,7 @@ from ..quant.four_bit import dequantize_4bit
 from ..quant.scales import weight_arguments
 from ..quant.state import QuantState
 
-__all__ = ["MatMul4Bit", "matmul_4bit"]
+__all__ = ["MatMul4Bit", "group_of_rows", "matmul_4bit", "product_4bit"]
 
 
 class MatMul4Bit(torch.autograd.Function):
@@ -28,41 +28,61 @@ class MatMul4Bit(torch.autograd.Function):
 
     `backwards` False: ``[..., K]`` to ``[..., N]``, plus the bias. True: ``[..., N]`` to
     ``[..., K]``, the gradient of the former, so that each is the other's backward pass.
+
+    With `offs`, the ends of groups of rows, there is a weight and a bias for each group.
     """
 
     @staticmethod
-    def forward(ctx, A, bias, packed, scales, nested, weight_format, backwards):
+    def forward(ctx, A, bias, packed, scales, nested, weight_format, backwards, offs=None):
         """Computes the product of A in A's dtype."""
-        ctx.save_for_backward(packed, scales, *nested)
+        ctx.save_for_backward(packed, scales, offs, *nested)
         ctx.weight_format, ctx.backwards = weight_format, backwards
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _product(A, bias, packed, scales, nested, weight_format, backwards)
+        return product_4bit(A, bias, packed, scales, nested, weight_format, backwards, offs)
 
     @staticmethod
     def backward(ctx, grad):
         """Returns the gradients of `A` and `bias`; the weight has none."""
-        packed, scales, *nested = ctx.saved_tensors
+        packed, scales, offs, *nested = ctx.saved_tensors
         grad_A = grad_bias = None
         if ctx.needs_input_grad[0]:
-            weight = (packed, scales, tuple(nested), ctx.weight_format, not ctx.backwards)
+            weight = (packed, scales, tuple(nested), ctx.weight_format, not ctx.backwards, offs)
             # Gradients of gradients, which hardly anybody wants, are recorded like the first.
-            product = MatMul4Bit.apply if torch.is_grad_enabled() else _product
+            product = MatMul4Bit.apply if torch.is_grad_enabled() else product_4bit
             grad_A = product(grad, None, *weight)
         if ctx.needs_input_grad[1]:
             flat = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
             wide = torch.promote_types(grad.dtype, ctx.bias_dtype)
-            grad_bias = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
-        return grad_A, grad_bias, None, None, None, None, None
+            if offs is None:
+                sums = flat.sum(0, dtype=wide)
+            else:
+                # The last line collects rows of no group.
+                sums = flat.new_zeros(offs.numel() + 1, flat.shape[1], dtype=wide)
+                sums = sums.index_add_(0, group_of_rows(offs, flat.shape[0]), flat.to(wide))[:-1]
+            grad_bias = sums.to(ctx.bias_dtype)
+        return grad_A, grad_bias, None, None, None, None, None, None
 
 
-def _product(A, bias, packed, scales, nested, weight_format, backwards) -> Tensor:
+def group_of_rows(offs: Tensor, rows: int) -> Tensor:
+    """Returns the group of each row, int64; ``offs.numel()`` for rows of none."""
+    numbers = torch.arange(rows, device=offs.device, dtype=offs.dtype)
+    return torch.searchsorted(offs, numbers, right=True)
+
+
+def product_4bit(A, bias, packed, scales, nested, weight_format, backwards, offs=None) -> Tensor:
+    """Returns what :class:`MatMul4Bit` computes, without a record of it."""
     shape, blocksize, quant_type = weight_format
-    weight = (packed, shape, scales, blocksize, quant_type)
-    if backwards:
-        return torch.ops.bitsandbytes.gemm_4bit_dgrad.default(A, *weight, *nested)
+    weight = (shape, scales, blocksize, quant_type)
+    ops = torch.ops.bitsandbytes
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
-    return torch.ops.bitsandbytes.gemm_4bit.default(A, *weight, bias, *nested)
+    if offs is not None:
+        if backwards:
+            return ops.grouped_gemm_4bit_dgrad.default(A, packed, offs, *weight, *nested)
+        return ops.grouped_gemm_4bit.default(A, packed, offs, *weight, bias, *nested)
+    if backwards:
+        return ops.gemm_4bit_dgrad.default(A, packed, *weight, *nested)
+    return ops.gemm_4bit.default(A, packed, *weight, bias, *nested)
 
 
 def _product_dequantized(A: Tensor, B: Tensor, bias: Tensor | None, state: QuantState) -> Tensor:
@@ -149,6 +169,6 @@ def matmul_4bit(
         (_, scales, *rest), nested = weight_arguments(quant_state, A.device)
         weight = (B, scales, nested, (shape, *rest), False)
         wanted = A.requires_grad or (bias is not None and bias.requires_grad)
-        product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else _product
+        product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else product_4bit
         result = product(A, bias, *weight)
     return result if out is None else out.copy_(result)

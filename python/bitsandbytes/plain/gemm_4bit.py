@@ -18,7 +18,7 @@ from .._precision import full_precision
 from .quantize import check_nested_scales, check_scales, decode_scales
 from .quantize_4bit import check_packed, decode_4bit
 
-__all__: list[str] = []
+__all__ = ["check_product", "product_float32", "weight_scales"]
 
 # Scales that share a scale of their own: fixed by the ops, which do not name it.
 NESTED_BLOCKSIZE = 256
@@ -26,7 +26,7 @@ NESTED_BLOCKSIZE = 256
 PIECE = 2**22
 
 
-def _check_product(
+def check_product(
     op: str,
     name: str,
     A: Tensor,
@@ -34,13 +34,15 @@ def _check_product(
     shape: list[int],
     blocksize: int,
     transposed: bool = False,
+    grouped: bool = False,
 ) -> int:
-    """Checks the operands; returns the number of blocks of the weight."""
+    """Checks the operands; returns the number of blocks of the weight, or of all weights."""
     check_dtype(op, name, A, *FLOATS)
     check(A.dim() >= 1, op, name, "of at least one dimension", "a scalar")
-    fits = len(shape) == 2 and all(size >= 0 for size in shape)
-    check(fits, op, "shapeB", "two sizes [N, K]", list(shape))
-    terms = shape[0] if transposed else shape[1]
+    fits = len(shape) == (3 if grouped else 2) and all(size >= 0 for size in shape)
+    expected = "three sizes [E, N, K]" if grouped else "two sizes [N, K]"
+    check(fits, op, "shapeB", expected, list(shape))
+    terms = shape[-2] if transposed else shape[-1]
     expected = f"[..., {terms}] for shapeB {list(shape)}"
     check(A.shape[-1] == terms, op, name, expected, f"shape {list(A.shape)}")
     check(blocksize in BLOCKSIZES, op, "blocksize", f"one of {set(BLOCKSIZES)}", blocksize)
@@ -48,7 +50,7 @@ def _check_product(
     return check_packed(op, "B", B, math.prod(shape), blocksize)
 
 
-def _scales(
+def weight_scales(
     op: str,
     B: Tensor,
     blocks: int,
@@ -105,9 +107,9 @@ def gemm_4bit(
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
     op = "gemm_4bit"
-    blocks = _check_product(op, "A", A, B, shapeB, blocksize)
+    blocks = check_product(op, "A", A, B, shapeB, blocksize)
     quantized = (absmax, absmax_8bit, absmax_code, absmax_offset)
-    scales = _scales(op, B, blocks, quant_type, *quantized)
+    scales = weight_scales(op, B, blocks, quant_type, *quantized)
     if bias is not None:
         check_dtype(op, "bias", bias, A.dtype)
         check_device(op, "bias", bias, "A", A)
@@ -133,9 +135,9 @@ def gemm_4bit_dgrad(
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
     op = "gemm_4bit_dgrad"
-    blocks = _check_product(op, "grad", grad, B, shapeB, blocksize, transposed=True)
+    blocks = check_product(op, "grad", grad, B, shapeB, blocksize, transposed=True)
     quantized = (absmax, absmax_8bit, absmax_code, absmax_offset)
-    scales = _scales(op, B, blocks, quant_type, *quantized)
+    scales = weight_scales(op, B, blocks, quant_type, *quantized)
     columns = shapeB[1]
     rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
     total = torch.zeros(rows.shape[0], columns, dtype=torch.float32, device=grad.device)
@@ -144,11 +146,11 @@ def gemm_4bit_dgrad(
         for part, codes, part_scales in _pieces(B, scales, shapeB, blocksize) if columns else ():
             shape = [part.stop - part.start, columns]
             weight = dequantize(codes, part_scales, blocksize, quant_type, shape, grad.dtype)
-            total += _product_float32(rows[:, part], weight)
+            total += product_float32(rows[:, part], weight)
     return total.to(grad.dtype).view(*grad.shape[:-1], columns)
 
 
-def _product_float32(a: Tensor, b: Tensor) -> Tensor:
+def product_float32(a: Tensor, b: Tensor) -> Tensor:
     """Returns ``a @ b`` of 16-bit or float32 matrices without rounding the sums to 16 bits."""
     if a.dtype != torch.float32 and a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -177,7 +179,7 @@ def gemv_4bit_out(
     out: Tensor,
 ) -> None:
     op = "gemv_4bit"
-    blocks = _check_product(op, "A", A, B, shapeB, blocksize)
+    blocks = check_product(op, "A", A, B, shapeB, blocksize)
     check_scales(op, B, blocks, absmax)
     check_dtype(op, "code", code, torch.float32)
     check_numel(op, "code", code, 16, "levels")

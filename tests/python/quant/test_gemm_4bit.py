@@ -4,12 +4,12 @@
 import numpy as np
 import pytest
 import torch
+from products4 import assert_product, make_weight
 from quant_inputs import DTYPES, LAYOUTS, name_of, numpy
 
 import bitsandbytes.functional as F
 from bitsandbytes.plain import gemm_4bit as plain
 from bitsandbytes.quant.scales import weight_arguments
-from reference import gemm4 as reference
 
 ops = torch.ops.bitsandbytes
 TYPES = ("nf4", "fp4")
@@ -39,36 +39,6 @@ ROWS = (1, 2, 4, 5, 11, 20)
 def products(request):
     """What the dispatcher runs on a device, and what runs where nothing is compiled."""
     return plain if request.param == "plain" else ops
-
-
-def make_weight(shape, blocksize, quant_type, nested=False, dtype=torch.float32, device="cpu"):
-    """Packed codes, the state, and the weight float64 [N, K] for activations of `dtype`."""
-    values = torch.randn(shape).to(device)
-    packed, state = F.quantize_4bit(
-        values, blocksize=blocksize, quant_type=quant_type, compress_statistics=nested
-    )
-    scales = numpy(state.absmax)
-    if nested:
-        inner = state.state2
-        scales = reference.nested_scales(
-            scales, numpy(inner.code), numpy(inner.absmax), numpy(state.offset)
-        )
-    codes = numpy(packed)
-    weight = reference.weight(quant_type, codes, scales, blocksize, shape, name_of(dtype))
-    return packed, state, weight
-
-
-def assert_product(result, a, b, bias=None, loose=False):
-    """That a result of float32 sums, rounded once, is the product of two matrices.
-
-    With `loose`, of one of them somewhat off, as what a kernel of a GPU makes of the weight is.
-    """
-    want, size = reference.product(a, b, None if bias is None else numpy(bias))
-    got = numpy(result).reshape(want.shape)
-    bound = reference.closeness(want, size, b.shape[0], name_of(result.dtype))
-    if loose:
-        bound += reference.weight_rounding(a, b, name_of(result.dtype))
-    assert (np.abs(got - want) <= bound).all(), np.abs((got - want) / bound).max()
 
 
 def gemm(products, a, packed, state, bias=None):

@@ -1,0 +1,18 @@
+// Products of groups of rows with a 4-bit weight for each group: which kernel makes them.
+// SPDX-License-Identifier: MIT
+#include "bitsandbytes/kernels/grouped_gemm_4bit.h"
+#include "gpu/gemm/simt_grouped.cuh"
+
+namespace bnb::gpu {
+
+void grouped_gemm_4bit(const GroupedGemm4bit& args, Stream stream) {
+  by_type(args.dtype, args.weight.scales.nested(),
+          [&]<class T, bool kNested>() { simt_grouped_gemm_4bit<T, kNested>(args, stream); });
+}
+
+void grouped_gemm_4bit_dgrad(const GroupedGemm4bitDgrad& args, Stream stream) {
+  by_type(args.dtype, args.weight.scales.nested(),
+          [&]<class T, bool kNested>() { simt_grouped_gemm_4bit_dgrad<T, kNested>(args, stream); });
+}
+
+}  // namespace bnb::gpu
