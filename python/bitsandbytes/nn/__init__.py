@@ -5,6 +5,12 @@ from . import modules, triton_based_modules
 from .embedding import Embedding, StableEmbedding
 from .embedding4 import Embedding4bit, EmbeddingFP4, EmbeddingNF4
 from .embedding8 import Embedding8bit
+from .experts import (
+    experts_forward_4bit,
+    group_by_expert,
+    grouped_linear_4bit,
+    replace_experts_4bit,
+)
 from .linear4 import Linear4bit, LinearFP4, LinearNF4
 from .linear8 import Linear8bitLt
 from .outlier_aware import OutlierAwareLinear
@@ -35,6 +41,10 @@ __all__ = [
     "SwitchBackLinear",
     "SwitchBackLinearGlobal",
     "SwitchBackLinearVectorwise",
+    "experts_forward_4bit",
+    "group_by_expert",
+    "grouped_linear_4bit",
     "modules",
+    "replace_experts_4bit",
     "triton_based_modules",
 ]
