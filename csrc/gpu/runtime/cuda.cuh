@@ -86,6 +86,8 @@ __device__ __forceinline__ uint32_t warp_ballot(bool condition) {
   return __ballot_sync(0xffffffffu, condition);
 }
 
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
 __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
 }

@@ -39,6 +39,8 @@ inline uint32_t warp_ballot(bool condition) {
   return bits;
 }
 
+inline void sync_warp() { warp_ballot(true); }
+
 inline bool warp_all(bool condition) { return warp_ballot(!condition) == 0; }
 
 inline void sync_threads_of(int, int) { __syncthreads(); }

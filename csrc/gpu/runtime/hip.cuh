@@ -127,6 +127,7 @@ __device__ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint
                                      uint32_t b1);
 __device__ uint2 load_once(const uint2* p);
 __device__ void sync_threads_of(int part, int threads);
+__device__ void sync_warp();
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));

@@ -25,6 +25,7 @@
 //                                   rows g and g + 8, columns 2 t + {0, 1} and 2 t + {8, 9}; of b
 //                                   rows of these numbers, column g
 //   load_once(p)                    what no other thread reads
+//   sync_warp()                     a barrier of a warp
 //   sync_threads_of(part, threads)  a barrier of each of at most 15 equal parts of a block of
 //                                   threads, which all reach it equally often
 //   BNB_GRID_CONSTANT               kernel parameters that are read in place
