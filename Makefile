@@ -101,7 +101,7 @@ format: $(ENVIRONMENT)
 cuda-check: $(ENVIRONMENT)
 	@echo "== compile for CUDA sm_80 and sm_90a"
 	cmake -G Ninja -S . -B build/cuda-check -DPython_EXECUTABLE=$(PY) -DCOMPUTE_BACKEND=cuda \
-	  "-DCOMPUTE_CAPABILITY=80-real;90a-real" -DBNB_TENSOR_CORE_KERNELS=ON -DBNB_WERROR=ON
+	  "-DCOMPUTE_CAPABILITY=80-real;90a-real" -DBNB_WERROR=ON
 	cmake --build build/cuda-check --parallel $(JOBS)
 
 cpp-check:

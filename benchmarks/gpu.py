@@ -204,6 +204,7 @@ PARTS = {
     "quantize_4bit": quantize_4bit,
     "quantiles": quantiles,
     "linear4bit": layers.linear4bit,
+    "linear8bit": layers.linear8bit,
     "training": layers.training,
 }
 

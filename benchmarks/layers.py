@@ -90,11 +90,60 @@ def _linear4bit(record: Record, bandwidth: float, reference: list[nn.Module], ne
         )
 
 
+def linear8bit(record: Record, bandwidth: float) -> None:
+    """Forward passes of int8 layers, without and with a look for outlier columns."""
+    for n, k in SHAPES:
+        dense = functools.partial(nn.Linear, k, n, device=DEVICE, dtype=DTYPE)
+        reference = turns(dense, 2 * n * k)
+        for threshold in (0.0, 6.0):
+            _linear8bit(record, bandwidth, reference, threshold)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def in_int8(linear: nn.Linear, threshold: float) -> nn.Module:
+    """Returns a layer with int8 rows of the weight of `linear`."""
+    layer = bnb.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=threshold,
+    )
+    layer.load_state_dict(linear.state_dict())
+    return layer.to(DEVICE)
+
+
+def _linear8bit(
+    record: Record, bandwidth: float, reference: list[nn.Module], threshold: float
+) -> None:
+    n, k = reference[0].weight.shape
+    layers = turns(functools.partial(in_int8, reference[0], threshold), n * k)
+    for m in (1, 8, 32, 128, 512, 2048, 8192):
+        x = torch.randn(m, k, device=DEVICE, dtype=DTYPE)
+        if threshold:
+            x[:, ::512] *= 10  # columns of outliers
+        facts = {}
+        with torch.no_grad():
+            ms, dense_ms = time_graph(layers, x), time_graph(reference, x)
+            if m == 1:
+                facts["eager_host_us"] = 1e3 * time_host(functools.partial(layers[0], x))
+        floor = (n * k + 2 * m * (n + k)) / bandwidth
+        record.add(
+            f"linear8bit/{n}x{k}/threshold{threshold:g}/tokens{m}",
+            ms,
+            times_bf16=dense_ms / ms,
+            of_copy=floor / ms,
+            tops=2e-9 * m * n * k / ms,
+            **facts,
+        )
+
+
 def training(record: Record, bandwidth: float) -> None:
     """Forward and backward pass over a frozen layer, as in fine-tuning with adapters."""
     n, k = 14336, 4096
     dense = nn.Linear(k, n, bias=False, device=DEVICE, dtype=DTYPE).requires_grad_(False)
-    layers = {"linear4bit": packed(dense, False)}
+    layers = {"linear4bit": packed(dense, False), "linear8bit": in_int8(dense, 6.0)}
     for m in (16, 128, 512, 4096):
         x = torch.randn(m, k, device=DEVICE, dtype=DTYPE, requires_grad=True)
         grad = torch.randn(m, n, device=DEVICE, dtype=DTYPE)

@@ -34,9 +34,6 @@ function(bnb_gpu_target target)
       PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false
               -Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=
               $<$<BOOL:${BNB_WERROR}>:-Werror=all-warnings>>)
-    if(BNB_TENSOR_CORE_KERNELS)
-      target_compile_definitions(${target} PRIVATE BNB_TENSOR_CORE_KERNELS)
-    endif()
     target_link_libraries(${target} PRIVATE CUDA::cudart_static)
   else()
     set_source_files_properties(${ARGN} PROPERTIES LANGUAGE HIP)

@@ -171,7 +171,6 @@ struct Cpu {
   }
 
   static constexpr bool kInt8Library = false;
-  static constexpr bool kGemm4bit = true;
   static constexpr bool kPlainProducts = false;
 
   template <class Arguments>

@@ -33,11 +33,6 @@ struct GpuBackend {
   static void dequantize_4bit(const Dequantize4bit& args, const Scope& scope) {
     gpu::dequantize_4bit(args, scope.stream());
   }
-#if defined(BNB_TENSOR_CORE_KERNELS) || defined(BNB_GPU_EMULATED)
-  static constexpr bool kGemm4bit = true;
-#else
-  static constexpr bool kGemm4bit = false;
-#endif
   // Products that the vendor's library makes faster are left to plain PyTorch.
   static constexpr bool kPlainProducts = true;
   static bool is_fast(const Gemm4bit& args) { return gpu::gemm_4bit_is_fast(args); }

@@ -30,12 +30,10 @@ void register_ops(Library& m) {
   m.impl("dequantize_4bit_nested.out", TORCH_BOX(&dequantize_4bit_nested_out<Backend>));
   m.impl("quantize_blockwise_stochastic", TORCH_BOX(&quantize_blockwise_stochastic<Backend>));
   m.impl("quantize_no_absmax", TORCH_BOX(&quantize_no_absmax<Backend>));
-  if constexpr (Backend::kGemm4bit) {  // else plain PyTorch serves
-    m.impl("gemm_4bit", TORCH_BOX(&gemm_4bit<Backend>));
-    m.impl("gemm_4bit_dgrad", TORCH_BOX(&gemm_4bit_dgrad<Backend>));
-    m.impl("gemv_4bit", TORCH_BOX(&gemv_4bit<Backend>));
-    m.impl("gemv_4bit.out", TORCH_BOX(&gemv_4bit_out<Backend>));
-  }
+  m.impl("gemm_4bit", TORCH_BOX(&gemm_4bit<Backend>));
+  m.impl("gemm_4bit_dgrad", TORCH_BOX(&gemm_4bit_dgrad<Backend>));
+  m.impl("gemv_4bit", TORCH_BOX(&gemv_4bit<Backend>));
+  m.impl("gemv_4bit.out", TORCH_BOX(&gemv_4bit_out<Backend>));
   m.impl("grouped_gemm_4bit", TORCH_BOX(&grouped_gemm_4bit<Backend>));
   m.impl("grouped_gemm_4bit_dgrad", TORCH_BOX(&grouped_gemm_4bit_dgrad<Backend>));
   m.impl("estimate_quantiles", TORCH_BOX(&estimate_quantiles<Backend>));

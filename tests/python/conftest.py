@@ -49,15 +49,6 @@ def gpu_kernels(request, device) -> bool:
 
 
 @pytest.fixture
-def gpu_products(gpu_kernels) -> bool:
-    """Whether products with a 4-bit weight are made by kernels for a GPU."""
-    key = "CUDA" if torch.cuda.is_available() else "CPU"
-    return gpu_kernels and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "bitsandbytes::gemm_4bit", key
-    )
-
-
-@pytest.fixture
 def compile_fresh():
     """torch.compile without what earlier tests left: it counts recompilations per function."""
     torch._dynamo.reset()

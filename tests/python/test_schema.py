@@ -19,8 +19,6 @@ COMPOSED = {
     "optimizer_update_32bit",
     "optimizer_update_8bit_blockwise",
 }
-# For GPUs if built with BNB_TENSOR_CORE_KERNELS; else the implementation for any device serves.
-OPTIONAL_ON_GPUS = {"gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "gemv_4bit.out"}
 # Schemas of the public package, to the letter: they mark what is only read as written.
 OVERSTATED = {"optimizer_update_32bit", "optimizer_update_8bit_blockwise"}
 
@@ -66,11 +64,7 @@ def test_every_op_has_a_native_kernel(device, name):
     library = _library.libraries["_cuda" if device == "cuda" else "_ops"]
     if not library.loaded:
         pytest.skip(f"{library.name} is not loaded: {library.reason}")
-    found = has_kernel(name, device.upper())
-    if device == "cuda" and name in OPTIONAL_ON_GPUS:
-        assert found == has_kernel("gemm_4bit", "CUDA")
-    else:
-        assert found != (name in COMPOSED)
+    assert has_kernel(name, device.upper()) != (name in COMPOSED)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,11 +20,7 @@
 #define BNB_NOINLINE __noinline__
 // Shared memory beyond the static one, as much as the launch asked for.
 #define BNB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
-#if defined(BNB_TENSOR_CORE_KERNELS)
 #define BNB_BULK_COPIES 1
-#else
-#define BNB_BULK_COPIES 0
-#endif
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define BNB_HOPPER 1
 #else

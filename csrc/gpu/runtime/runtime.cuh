@@ -33,7 +33,7 @@
 //   BNB_DYNAMIC_SHARED(name)        declares the shared memory that the launch asked for
 //   BNB_KERNEL_ARGUMENT_BYTES       what a launch may pass to a kernel
 //   BNB_BULK_COPIES                 1 where the host can describe tiles to the copy engine: in
-//                                   CUDA, if built with BNB_TENSOR_CORE_KERNELS
+//                                   CUDA
 //   BNB_HOPPER                      1 where kernels may have the instructions of sm_90a: in CUDA's
 //                                   pass for the host, and in that for this target
 // SPDX-License-Identifier: MIT

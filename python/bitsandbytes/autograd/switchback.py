@@ -31,9 +31,9 @@ def quantized_product(
 ) -> Tensor:
     """Returns ``A W^T + bias`` in the dtype of A, with the rows of A quantized."""
     bias = None if bias is None else narrowed(bias)
-    return torch.ops.bitsandbytes.int8_linear.default(narrowed(A), codes, stats, bias)[0].to(
-        A.dtype
-    )
+    out = torch.ops.bitsandbytes.int8_linear.default(narrowed(A), codes, stats, bias)[0]
+    # PyTorch 2.11, compiling, loses the gradients of a result that `to` returns as it was.
+    return out if out.dtype == A.dtype else out.to(A.dtype)
 
 
 class SwitchBack(torch.autograd.Function):

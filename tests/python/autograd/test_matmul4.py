@@ -62,10 +62,10 @@ def test_signature():
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_gradients_match_specification(device, gpu_products, dtype, quant_type, nested):
+def test_forward_and_gradients_match_specification(device, gpu_kernels, dtype, quant_type, nested):
     # Kernels of a GPU round the weight in ways of their own.
-    name = str(dtype).removeprefix("torch.") if gpu_products else "float32"
-    rounded = torch.float32 if gpu_products else dtype
+    name = str(dtype).removeprefix("torch.") if gpu_kernels else "float32"
+    rounded = torch.float32 if gpu_kernels else dtype
     packed, state = packed_weight(device, quant_type=quant_type, nested=nested)
     a = torch.randn(2, 3, 40, device=device).to(dtype).requires_grad_()
     bias = torch.randn(9, device=device).to(dtype).requires_grad_()

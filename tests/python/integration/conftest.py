@@ -30,9 +30,12 @@ def transformers():
     return module
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def accelerate():
-    return _import("accelerate")
+    module = _import("accelerate")
+    yield module
+    # The device that one test asks for is not that of the next.
+    module.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import bitsandbytes as bnb
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
+from reference.gemm4 import weight_rounding
 from reference.linear import closeness
 
 LOGGER = "bitsandbytes.nn.modules"
@@ -98,17 +99,20 @@ def test_a_new_layer():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("cls", [LinearFP4, LinearNF4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_is_the_product_with_the_dequantized_weight(device, dtype, cls, bias):
+def test_forward_is_the_product_with_the_dequantized_weight(device, gpu_kernels, dtype, cls, bias):
     layer = quantized(device, cls, bias=bias, compute_dtype=dtype)
     x = inputs(device, dtype)
     out = layer(x)
     assert out.dtype == dtype and out.requires_grad == bias
-    weight = values(layer).to(dtype).cpu().double().numpy()
+    # Kernels of a GPU round the weight in ways of their own.
+    weight = values(layer).to(torch.float32 if gpu_kernels else dtype).cpu().double().numpy()
     exact = x.cpu().double().numpy()
     offset = layer.bias.detach().cpu().double().numpy() if bias else np.zeros(96)
     want = exact @ weight.T + offset
     significand = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[dtype]
     bound = closeness(significand, want, np.abs(exact) @ np.abs(weight.T), offset)
+    if gpu_kernels:
+        bound += weight_rounding(exact, weight.T, str(dtype).removeprefix("torch."))
     assert (np.abs(out.detach().cpu().double().numpy() - want) <= bound).all()
 
 
@@ -188,16 +192,16 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_training_never_holds_a_dequantized_weight(device, nested):
-    features, tokens = 1024, 16
+    # Sums that several blocks of threads of a GPU share are few beside a weight that needs them.
+    features, tokens = 4096 if device == "cuda" else 1024, 16
     layer = LinearNF4(
         features, features, compute_dtype=torch.bfloat16, compress_statistics=nested
     ).to(device)
     x = torch.randn(tokens, features, dtype=torch.bfloat16, device=device, requires_grad=True)
     layer(x).sum().backward()  # what is made once is there
     x.grad = None
-    # Without kernels for this device the forward product is one of plain PyTorch.
-    kernels = torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemm_4bit", "CUDA")
-    measured = device == "cuda" and kernels
+    # Other GPUs leave the gradient of so many tokens to plain PyTorch.
+    measured = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
     if measured:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

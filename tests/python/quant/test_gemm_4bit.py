@@ -75,9 +75,9 @@ def check_both(
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
 @pytest.mark.parametrize(("n", "k", "blocksize"), SHAPES)
-def test_products(device, gpu_products, n, k, blocksize, nested, dtype):
+def test_products(device, gpu_kernels, n, k, blocksize, nested, dtype):
     kind = TYPES[n % 2]
-    check_both(ops, (n, k), blocksize, kind, nested, dtype, device, loose=gpu_products)
+    check_both(ops, (n, k), blocksize, kind, nested, dtype, device, loose=gpu_kernels)
 
 
 # N, K, blocksize and rows that the kernels for tensor cores take: parts of their tiles, one and
@@ -95,14 +95,14 @@ def test_products(device, gpu_products, n, k, blocksize, nested, dtype):
         (776, 128, 4096, (16, 20)),
     ],
 )
-def test_backward_products_in_tiles(device, gpu_products, n, k, blocksize, rows, nested, dtype):
-    rounded = torch.float32 if gpu_products else dtype
+def test_backward_products_in_tiles(device, gpu_kernels, n, k, blocksize, rows, nested, dtype):
+    rounded = torch.float32 if gpu_kernels else dtype
     kind = TYPES[k % 3 % 2]
     packed, state, weight = make_weight((n, k), blocksize, kind, nested, rounded, device)
     for m in rows:
         grad = torch.randn(m, n).to(device, dtype)
         result = dgrad(ops, grad, packed, state)
-        assert_product(result, numpy(grad), weight, None, gpu_products)
+        assert_product(result, numpy(grad), weight, None, gpu_kernels)
         assert torch.equal(result, dgrad(ops, grad, packed, state))
 
 
@@ -122,15 +122,15 @@ def test_products_of_many_rows_on_every_instruction_set(cpu_isa, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
 @pytest.mark.parametrize(("n", "k", "blocksize"), [(72, 256, 64), (35, 192, 64), (8, 128, 128)])
-def test_products_of_many_rows(device, gpu_products, n, k, blocksize, nested, dtype):
+def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dtype):
     """Every number of rows for which a GPU has a kernel of its own, and one more."""
     rows = (9, 17, 33, 65, 129, 193, 257)
     kind = TYPES[n % 2]
-    check_both(ops, (n, k), blocksize, kind, nested, dtype, device, rows, loose=gpu_products)
+    check_both(ops, (n, k), blocksize, kind, nested, dtype, device, rows, loose=gpu_kernels)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
-def test_products_that_kernels_leave_to_plain_pytorch(device, gpu_products, nested):
+def test_products_that_kernels_leave_to_plain_pytorch(device, gpu_kernels, nested):
     # float32 has no tensor cores, and these are more rows than kernels without them are for.
     packed, state, _ = make_weight((9, 64), 64, "nf4", nested, device=device)
     (shape, scales, *rest), codes = weight_arguments(state, packed.device)
@@ -143,10 +143,24 @@ def test_products_that_kernels_leave_to_plain_pytorch(device, gpu_products, nest
     )
     for result, expected in (forward, backward):
         torch.testing.assert_close(result, expected)
-        if gpu_products:
+        if gpu_kernels:
             assert torch.equal(result, expected)
 
 
+@pytest.fixture
+def whole_sums():
+    """Keeps torch's products from rounding partial sums to 16 bits."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(matmul, name, value)
+
+
+@pytest.mark.usefixtures("whole_sums")
 @pytest.mark.parametrize("piece", [1, 500])
 def test_plain_products_in_pieces(device, monkeypatch, piece):
     """As of a weight that is too large to be dequantized at once."""
@@ -157,13 +171,13 @@ def test_plain_products_in_pieces(device, monkeypatch, piece):
 
 
 @pytest.mark.parametrize("m", [*range(1, 21), 64, 257])
-def test_bfloat16_error_is_at_most_that_of_a_bfloat16_product(device, gpu_products, m):
+def test_bfloat16_error_is_at_most_that_of_a_bfloat16_product(device, gpu_kernels, m):
     """The rounding of the result is all there is; torch's own sums are no better.
 
     On a GPU, the rounding of the weight is no worse either.
     """
     shape = (257, 1152)
-    rounded = torch.float32 if gpu_products else torch.bfloat16
+    rounded = torch.float32 if gpu_kernels else torch.bfloat16
     packed, state, weight = make_weight(shape, 64, "nf4", False, rounded, device)
     values = torch.from_numpy(weight).to(device)
     a, grad = (torch.randn(m, size, device=device).bfloat16() for size in reversed(shape))
@@ -172,7 +186,7 @@ def test_bfloat16_error_is_at_most_that_of_a_bfloat16_product(device, gpu_produc
         (dgrad(ops, grad, packed, state), grad @ values.bfloat16(), grad.double() @ values),
     ):
         error, dense_error = ((r.double() - exact).square().mean().sqrt() for r in (result, dense))
-        assert error <= dense_error * (1.005 if gpu_products else 1.001)
+        assert error <= dense_error * (1.005 if gpu_kernels else 1.001)
 
 
 def test_results_are_those_of_any_number_of_threads(cpu_isa):
@@ -315,14 +329,14 @@ def test_autocast_changes_nothing(device, products):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_functional_gemv(device, gpu_products, nested):
+def test_functional_gemv(device, gpu_kernels, nested):
     for dtype in DTYPES:
-        rounded = torch.float32 if gpu_products else dtype
+        rounded = torch.float32 if gpu_kernels else dtype
         packed, state, weight = make_weight((5, 96), 32, "fp4", nested, rounded, device)
         a = torch.randn(2, 3, 96).to(device, dtype)
         result = F.gemv_4bit(a, packed.t(), state=state)
         assert result.shape == (2, 3, 5) and result.dtype == dtype
-        assert_product(result, numpy(a).reshape(6, 96), weight.T, loose=gpu_products)
+        assert_product(result, numpy(a).reshape(6, 96), weight.T, loose=gpu_kernels)
         out = torch.empty(2, 5, 3, dtype=dtype, device=device).transpose(1, 2)
         assert F.gemv_4bit(a, packed, out, state=state) is out
         assert torch.equal(out, result)

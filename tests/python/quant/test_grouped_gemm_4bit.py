@@ -42,14 +42,6 @@ def products(request):
     return plain if request.param == "plain" else ops
 
 
-@pytest.fixture
-def exact_weights(gpu_kernels):
-    """Whether weights are not rounded to 16 bits, as kernels of a GPU do not."""
-    key = "CUDA" if torch.cuda.is_available() else "CPU"
-    name = "bitsandbytes::grouped_gemm_4bit"
-    return gpu_kernels and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-
-
 def gemm(products, a, packed, offs, state, bias=None):
     weight, nested = weight_arguments(state, packed.device)
     return products.grouped_gemm_4bit(a, packed, offs, *weight, bias, *nested)
@@ -100,10 +92,10 @@ def check_both(products, shape, blocksize, nested, dtype, device, offs, rows=23,
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize(("e", "n", "k", "blocksize"), SHAPES)
-def test_products(device, exact_weights, e, n, k, blocksize, draw, dtype):
+def test_products(device, gpu_kernels, e, n, k, blocksize, draw, dtype):
     torch.manual_seed(e + n)
     offs, nested = DRAWS[draw](e), (k + len(draw)) % 2 == 0
-    check_both(ops, (e, n, k), blocksize, nested, dtype, device, offs, loose=exact_weights)
+    check_both(ops, (e, n, k), blocksize, nested, dtype, device, offs, loose=gpu_kernels)
 
 
 @pytest.mark.parametrize("draw", DRAWS)
@@ -123,11 +115,11 @@ def test_products_on_every_instruction_set(cpu_isa, e, n, k, blocksize, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
 @pytest.mark.parametrize(("n", "k", "blocksize"), [(72, 64, 64), (136, 192, 32), (9, 100, 128)])
-def test_products_of_many_rows(device, exact_weights, n, k, blocksize, nested, dtype):
+def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dtype):
     """Several tiles of rows in a group, of one and of all."""
     offs = torch.tensor([130, 130, 131, 259, 300])
     shape = (5, n, k)
-    check_both(ops, shape, blocksize, nested, dtype, device, offs, 310, loose=exact_weights)
+    check_both(ops, shape, blocksize, nested, dtype, device, offs, 310, loose=gpu_kernels)
 
 
 def test_a_group_is_a_product_of_its_own(cpu_isa):
@@ -249,9 +241,9 @@ def test_ends_that_do_not_ascend(products, ends):
 
 
 @pytest.mark.parametrize("ends", [(2, 1, 4), (-(2**40), 1, 4), (1, 2, 2**40), (4, 0, 0)])
-def test_ends_that_do_not_ascend_on_a_gpu_stay_inside(device, exact_weights, ends):
+def test_ends_that_do_not_ascend_on_a_gpu_stay_inside(device, gpu_kernels, ends):
     """The result means nothing; that memory of others is left alone is for sanitizers to see."""
-    if not exact_weights:
+    if not gpu_kernels:
         pytest.skip("no kernels of a GPU")
     packed, state, _ = make_weight((3, 6, 96), 64, "nf4", device=device)
     for function, x in ((gemm, torch.ones(40, 96)), (dgrad, torch.ones(40, 6))):

@@ -737,14 +737,14 @@ def test_roundings_of_multiples_of_levels():
 
 @rule("products-4bit", "sums in f32 and rounds once", "the numbers of `dequantize_4bit`")
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_weights_of_products(device, gpu_products, name):
+def test_weights_of_products(device, gpu_kernels, name):
     for dtype, step in ((torch.float32, 2.0**-24), (torch.float16, 2.0**-11)):
         values = torch.randn(16, 256, device=device)
         packed, state = F.quantize_4bit(values, quant_type=name, blocksize=BLOCK)
         unit = torch.eye(256, device=device, dtype=dtype)
         out = bnb.matmul_4bit(unit, packed, state).t()
         weight = F.dequantize_4bit(packed, state)
-        if gpu_products:
+        if gpu_kernels:
             # The rounding of the result, and that of the weight.
             bound = (2 if name == "nf4" else 1.01) * step * weight.abs() + 2.0**-25
             assert ((out - weight).abs() <= bound).all()
