@@ -8,6 +8,29 @@
 
 namespace bnb::gpu {
 
+namespace {
+
+// Rows per group, on average, up to which the kernel of tensor cores beats dequantizing weights.
+constexpr int64_t kFewRows = 48;
+
+// Whether torch's grouped product takes the matrices (plain/grouped_gemm_4bit.py).
+bool library_takes(DType dtype, const Weight4bit& w) {
+  constexpr int64_t kSixteenBytes = 8;
+  return kTensorProducts && has_tensor_products() && dtype == DType::kBFloat16 &&
+         w.n % kSixteenBytes == 0 && w.k % kSixteenBytes == 0;
+}
+
+}  // namespace
+
+bool grouped_gemm_4bit_is_fast(const GroupedGemm4bit& args) {
+  return args.groups.rows <= kFewRows * args.groups.count ||
+         !library_takes(args.dtype, args.weight);
+}
+
+bool grouped_gemm_4bit_dgrad_is_fast(const GroupedGemm4bitDgrad& args) {
+  return !library_takes(args.dtype, args.weight);
+}
+
 void grouped_gemm_4bit(const GroupedGemm4bit& args, Stream stream) {
   by_type(args.dtype, args.weight.scales.nested(), [&]<class T, bool kNested>() {
     if constexpr (kTensorProducts && !std::is_same_v<T, float>) {

@@ -15,6 +15,8 @@ struct Emulated : GpuBackend<EmulatedScope> {
   static constexpr int64_t kMostRows = 256;
   static bool is_fast(const Gemm4bit& args) { return args.m <= kMostRows; }
   static bool is_fast(const Gemm4bitDgrad& args) { return args.m <= kMostRows; }
+  static bool is_fast(const GroupedGemm4bit&) { return true; }
+  static bool is_fast(const GroupedGemm4bitDgrad&) { return true; }
 
   // There is no vendor: its part is played by the kernel for all shapes.
   static void library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out, int64_t m,

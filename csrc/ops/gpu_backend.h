@@ -52,6 +52,10 @@ struct GpuBackend {
   static void gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, const Scope& scope) {
     gpu::gemm_4bit_dgrad(args, workspace, scope.stream());
   }
+  static bool is_fast(const GroupedGemm4bit& args) { return gpu::grouped_gemm_4bit_is_fast(args); }
+  static bool is_fast(const GroupedGemm4bitDgrad& args) {
+    return gpu::grouped_gemm_4bit_dgrad_is_fast(args);
+  }
   // Only the device knows where groups end.
   static void check_groups(const char*, const Groups&) {}
   static int64_t workspace_bytes(const GroupedGemm4bit&) { return 0; }

@@ -32,6 +32,17 @@ class GroupTensor {
   int64_t count_;
 };
 
+// As plain_is_faster().
+template <class Backend, class Arguments>
+bool plain_makes_groups_faster(const Tensor& like, const Arguments& args) {
+  if constexpr (Backend::kPlainProducts) {
+    const typename Backend::Scope scope(like);
+    return args.groups.rows > 0 && !Backend::is_fast(args);
+  } else {
+    return false;
+  }
+}
+
 inline void check_rows(const char* op, const char* name, const Tensor& a) {
   require(a.dim() == 2, op, ": ", name, " must be 2-D, got shape ", ShapeOf{a});
 }
@@ -60,15 +71,20 @@ Tensor grouped_gemm_4bit(const Tensor& a, const Tensor& b, const Tensor& offs, c
     shift = in_order(*bias);
   }
   Backend::check_groups(op, groups.pointers());
+  const Tensor source = in_order(a);
+  GroupedGemm4bit args{dtype,
+                       source.const_data_ptr(),
+                       weight.pointers(code, Backend::levels(code)),
+                       shift.has_value() ? shift->const_data_ptr() : nullptr,
+                       nullptr,
+                       groups.pointers()};
+  if (plain_makes_groups_faster<Backend>(a, args)) {
+    return call_op("bitsandbytes::_grouped_gemm_4bit_plain", a, b, offs, shape, absmax, block_size,
+                   quant_type, bias, absmax_8bit, absmax_code, absmax_offset);
+  }
   Tensor out = new_empty(a, product_shape(a, weight.n), a.scalar_type());
   if (out.numel() == 0) return out;
-  const Tensor source = in_order(a);
-  const GroupedGemm4bit args{dtype,
-                             source.const_data_ptr(),
-                             weight.pointers(code, Backend::levels(code)),
-                             shift.has_value() ? shift->const_data_ptr() : nullptr,
-                             out.mutable_data_ptr(),
-                             groups.pointers()};
+  args.out = out.mutable_data_ptr();
   run_product<Backend, GroupedGemm4bit>(a, args, &Backend::grouped_gemm_4bit);
   return out;
 }
@@ -89,12 +105,17 @@ Tensor grouped_gemm_4bit_dgrad(const Tensor& grad, const Tensor& b, const Tensor
   weight.set_scales(absmax, absmax_8bit, absmax_code, absmax_offset);
   const GroupTensor groups(op, "grad", grad, offs, weight.count);
   Backend::check_groups(op, groups.pointers());
+  const Tensor source = in_order(grad);
+  GroupedGemm4bitDgrad args{dtype, source.const_data_ptr(),
+                            weight.pointers(code, Backend::levels(code)), nullptr,
+                            groups.pointers()};
+  if (plain_makes_groups_faster<Backend>(grad, args)) {
+    return call_op("bitsandbytes::_grouped_gemm_4bit_dgrad_plain", grad, b, offs, shape, absmax,
+                   block_size, quant_type, absmax_8bit, absmax_code, absmax_offset);
+  }
   Tensor out = new_empty(grad, product_shape(grad, weight.k), grad.scalar_type());
   if (out.numel() == 0) return out;
-  const Tensor source = in_order(grad);
-  const GroupedGemm4bitDgrad args{dtype, source.const_data_ptr(),
-                                  weight.pointers(code, Backend::levels(code)),
-                                  out.mutable_data_ptr(), groups.pointers()};
+  args.out = out.mutable_data_ptr();
   run_product<Backend, GroupedGemm4bitDgrad>(grad, args, &Backend::grouped_gemm_4bit_dgrad);
   return out;
 }

@@ -81,7 +81,12 @@ BNB_HD Gemm4bitDgrad product_of(const GroupedGemm4bitDgrad& args, int64_t group)
 namespace gpu {
 
 // The products of a GPU; groups are read on the device.
+// *_is_fast(): whether the product beats that of the vendor's library on dequantized weights, or
+// that library does not take the arguments.
+bool grouped_gemm_4bit_is_fast(const GroupedGemm4bit& args);
 void grouped_gemm_4bit(const GroupedGemm4bit& args, Stream stream);
+
+bool grouped_gemm_4bit_dgrad_is_fast(const GroupedGemm4bitDgrad& args);
 void grouped_gemm_4bit_dgrad(const GroupedGemm4bitDgrad& args, Stream stream);
 
 }  // namespace gpu

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATS, OFFSETS, check, check_device, check_dtype, check_shape
+from ..plain.grouped_gemm_4bit import bias_of_rows
 from ..quant.scales import weight_arguments
 from ..quant.state import QuantState
-from .matmul4 import MatMul4Bit, group_of_rows, product_4bit
+from .matmul4 import MatMul4Bit, product_4bit
 
 __all__ = ["grouped_matmul_4bit"]
 
@@ -28,9 +29,10 @@ def grouped_matmul_4bit(
     """Multiplies groups of rows with packed 4-bit weights ``[E, N, K]``, one for each group.
 
     As `torch.nn.functional.grouped_mm`, groups are told by where they end, in memory of the device:
-    the host does not wait for it, and CUDA graphs can hold the call. Nothing is dequantized in
-    memory, and a weight whose group is empty is not read. Weights are rounded to the dtype of `A`
-    and sums are made in float32.
+    the host does not wait for it, and CUDA graphs can hold the call. Codes are multiplied as they
+    are, those of groups that have rows. (For bfloat16 on CUDA, with many rows and backward, all
+    weights are dequantized for torch's product, which is faster.) Weights are rounded to the dtype
+    of `A` and sums are made in float32.
 
     Args:
         A: ``[M, K]``, rows sorted by group; float32, float16 or bfloat16.
@@ -94,7 +96,6 @@ def grouped_matmul_4bit(
     product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else product_4bit
     result = product(A, fused, *weight)
     if bias is not None and transposed:
-        # The product of the backward pass has no bias. That of rows of no group is zero.
-        group = group_of_rows(offs, A.shape[0])
-        result = result + torch.nn.functional.pad(bias, (0, 0, 0, 1))[group].to(A.dtype)
+        # The product of the backward pass has no bias.
+        result = result + bias_of_rows(bias, offs, A.shape[0]).to(A.dtype)
     return result

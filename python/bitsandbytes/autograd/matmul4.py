@@ -16,11 +16,12 @@ from torch import Tensor
 from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import FLOATS, check
 from .._precision import full_precision
+from ..plain.grouped_gemm_4bit import group_of_rows
 from ..quant.four_bit import dequantize_4bit
 from ..quant.scales import weight_arguments
 from ..quant.state import QuantState
 
-__all__ = ["MatMul4Bit", "group_of_rows", "matmul_4bit", "product_4bit"]
+__all__ = ["MatMul4Bit", "matmul_4bit", "product_4bit"]
 
 
 class MatMul4Bit(torch.autograd.Function):
@@ -61,12 +62,6 @@ class MatMul4Bit(torch.autograd.Function):
                 sums = sums.index_add_(0, group_of_rows(offs, flat.shape[0]), flat.to(wide))[:-1]
             grad_bias = sums.to(ctx.bias_dtype)
         return grad_A, grad_bias, None, None, None, None, None, None
-
-
-def group_of_rows(offs: Tensor, rows: int) -> Tensor:
-    """Returns the group of each row, int64; ``offs.numel()`` for rows of none."""
-    numbers = torch.arange(rows, device=offs.device, dtype=offs.dtype)
-    return torch.searchsorted(offs, numbers, right=True)
 
 
 def product_4bit(A, bias, packed, scales, nested, weight_format, backwards, offs=None) -> Tensor:

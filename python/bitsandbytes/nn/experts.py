@@ -2,7 +2,7 @@
 """Experts of a mixture whose weights are 4-bit parameters ``[experts, out, in]``.
 
 A token is sent to a few experts (Shazeer et al. 2017, arXiv:1701.06538). Rows are sorted by expert,
-so that each weight is read once for all of its tokens and none is dequantized in memory.
+so that the codes of each weight are read once for all of its tokens.
 """
 
 import sys

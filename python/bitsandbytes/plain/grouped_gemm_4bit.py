@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Products of groups of rows with a 4-bit weight each, in plain PyTorch.
 
-Weights are dequantized to the dtype of the other operand, one at a time; products are summed in
-float32. The host must know where groups end, and waits for a device that does.
+Weights are dequantized to the dtype of the other operand; products are summed in float32. Where
+torch has a grouped product, it takes all of them at once. Elsewhere they are dequantized one at a
+time; then the host must know where groups end, and waits for a device that does.
 """
 
 import torch
@@ -14,7 +15,18 @@ from .._ops import register_kernel
 from .._precision import full_precision
 from .gemm_4bit import check_product, product_float32, weight_scales
 
-__all__: list[str] = []
+__all__ = ["bias_of_rows", "group_of_rows"]
+
+
+def group_of_rows(offs: Tensor, rows: int) -> Tensor:
+    """Returns the group of each row, int64; ``offs.numel()`` for rows of none."""
+    numbers = torch.arange(rows, device=offs.device, dtype=offs.dtype)
+    return torch.searchsorted(offs, numbers, right=True)
+
+
+def bias_of_rows(bias: Tensor, offs: Tensor, rows: int) -> Tensor:
+    """Returns the line of the bias ``[E, N]`` for each row; zeros for rows of no group."""
+    return torch.nn.functional.pad(bias, (0, 0, 0, 1))[group_of_rows(offs, rows)]
 
 
 def _check_grouped(
@@ -64,6 +76,32 @@ def _weight(
     return values[first - begin :].view(shape[1:])
 
 
+def _torch_takes(A: Tensor, shape: list[int]) -> bool:
+    """Whether torch's grouped product for GPUs takes rows and weights: lines of 16 bytes."""
+    return (
+        A.device.type == "cuda"
+        and torch.version.hip is None
+        and A.dtype == torch.bfloat16
+        and A.shape[0] > 0
+        and all(size > 0 and size % 8 == 0 for size in shape[1:])
+        and torch.cuda.get_device_capability(A.device) >= (8, 0)
+    )
+
+
+def _grouped_mm(A: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """Returns torch's product with weights ``[E, K, N]``, and zeros for rows of no group."""
+    out = torch.nn.functional.grouped_mm(A.contiguous(), weights, offs=offs.to(torch.int32))
+    of_none = torch.arange(A.shape[0], device=A.device) >= offs[-1]
+    return out.masked_fill_(of_none.unsqueeze(1), 0)
+
+
+def _weights(
+    B: Tensor, scales: Tensor, shape: list[int], blocksize: int, quant_type: str, dtype: torch.dtype
+) -> Tensor:
+    dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+    return dequantize(B, scales, blocksize, quant_type, shape, dtype)
+
+
 @register_kernel("_grouped_gemm_4bit_plain", "default")
 @register_kernel("grouped_gemm_4bit", "default")
 @torch.no_grad()
@@ -88,6 +126,12 @@ def grouped_gemm_4bit(
         check_dtype(op, "bias", bias, A.dtype)
         check_device(op, "bias", bias, "A", A)
         check_shape(op, "bias", bias, shapeB[:2])
+    if _torch_takes(A, shapeB) and shapeB[0]:
+        weights = _weights(B, scales, shapeB, blocksize, quant_type, A.dtype)
+        out = _grouped_mm(A, weights.transpose(1, 2), offs)
+        if bias is None:
+            return out
+        return out + bias_of_rows(bias, offs, A.shape[0])
     out = A.new_zeros(A.shape[0], shapeB[1])
     first = 0
     with full_precision(A.device):
@@ -119,6 +163,9 @@ def grouped_gemm_4bit_dgrad(
     blocks = _check_grouped(op, "grad", grad, B, offs, shapeB, blocksize, transposed=True)
     quantized = (absmax, absmax_8bit, absmax_code, absmax_offset)
     scales = weight_scales(op, B, blocks, quant_type, *quantized)
+    if _torch_takes(grad, shapeB) and shapeB[0]:
+        weights = _weights(B, scales, shapeB, blocksize, quant_type, grad.dtype)
+        return _grouped_mm(grad, weights, offs)
     out = grad.new_zeros(grad.shape[0], shapeB[2])
     first = 0
     with full_precision(grad.device):
