@@ -12,6 +12,7 @@ import functools
 import gc
 from pathlib import Path
 
+import experts
 import layers
 import torch
 from harness import Record, time_cuda, time_host
@@ -206,6 +207,7 @@ PARTS = {
     "linear4bit": layers.linear4bit,
     "linear8bit": layers.linear8bit,
     "training": layers.training,
+    "experts": experts.experts,
 }
 
 
