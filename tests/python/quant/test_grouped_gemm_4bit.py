@@ -122,6 +122,13 @@ def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dty
     check_both(ops, shape, blocksize, nested, dtype, device, offs, 310, loose=gpu_kernels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_products_of_many_groups(device, gpu_kernels, dtype):
+    """More than a block of threads counts."""
+    offs = DRAWS["all kinds"](520)
+    check_both(ops, (520, 32, 64), 64, False, dtype, device, offs, loose=gpu_kernels)
+
+
 def test_a_group_is_a_product_of_its_own(cpu_isa):
     """To the last bit: how a weight lies among others changes no sum."""
     shape, offs = (4, 70, 320), torch.tensor([3, 3, 20, 23])
