@@ -5,10 +5,9 @@
 // its weight. What bounds the kernel is reading the codes of groups that have rows.
 //
 // Groups are cut into tiles of rows. Every block of threads counts them, so that all agree on a
-// list of items (tile, rows of the weight) without empty groups, of which each has an equal part. A
-// warp makes an item alone, unit by unit: 256 k, which are 128 bytes of each row of codes. So warps
-// never wait for each other, and those of a block, whose items are neighbours, find activations in
-// the first-level cache.
+// list of items (tile, rows of the weight) without empty groups. A warp makes an item alone, unit
+// by unit: 256 k, which are 128 bytes of each row of codes. So warps never wait for each other, and
+// those of a block, whose items are neighbours, find activations in the first-level cache.
 //
 //     codes    global memory to shared memory by copies of 16 bytes, kGroupedStages - 1 units ahead
 //     scales   through registers, where nested ones are decoded, one unit later
@@ -126,8 +125,13 @@ __global__ void __launch_bounds__(Shape::kWarps* kWarp, 1)
   const int slabs = static_cast<int>(ceil_div(n, Shape::kRows));
   const int units = static_cast<int>(ceil_div(k, kGroupedUnit));
   const int64_t items = int64_t{tiles_before[groups.count]} * slabs;
-  const int64_t first_item = items * blockIdx.x / gridDim.x + warp;
-  const int64_t last_item = items * (blockIdx.x + 1) / gridDim.x;
+  // Few rows: each block of threads has an equal part. Many: what all blocks make at a time are
+  // neighbours, tiles of one weight, which they find in the second-level cache.
+  constexpr bool kParts = Shape::kColTiles == 1;
+  const int64_t first_item =
+      (kParts ? items * blockIdx.x / gridDim.x : int64_t{blockIdx.x} * warps) + warp;
+  const int64_t last_item = kParts ? items * (blockIdx.x + 1) / gridDim.x : items;
+  const int64_t stride = kParts ? warps : int64_t{gridDim.x} * warps;
   struct Item {
     int group;
     int token;        // the first of the tile, counted from the beginning of the group
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(Shape::kWarps* kWarp, 1)
     next_stage = next_stage == kGroupedStages - 1 ? 0 : next_stage + 1;
     if (++next_unit == units) {
       next_unit = 0;
-      next_item += warps;
+      next_item += stride;
     }
   };
 
@@ -209,7 +213,7 @@ __global__ void __launch_bounds__(Shape::kWarps* kWarp, 1)
 #pragma unroll
   for (int i = 0; i < kGroupedStages - 1; ++i) ask();
   int stage = 0;
-  for (int64_t number = first_item; number < last_item; number += warps) {
+  for (int64_t number = first_item; number < last_item; number += stride) {
     const Item item = locate(number);
     const int64_t begin = groups.begin(item.group) + item.token;
     const int64_t size = groups.end(item.group) - begin;
