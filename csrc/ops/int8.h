@@ -35,20 +35,20 @@ struct QuantizedRows {
 // `a`: checked, with its elements in order.
 template <class Backend>
 QuantizedRows quantize_rows(const char* op, const Tensor& a, const Matrix& matrix, DType dtype,
-                            double threshold, bool list_outliers) {
+                            double threshold, bool list_outliers,
+                            const typename Backend::Scope& scope) {
   require(threshold >= 0.0, op, ": threshold must be zero or positive, got ", threshold);
   const bool find_outliers = threshold > 0.0;
   QuantizedRows result{new_empty(a, shape_of(a), ScalarType::Char),
                        new_empty(a, {matrix.rows}, ScalarType::Float), std::nullopt, std::nullopt};
   if (find_outliers) {
-    result.outlier_mask = torch::stable::new_zeros(a, {matrix.cols}, ScalarType::Bool);
+    result.outlier_mask = new_zeros(a, {matrix.cols}, ScalarType::Bool);
     if (list_outliers) result.outliers = new_empty(a, {1 + matrix.cols}, ScalarType::Int);
   }
   if (a.numel() == 0) {
-    torch::stable::zero_(result.row_stats);
+    fill_zeros(result.row_stats);
     return result;
   }
-  const typename Backend::Scope scope(a);
   Backend::int8_vectorwise_quant(
       {dtype, a.const_data_ptr(), result.codes.mutable_data_ptr<int8_t>(),
        result.row_stats.mutable_data_ptr<float>(),
@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Te
   constexpr const char* op = "int8_vectorwise_quant";
   const DType dtype = check_float(op, "A", a);
   const Matrix matrix = as_matrix(op, "A", a);
-  const QuantizedRows rows =
-      quantize_rows<Backend>(op, in_order(a), matrix, dtype, threshold, false);
+  const QuantizedRows rows = quantize_rows<Backend>(op, in_order(a), matrix, dtype, threshold,
+                                                    false, typename Backend::Scope(a));
   if (!rows.outlier_mask.has_value()) return {rows.codes, rows.row_stats, std::nullopt};
   // The op promises the indices, whose number only the data knows.
   std::array<StableIValue, 1> stack{torch::stable::detail::from(*rows.outlier_mask)};
@@ -102,15 +102,15 @@ template <class Backend>
 void int8_matmul_into(const Tensor& a, const Tensor& b, Tensor& out) {
   if (out.numel() == 0) return;
   if (b.size(1) == 0) {
-    torch::stable::zero_(out);
+    fill_zeros(out);
     return;
   }
   const int64_t m = as_matrix("int8_linear_matmul", "A", a).rows;
   const Tensor left = in_order(a);
   const Tensor right = in_order(b);
+  const typename Backend::Scope scope(a);
   if constexpr (Backend::kInt8Library) {
     if (library_takes_int8(m, b.size(0), b.size(1))) {
-      const typename Backend::Scope scope(a);
       Backend::library_int8_matmul(left, right, out, m, scope);
       return;
     }
@@ -121,7 +121,7 @@ void int8_matmul_into(const Tensor& a, const Tensor& b, Tensor& out) {
                         m,
                         b.size(0),
                         b.size(1)};
-  run_product<Backend, Int8Matmul>(a, args, &Backend::int8_linear_matmul);
+  run_product<Backend, Int8Matmul>(a, args, &Backend::int8_linear_matmul, scope);
 }
 
 template <class Backend>
@@ -192,7 +192,8 @@ Tensor int8_mm_dequant(const Tensor& a, const Tensor& row_stats, const Tensor& c
 template <class Backend>
 void int8_scaled_into(const Tensor& codes, const Tensor& row_stats, const Tensor* values,
                       const Tensor* outliers, const Tensor& b, const Tensor& col_stats,
-                      const std::optional<Tensor>& bias, DType dtype, const Tensor& out) {
+                      const std::optional<Tensor>& bias, DType dtype, const Tensor& out,
+                      const typename Backend::Scope& scope) {
   if (out.numel() == 0) return;
   const int64_t m = as_matrix("int8_scaled_mm", "A", codes).rows;
   const Tensor left = in_order(codes);
@@ -216,7 +217,6 @@ void int8_scaled_into(const Tensor& codes, const Tensor& row_stats, const Tensor
       b.size(0),
       b.size(1)};
   if constexpr (Backend::kInt8Library) {
-    const typename Backend::Scope scope(codes);
     if (!Backend::int8_scaled_matmul_is_fast(args) && library_takes_int8(m, args.n, args.k)) {
       const Tensor product = new_empty(codes, {m, args.n}, ScalarType::Int);
       Backend::library_int8_matmul(left, right, product, m, scope);
@@ -224,7 +224,7 @@ void int8_scaled_into(const Tensor& codes, const Tensor& row_stats, const Tensor
       return;
     }
   }
-  run_product<Backend, Int8ScaledMatmul>(codes, args, &Backend::int8_scaled_matmul);
+  run_product<Backend, Int8ScaledMatmul>(codes, args, &Backend::int8_scaled_matmul, scope);
 }
 
 template <class Backend>
@@ -237,7 +237,8 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   const DType element = check_float(op, "dtype", out_type);
   check_dequant_scales(op, a, row_stats, as_matrix(op, "A", a).rows, col_stats, b.size(0), bias);
   const Tensor out = new_empty(a, matmul_shape(a, b), out_type);
-  int8_scaled_into<Backend>(a, row_stats, nullptr, nullptr, b, col_stats, bias, element, out);
+  int8_scaled_into<Backend>(a, row_stats, nullptr, nullptr, b, col_stats, bias, element, out,
+                            typename Backend::Scope(a));
   return out;
 }
 
@@ -264,11 +265,13 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
     check_same_device(op, "bias", *bias, "A", a);
   }
   const Tensor values = in_order(a);
-  const QuantizedRows rows = quantize_rows<Backend>(op, values, matrix, dtype, threshold, true);
+  const typename Backend::Scope scope(a);
+  const QuantizedRows rows =
+      quantize_rows<Backend>(op, values, matrix, dtype, threshold, true, scope);
   const Tensor out = new_empty(a, matmul_shape(a, cb), a.scalar_type());
   const bool outliers = rows.outliers.has_value() && a.numel() > 0;
   int8_scaled_into<Backend>(rows.codes, rows.row_stats, outliers ? &values : nullptr,
-                            outliers ? &*rows.outliers : nullptr, cb, scb, bias, dtype, out);
+                            outliers ? &*rows.outliers : nullptr, cb, scb, bias, dtype, out, scope);
   return {out, rows.outlier_mask};
 }
 

@@ -6,11 +6,11 @@
 
 namespace bnb::ops {
 
-// Runs a kernel with the memory that it asks for.
+// Runs a kernel with the memory that it asks for, on the device of `like`.
 template <class Backend, class Arguments>
 void run_product(const Tensor& like, const Arguments& args,
-                 void (*kernel)(const Arguments&, void*, const typename Backend::Scope&)) {
-  const typename Backend::Scope scope(like);
+                 void (*kernel)(const Arguments&, void*, const typename Backend::Scope&),
+                 const typename Backend::Scope& scope) {
   const int64_t bytes = Backend::workspace_bytes(args);
   if (bytes == 0) return kernel(args, nullptr, scope);
   const Tensor workspace = new_empty(like, {bytes}, ScalarType::Byte);

@@ -28,6 +28,8 @@ __all__ = [
     "narrowed",
 ]
 
+_int8_linear = torch.ops.bitsandbytes.int8_linear.default
+
 # Names of tensor layouts of bitsandbytes before 0.45, which callers may still look at.
 REMOVED_FIELDS = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
 
@@ -154,9 +156,7 @@ def _product(
         bias = None if bias is None else bias.to(A.dtype)
         return F.linear(A, dequantized(CB, SCB, A.dtype), bias), None
     bias = None if bias is None else narrowed(bias)
-    out, outlier_mask = torch.ops.bitsandbytes.int8_linear.default(
-        narrowed(A), CB, SCB, bias, threshold
-    )
+    out, outlier_mask = _int8_linear(narrowed(A), CB, SCB, bias, threshold)
     # Not a conversion to the same dtype: torch.compile of torch 2.11 loses the gradient behind one.
     return out if out.dtype == A.dtype else out.to(A.dtype), outlier_mask
 
@@ -266,20 +266,23 @@ def matmul(
         state.threshold = threshold
     check(A.is_floating_point(), "matmul", "A", "floating point", A.dtype)
     check(A.dim() >= 1, "matmul", "A", "of at least one dimension", "a scalar")
-    if A.device.type in AUTOCAST_DEVICES and A.dtype != torch.float64:
-        if torch.is_autocast_enabled(A.device.type):
-            A = A.to(torch.get_autocast_dtype(A.device.type))
+    device = A.device
+    kind = device.type
+    if kind in AUTOCAST_DEVICES and A.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        A = A.to(torch.get_autocast_dtype(kind))
 
     CB, SCB = _quantized_weight(B, state)
-    check_device("matmul", "the weight", CB, "A", A)
+    if CB.device != device:
+        check_device("matmul", "the weight", CB, "A", A)
     if CB.dim() != 2 or CB.shape[1] != A.shape[-1]:
         expected = f"[N, {A.shape[-1]}] for A of shape {list(A.shape)}"
         check(False, "matmul", "the weight", expected, list(CB.shape))
 
-    dense = state.is_training and A.device.type in ("cpu", "xpu")
+    dense = state.is_training and kind in ("cpu", "xpu")
     limit = None if dense else state.threshold
-    wanted = A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
-    if wanted and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (
+        A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         result, outlier_mask = MatMul8bitLt.apply(A, B, bias, CB, SCB, limit)
     else:
         result, outlier_mask = _product(A, bias, CB, SCB, limit)

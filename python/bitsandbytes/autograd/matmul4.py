@@ -22,6 +22,9 @@ from ..quant.state import QuantState
 
 __all__ = ["MatMul4Bit", "matmul_4bit"]
 
+_gemm_4bit = torch.ops.bitsandbytes.gemm_4bit.default
+_gemm_4bit_dgrad = torch.ops.bitsandbytes.gemm_4bit_dgrad.default
+
 
 class MatMul4Bit(torch.autograd.Function):
     """Differentiable product with the weight of shape ``[N, K]`` that `packed` stands for.
@@ -34,49 +37,80 @@ class MatMul4Bit(torch.autograd.Function):
     def forward(ctx, A, bias, packed, scales, nested, weight_format, backwards):
         """Computes the product of A in A's dtype."""
         ctx.save_for_backward(packed, scales, *nested)
-        ctx.weight_format, ctx.backwards = weight_format, backwards
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.rest = weight_format, backwards, None if bias is None else bias.dtype
         return _product(A, bias, packed, scales, nested, weight_format, backwards)
 
     @staticmethod
     def backward(ctx, grad):
         """Returns the gradients of `A` and `bias`; the weight has none."""
         packed, scales, *nested = ctx.saved_tensors
+        weight_format, backwards, bias_dtype = ctx.rest
+        needs_A, needs_bias = ctx.needs_input_grad[:2]
         grad_A = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = (packed, scales, tuple(nested), ctx.weight_format, not ctx.backwards)
+        if needs_A:
+            weight = (packed, scales, tuple(nested), weight_format, not backwards)
             # Gradients of gradients, which hardly anybody wants, are recorded like the first.
             product = MatMul4Bit.apply if torch.is_grad_enabled() else _product
             grad_A = product(grad, None, *weight)
-        if ctx.needs_input_grad[1]:
+        if needs_bias:
             flat = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
-            wide = torch.promote_types(grad.dtype, ctx.bias_dtype)
-            grad_bias = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
+            wide = torch.promote_types(grad.dtype, bias_dtype)
+            grad_bias = flat.sum(0, dtype=wide).to(bias_dtype)
         return grad_A, grad_bias, None, None, None, None, None
 
 
 def _product(A, bias, packed, scales, nested, weight_format, backwards) -> Tensor:
     shape, blocksize, quant_type = weight_format
-    weight = (packed, shape, scales, blocksize, quant_type)
     if backwards:
-        return torch.ops.bitsandbytes.gemm_4bit_dgrad.default(A, *weight, *nested)
+        return _gemm_4bit_dgrad(A, packed, shape, scales, blocksize, quant_type, *nested)
+    if bias is None and not nested:  # every argument takes its time
+        return _gemm_4bit(A, packed, shape, scales, blocksize, quant_type)
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
-    return torch.ops.bitsandbytes.gemm_4bit.default(A, *weight, bias, *nested)
+    return _gemm_4bit(A, packed, shape, scales, blocksize, quant_type, bias, *nested)
 
 
 def _product_dequantized(A: Tensor, B: Tensor, bias: Tensor | None, state: QuantState) -> Tensor:
-    """Returns the product by way of the whole weight, turned around where A fits it that way."""
+    """Returns what the kernels do not make, by way of the whole weight, or says what is wrong.
+
+    The weight is turned around where A fits it that way.
+    """
+    name, shape = "matmul_4bit", state.shape
+    if shape is None or len(shape) != 2:
+        got = None if shape is None else list(shape)
+        check(False, name, "quant_state", "that of a matrix [N, K]", f"shape {got}")
+    check(A.is_floating_point(), name, "A", "floating point", A.dtype)
+    check(A.dim() >= 1, name, "A", "of at least one dimension", "a scalar")
+    turned = A.shape[-1] != shape[1]
+    if turned:
+        if A.shape[-1] != shape[0]:
+            expected = f"[..., {shape[1]}] for a weight of shape {list(shape)}"
+            check(False, name, "A", expected, f"shape {list(A.shape)}")
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{name}: the weight was quantized as [K, N]. Re-quantize from the weight as "
+                "[N, K]; until then it is dequantized for each product",
+                DeprecationWarning,
+                stacklevel=3,
+            )
     wide = A.dtype if A.dtype in FLOATS else torch.float32
     state = QuantState(
         *(state.absmax, state.shape, state.code, state.blocksize, state.quant_type, wide),
         *(state.offset, state.state2),
     )
     weight = dequantize_4bit(B.reshape(-1, 1), state).to(A.dtype)
-    if A.shape[-1] != state.shape[1]:
+    if turned:
         weight = weight.t()
     with full_precision(A.device):
         return F.linear(A, weight, None if bias is None else bias.to(A.dtype))
+
+
+def _state_of(quant_state: QuantState | tuple | list | None) -> QuantState:
+    if quant_state is None:
+        raise ValueError("matmul_4bit: quant_state must be given, got None")
+    if isinstance(quant_state, (tuple, list)):
+        return QuantState.from_list(quant_state)
+    return quant_state
 
 
 def matmul_4bit(
@@ -115,31 +149,12 @@ def matmul_4bit(
         >>> bnb.matmul_4bit(torch.tensor([[3.0, 5.0]]), packed, state)
         tensor([[3., 5.]])
     """
-    name = "matmul_4bit"
-    if quant_state is None:
-        raise ValueError(f"{name}: quant_state must be given, got None")
-    if isinstance(quant_state, (tuple, list)):
-        quant_state = QuantState.from_list(quant_state)
+    if type(quant_state) is not QuantState:
+        quant_state = _state_of(quant_state)
     shape = quant_state.shape
-    if shape is None or len(shape) != 2:
-        got = None if shape is None else list(shape)
-        check(False, name, "quant_state", "that of a matrix [N, K]", f"shape {got}")
-    check(A.is_floating_point(), name, "A", "floating point", A.dtype)
-    check(A.dim() >= 1, name, "A", "of at least one dimension", "a scalar")
-
-    turned = A.shape[-1] != shape[1]
-    if turned:
-        if A.shape[-1] != shape[0]:
-            expected = f"[..., {shape[1]}] for a weight of shape {list(shape)}"
-            check(False, name, "A", expected, f"shape {list(A.shape)}")
-        if not torch.compiler.is_compiling():
-            warnings.warn(
-                f"{name}: the weight was quantized as [K, N]. Re-quantize from the weight as "
-                "[N, K]; until then it is dequantized for each product",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-    if turned or A.dtype not in FLOATS:
+    # What follows is all the work that a call has on the host but for the op.
+    fits = shape is not None and len(shape) == 2 and A.dim() > 0 and A.shape[-1] == shape[1]
+    if not fits or A.dtype not in FLOATS:
         result = _product_dequantized(A, B, bias, quant_state)
     else:
         if type(B) is not Tensor:
@@ -148,7 +163,10 @@ def matmul_4bit(
                 B = B.detach()
         (_, scales, *rest), nested = weight_arguments(quant_state, A.device)
         weight = (B, scales, nested, (shape, *rest), False)
-        wanted = A.requires_grad or (bias is not None and bias.requires_grad)
-        product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else _product
-        result = product(A, bias, *weight)
+        if torch.is_grad_enabled() and (
+            A.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            result = MatMul4Bit.apply(A, bias, *weight)
+        else:
+            result = _product(A, bias, *weight)
     return result if out is None else out.copy_(result)

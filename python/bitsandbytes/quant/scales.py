@@ -70,11 +70,11 @@ def weight_arguments(state: QuantState, device: torch.device) -> tuple[tuple, tu
     """Returns what the products with a 4-bit weight take for its state.
 
     Returns:
-        Shape, scales, blocksize and type; then codes, code and offset of the scales, each None
+        Shape, scales, blocksize and type; then codes, code and offset of the scales, or nothing
         where the scales are numbers. `gemm_4bit` takes its bias between the two.
     """
     if not state.nested:
-        return _format(state, _of_dtype(state.absmax, torch.float32)), (None, None, None)
+        return _format(state, _of_dtype(state.absmax, torch.float32)), ()
     codes, code, absmax, offset, blocksize = nested_arguments(state, device)
     if blocksize == NESTED_BLOCKSIZE:
         return _format(state, absmax), (
@@ -84,7 +84,7 @@ def weight_arguments(state: QuantState, device: torch.device) -> tuple[tuple, tu
         )
     decode = torch.ops.bitsandbytes.dequantize_blockwise
     scales = decode(codes, absmax, code, blocksize, torch.float32) + offset
-    return _format(state, scales), (None, None, None)
+    return _format(state, scales), ()
 
 
 def _format(state: QuantState, absmax: Tensor) -> tuple:
