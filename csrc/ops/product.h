@@ -2,9 +2,26 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include "bitsandbytes/blocks.h"
 #include "ops/torch_api.h"
 
 namespace bnb::ops {
+
+// Places in one piece of memory: to allocate one takes about as long as to start a kernel.
+class Pieces {
+ public:
+  // Returns the byte where a place of so many begins.
+  int64_t add(int64_t bytes) {
+    const int64_t begin = bytes_;
+    bytes_ += ceil_div(bytes, kAlignment) * kAlignment;
+    return begin;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  static constexpr int64_t kAlignment = 256;
+  int64_t bytes_ = 0;
+};
 
 // Runs a kernel with the memory that it asks for, on the device of `like`.
 template <class Backend, class Arguments>
