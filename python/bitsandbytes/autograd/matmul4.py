@@ -34,40 +34,47 @@ class MatMul4Bit(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, A, bias, packed, scales, nested, weight_format, backwards):
-        """Computes the product of A in A's dtype."""
+    def forward(ctx, A, bias, weight, backwards):
+        """Computes the product of A in A's dtype; `weight` as for :func:`_product`."""
+        packed, shape, scales, blocksize, quant_type, *nested = weight
         ctx.save_for_backward(packed, scales, *nested)
-        ctx.rest = weight_format, backwards, None if bias is None else bias.dtype
-        return _product(A, bias, packed, scales, nested, weight_format, backwards)
+        ctx.rest = shape, blocksize, quant_type, backwards, None if bias is None else bias.dtype
+        return _product(A, bias, weight, backwards)
 
     @staticmethod
     def backward(ctx, grad):
         """Returns the gradients of `A` and `bias`; the weight has none."""
         packed, scales, *nested = ctx.saved_tensors
-        weight_format, backwards, bias_dtype = ctx.rest
+        shape, blocksize, quant_type, backwards, bias_dtype = ctx.rest
         needs_A, needs_bias = ctx.needs_input_grad[:2]
         grad_A = grad_bias = None
         if needs_A:
-            weight = (packed, scales, tuple(nested), weight_format, not backwards)
+            weight = (packed, shape, scales, blocksize, quant_type, *nested)
             # Gradients of gradients, which hardly anybody wants, are recorded like the first.
             product = MatMul4Bit.apply if torch.is_grad_enabled() else _product
-            grad_A = product(grad, None, *weight)
+            grad_A = product(grad, None, weight, not backwards)
         if needs_bias:
             flat = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
             wide = torch.promote_types(grad.dtype, bias_dtype)
             grad_bias = flat.sum(0, dtype=wide).to(bias_dtype)
-        return grad_A, grad_bias, None, None, None, None, None
+        return grad_A, grad_bias, None, None
 
 
-def _product(A, bias, packed, scales, nested, weight_format, backwards) -> Tensor:
-    shape, blocksize, quant_type = weight_format
+def _product(A: Tensor, bias: Tensor | None, weight: tuple, backwards: bool) -> Tensor:
+    """Returns the product of A with a weight or, `backwards`, with its transpose.
+
+    `weight`: what the ops take for it, from packed codes to the parts of nested scales. Every
+    argument takes its time on the way to a kernel, so what is not there is not passed.
+    """
     if backwards:
-        return _gemm_4bit_dgrad(A, packed, shape, scales, blocksize, quant_type, *nested)
-    if bias is None and not nested:  # every argument takes its time
-        return _gemm_4bit(A, packed, shape, scales, blocksize, quant_type)
-    if bias is not None and bias.dtype != A.dtype:
-        bias = bias.to(A.dtype)
-    return _gemm_4bit(A, packed, shape, scales, blocksize, quant_type, bias, *nested)
+        return _gemm_4bit_dgrad(A, *weight)
+    if bias is None:
+        return _gemm_4bit(A, *weight) if len(weight) == 5 else _with_bias(A, None, weight)
+    return _with_bias(A, bias if bias.dtype == A.dtype else bias.to(A.dtype), weight)
+
+
+def _with_bias(A: Tensor, bias: Tensor | None, weight: tuple) -> Tensor:
+    return _gemm_4bit(A, *weight[:5], bias, *weight[5:])
 
 
 def _product_dequantized(A: Tensor, B: Tensor, bias: Tensor | None, state: QuantState) -> Tensor:
@@ -161,12 +168,12 @@ def matmul_4bit(
             # The parameter's class has Python code behind every operation, which takes its time.
             with torch._C.DisableTorchFunctionSubclass():
                 B = B.detach()
-        (_, scales, *rest), nested = weight_arguments(quant_state, A.device)
-        weight = (B, scales, nested, (shape, *rest), False)
+        of_weight, nested = weight_arguments(quant_state, A.device)
+        weight = (B, *of_weight, *nested)
         if torch.is_grad_enabled() and (
             A.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            result = MatMul4Bit.apply(A, bias, *weight)
+            result = MatMul4Bit.apply(A, bias, weight, False)
         else:
-            result = _product(A, bias, *weight)
+            result = _product(A, bias, weight, False)
     return result if out is None else out.copy_(result)
