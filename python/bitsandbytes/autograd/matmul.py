@@ -30,8 +30,19 @@ __all__ = [
 
 _int8_linear = torch.ops.bitsandbytes.int8_linear.default
 
-# Names of tensor layouts of bitsandbytes before 0.45, which callers may still look at.
-REMOVED_FIELDS = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
+
+class _RemovedField:
+    """An attribute that is None, and says so, until it is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, state: Any, owner: type) -> None:
+        warnings.warn(
+            f"MatmulLtState.{self._name} is always None: int8 weights have one layout, CB and SCB",
+            FutureWarning,
+            stacklevel=2,
+        )
 
 
 @dataclass
@@ -74,15 +85,11 @@ class MatmulLtState:
     _idx = None
     _outlier_mask = None
 
-    def __getattr__(self, name: str) -> None:
-        # Reached only for names that are not there, such as those of removed layouts.
-        if name not in REMOVED_FIELDS:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        warnings.warn(
-            f"MatmulLtState.{name} is always None: int8 weights have one layout, CB and SCB",
-            FutureWarning,
-            stacklevel=2,
-        )
+    # Names of tensor layouts of bitsandbytes before 0.45, which callers may still look at.
+    CxB = _RemovedField()
+    CxBt = _RemovedField()
+    formatB = _RemovedField()
+    _tile_indices = _RemovedField()
 
     def reset_grads(self) -> None:
         """Forgets the quantized weight, so that the next call quantizes the weight it gets."""

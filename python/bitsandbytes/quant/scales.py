@@ -80,4 +80,5 @@ def weight_arguments(state: QuantState, device: torch.device) -> tuple[tuple, tu
         else:
             decode = torch.ops.bitsandbytes.dequantize_blockwise
             absmax = decode(codes, absmax, code, blocksize, torch.float32) + offset
-    return (state.shape, absmax, state.blocksize, state.quant_type), nested
+    # Ops take a plain tuple faster than its subclass.
+    return (tuple(state.shape), absmax, state.blocksize, state.quant_type), nested
