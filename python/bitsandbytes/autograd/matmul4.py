@@ -164,16 +164,16 @@ def matmul_4bit(
     if not fits or A.dtype not in FLOATS:
         result = _product_dequantized(A, B, bias, quant_state)
     else:
-        if type(B) is not Tensor:
-            # The parameter's class has Python code behind every operation, which takes its time.
-            with torch._C.DisableTorchFunctionSubclass():
-                B = B.detach()
         of_weight, nested = weight_arguments(quant_state, A.device)
-        weight = (B, *of_weight, *nested)
-        if torch.is_grad_enabled() and (
-            A.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            result = MatMul4Bit.apply(A, bias, weight, False)
+        # The parameter's class has Python code behind every operation, which takes its time.
+        if type(A) is Tensor and not torch.is_grad_enabled():
+            with torch._C.DisableTorchFunctionSubclass():
+                result = _product(A, bias, (B, *of_weight, *nested), False)
         else:
-            result = _product(A, bias, weight, False)
+            if type(B) is not Tensor:
+                with torch._C.DisableTorchFunctionSubclass():
+                    B = B.detach()
+            wanted = A.requires_grad or (bias is not None and bias.requires_grad)
+            product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else _product
+            result = product(A, bias, (B, *of_weight, *nested), False)
     return result if out is None else out.copy_(result)
