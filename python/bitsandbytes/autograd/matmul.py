@@ -211,7 +211,8 @@ def _source(B: Tensor) -> tuple[int, int] | None:
 def _quantized_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
     """Returns CB and SCB, from the state where they are there and still those of the weight."""
     if state.CB is not None and not state.has_fp16_weights:
-        check(state.SCB is not None, "matmul", "state.SCB", "set along with state.CB", None)
+        if state.SCB is None:
+            check(False, "matmul", "state.SCB", "set along with state.CB", None)
         return state.CB, state.SCB
     check(B.is_floating_point(), "matmul", "B", "floating point unless state.CB is set", B.dtype)
     source = _source(B) if state.has_fp16_weights else None
@@ -271,8 +272,10 @@ def matmul(
         state = MatmulLtState()
     if threshold > 0:
         state.threshold = threshold
-    check(A.is_floating_point(), "matmul", "A", "floating point", A.dtype)
-    check(A.dim() >= 1, "matmul", "A", "of at least one dimension", "a scalar")
+    if not A.is_floating_point():
+        check(False, "matmul", "A", "floating point", A.dtype)
+    if A.dim() < 1:
+        check(False, "matmul", "A", "of at least one dimension", "a scalar")
     device = A.device
     kind = device.type
     if kind in AUTOCAST_DEVICES and A.dtype != torch.float64 and torch.is_autocast_enabled(kind):
