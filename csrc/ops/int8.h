@@ -24,7 +24,7 @@ inline Matrix as_matrix(const char* op, const char* argument, const Tensor& t) {
 }
 
 // Where the rows of a tensor go as codes. With a threshold, there is a mask of the outlier columns,
-// of zeros, and may be a list of them.
+// and may be a list of them.
 struct QuantizedRows {
   int8_t* codes;
   float* stats;
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Te
   const Tensor codes = new_empty(a, shape_of(a), ScalarType::Char);
   const Tensor stats = new_empty(a, {matrix.rows}, ScalarType::Float);
   std::optional<Tensor> mask;
-  if (find_outliers) mask = new_zeros(a, {matrix.cols}, ScalarType::Bool);
+  if (find_outliers) mask = new_empty(a, {matrix.cols}, ScalarType::Bool);
   if (a.numel() > 0) {
     quantize_rows<Backend>(
         in_order(a), matrix, dtype, threshold,
@@ -70,6 +70,7 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Te
         typename Backend::Scope(a));
   } else {
     fill_zeros(stats);
+    if (find_outliers) fill_zeros(*mask);
   }
   if (!find_outliers) return {codes, stats, std::nullopt};
   // The op promises the indices, whose number only the data knows.
@@ -282,7 +283,7 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
   const Tensor values = in_order(a);
   const Tensor out = new_empty(a, matmul_shape(a, cb), a.scalar_type());
   std::optional<Tensor> mask;
-  if (find_outliers) mask = new_zeros(a, {matrix.cols}, ScalarType::Bool);
+  if (find_outliers) mask = new_empty(a, {matrix.cols}, ScalarType::Bool);
 
   Pieces pieces;
   const int64_t codes_at = pieces.add(a.numel());
@@ -298,6 +299,7 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
   Int8Operand operand{memory, rows.stats};
   if (a.numel() == 0) {
     fill_zeros(memory);
+    if (find_outliers) fill_zeros(*mask);
   } else {
     quantize_rows<Backend>(values, matrix, dtype, threshold, rows, scope);
     if (find_outliers) operand = {memory, rows.stats, values.const_data_ptr(), rows.outliers};
