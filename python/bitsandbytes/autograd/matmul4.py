@@ -68,12 +68,10 @@ def _product(A: Tensor, bias: Tensor | None, weight: tuple, backwards: bool) -> 
     """
     if backwards:
         return _gemm_4bit_dgrad(A, *weight)
-    if bias is None:
-        return _gemm_4bit(A, *weight) if len(weight) == 5 else _with_bias(A, None, weight)
-    return _with_bias(A, bias if bias.dtype == A.dtype else bias.to(A.dtype), weight)
-
-
-def _with_bias(A: Tensor, bias: Tensor | None, weight: tuple) -> Tensor:
+    if bias is None and len(weight) == 5:
+        return _gemm_4bit(A, *weight)
+    if bias is not None and bias.dtype != A.dtype:
+        bias = bias.to(A.dtype)
     return _gemm_4bit(A, *weight[:5], bias, *weight[5:])
 
 
