@@ -62,14 +62,18 @@ struct DtypeOf {
   const Tensor& tensor;
 };
 
-inline void append(std::string& text, ShapeOf part) {
+inline void append(std::string& text, const Shape& part) {
   text += '[';
-  const auto sizes = part.tensor.sizes();
-  for (size_t i = 0; i < sizes.size(); ++i) {
+  for (size_t i = 0; i < part.size(); ++i) {
     if (i > 0) text += ", ";
-    append(text, sizes[i]);
+    append(text, part[i]);
   }
   text += ']';
+}
+
+inline void append(std::string& text, ShapeOf part) {
+  const auto sizes = part.tensor.sizes();
+  append(text, Shape(sizes.begin(), sizes.end()));
 }
 
 inline void append(std::string& text, DtypeOf part) { append(text, part.tensor.scalar_type()); }
@@ -197,9 +201,11 @@ inline Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype
     stride *= std::max<int64_t>(shape[i], 1);
   }
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                  strides.data(), number_of(dtype), place.type,
-                                                  place.index, &handle));
+  const AOTITorchError status =
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               number_of(dtype), place.type, place.index, &handle);
+  require(status == AOTI_TORCH_SUCCESS, "bitsandbytes: ", DeviceOf{like},
+          " gives no memory for a tensor of shape ", shape, " and dtype ", dtype);
   return Tensor(handle);
 }
 

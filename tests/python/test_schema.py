@@ -136,6 +136,15 @@ def test_calls_leave_no_memory_behind(device, name):
     assert min(grown[1:]) < 16, f"a call keeps {grown} bytes"
 
 
+def test_results_that_find_no_memory(device):
+    library = _library.libraries["_cuda" if device == "cuda" else "_ops"]
+    if not library.loaded:
+        pytest.skip(f"{library.name} is not loaded: {library.reason}")
+    vector = torch.zeros(20_000_000, 1, dtype=torch.int8, device=device)
+    with pytest.raises(RuntimeError, match=rf"{device}.* \[20000000, 20000000\] and dtype Int"):
+        torch.ops.bitsandbytes.int8_linear_matmul(vector, vector)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("optimizer_step")])
 def test_steps_are_seen_as_mutations_by_the_tracer(device, name):
     op = op_of(name)
