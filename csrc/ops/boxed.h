@@ -1,5 +1,5 @@
-// Functions on tensors as kernels that LibTorch can call: they take arguments from a stack and
-// leave results there. SPDX-License-Identifier: MIT
+// Functions on tensors as kernels: LibTorch's stack holds their arguments and then their results.
+// SPDX-License-Identifier: MIT
 #pragma once
 
 #include <string>
@@ -29,6 +29,7 @@ inline std::string take<std::string>(StableIValue value) {
   return text;
 }
 
+// Leaves results on the stack.
 template <class... Results>
 void put(StableIValue* stack, const std::tuple<Results...>& results) {
   [&]<size_t... i>(std::index_sequence<i...>) {
