@@ -34,9 +34,8 @@ class GroupTensor {
 
 // As plain_is_faster().
 template <class Backend, class Arguments>
-bool plain_makes_groups_faster(const Tensor& like, const Arguments& args) {
+bool plain_makes_groups_faster(const Arguments& args) {
   if constexpr (Backend::kPlainProducts) {
-    const typename Backend::Scope scope(like);
     return args.groups.rows > 0 && !Backend::is_fast(args);
   } else {
     return false;
@@ -78,14 +77,15 @@ Tensor grouped_gemm_4bit(const Tensor& a, const Tensor& b, const Tensor& offs, c
                        shift.has_value() ? shift->const_data_ptr() : nullptr,
                        nullptr,
                        groups.pointers()};
-  if (plain_makes_groups_faster<Backend>(a, args)) {
+  const typename Backend::Scope scope(a);
+  if (plain_makes_groups_faster<Backend>(args)) {
     return call_op("bitsandbytes::_grouped_gemm_4bit_plain", a, b, offs, shape, absmax, block_size,
                    quant_type, bias, absmax_8bit, absmax_code, absmax_offset);
   }
   Tensor out = new_empty(a, product_shape(a, weight.n), a.scalar_type());
   if (out.numel() == 0) return out;
   args.out = out.mutable_data_ptr();
-  run_product<Backend, GroupedGemm4bit>(a, args, &Backend::grouped_gemm_4bit);
+  run_product<Backend, GroupedGemm4bit>(a, args, &Backend::grouped_gemm_4bit, scope);
   return out;
 }
 
@@ -109,14 +109,15 @@ Tensor grouped_gemm_4bit_dgrad(const Tensor& grad, const Tensor& b, const Tensor
   GroupedGemm4bitDgrad args{dtype, source.const_data_ptr(),
                             weight.pointers(code, Backend::levels(code)), nullptr,
                             groups.pointers()};
-  if (plain_makes_groups_faster<Backend>(grad, args)) {
+  const typename Backend::Scope scope(grad);
+  if (plain_makes_groups_faster<Backend>(args)) {
     return call_op("bitsandbytes::_grouped_gemm_4bit_dgrad_plain", grad, b, offs, shape, absmax,
                    block_size, quant_type, absmax_8bit, absmax_code, absmax_offset);
   }
   Tensor out = new_empty(grad, product_shape(grad, weight.k), grad.scalar_type());
   if (out.numel() == 0) return out;
   args.out = out.mutable_data_ptr();
-  run_product<Backend, GroupedGemm4bitDgrad>(grad, args, &Backend::grouped_gemm_4bit_dgrad);
+  run_product<Backend, GroupedGemm4bitDgrad>(grad, args, &Backend::grouped_gemm_4bit_dgrad, scope);
   return out;
 }
 

@@ -89,12 +89,11 @@ def grouped_matmul_4bit(
     if type(B) is not Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             B = B.detach()
-    (_, scales, *rest), nested = weight_arguments(quant_state, A.device)
+    of_weight, nested = weight_arguments(quant_state, A.device)
     fused = None if transposed else bias
-    weight = (B, scales, nested, (shape, *rest), transposed, offs)
     wanted = A.requires_grad or (fused is not None and fused.requires_grad)
     product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else product_4bit
-    result = product(A, fused, *weight)
+    result = product(A, fused, (B, *of_weight, *nested), transposed, offs)
     if bias is not None and transposed:
         # The product of the backward pass has no bias.
         result = result + bias_of_rows(bias, offs, A.shape[0]).to(A.dtype)
