@@ -55,6 +55,8 @@ struct Kernels {
                           int64_t first_panel, int64_t last_panel);
   void (*int8_row_stats)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
   void (*int8_quantize_rows)(const Int8VectorwiseQuant&, int64_t first_row, int64_t last_row);
+  void (*int8_vectorwise_dequant)(const Int8VectorwiseDequant&, int64_t first_row,
+                                  int64_t last_row);
   ProductSpace (*int8_matmul_space)(int64_t m, int64_t k);
   void (*int8_matmul_stage)(const int8_t* a, int64_t m, int64_t k, void* staged, int64_t first_row,
                             int64_t last_row);

@@ -64,6 +64,20 @@ void quantize_rows(const Int8VectorwiseQuant& args, int64_t first_row, int64_t l
   }
 }
 
+template <class T>
+void dequantize_rows(const Int8VectorwiseDequant& args, int64_t first_row, int64_t last_row) {
+  const Int sign = broadcast_int(0x80);
+  for (int64_t r = first_row; r < last_row; ++r) {
+    const uint8_t* row = reinterpret_cast<const uint8_t*>(args.a) + r * args.stride;
+    T* out = static_cast<T*>(args.out) + r * args.cols;
+    const Float stat(args.stats[r]);
+    for_each_vector(0, args.cols, [&](int64_t i, int64_t count) {
+      const Float code = int_to_float((load_codes_some(row + i, count) ^ sign) - sign);
+      store_some(out + i, code * stat * Float(1.0f / kInt8Max), count);
+    });
+  }
+}
+
 BNB_HD Float load_as_float(DType dtype, const void* p, int64_t i, int64_t count) {
   switch (dtype) {
     case DType::kFloat16:

@@ -109,6 +109,13 @@ void int8_quantize_rows(const Int8VectorwiseQuant& args, int64_t first_row, int6
   });
 }
 
+void int8_vectorwise_dequant(const Int8VectorwiseDequant& args, int64_t first_row,
+                             int64_t last_row) {
+  by_dtype(args.dtype, [&](auto type) {
+    dequantize_rows<typename decltype(type)::type>(args, first_row, last_row);
+  });
+}
+
 void int8_mm_dequant(const Int8MmDequant& args, int64_t first_row, int64_t last_row) {
   by_dtype(args.dtype, [&](auto type) {
     mm_dequant_rows<typename decltype(type)::type>(args, first_row, last_row);
@@ -145,12 +152,12 @@ void gradient_squares(DType dtype, const GradientTensor& tensor, int64_t first_t
 #define BNB_QUOTE(x) BNB_QUOTE_(x)
 
 constexpr Kernels kTable = {
-    BNB_QUOTE(BNB_ISA),    quantize_blockwise,    dequantize_blockwise, quantize_4bit,
-    dequantize_4bit,       gemm_4bit_space,       gemm_4bit_stage,      gemm_4bit,
-    gemm_4bit_dgrad_space, gemm_4bit_dgrad_stage, gemm_4bit_dgrad,      int8_row_stats,
-    int8_quantize_rows,    int8_matmul_space,     int8_matmul_stage,    int8_linear_matmul,
-    int8_scaled_matmul,    int8_mm_dequant,       optimizer_step,       optimizer_preview,
-    gradient_squares,
+    BNB_QUOTE(BNB_ISA),    quantize_blockwise,      dequantize_blockwise, quantize_4bit,
+    dequantize_4bit,       gemm_4bit_space,         gemm_4bit_stage,      gemm_4bit,
+    gemm_4bit_dgrad_space, gemm_4bit_dgrad_stage,   gemm_4bit_dgrad,      int8_row_stats,
+    int8_quantize_rows,    int8_vectorwise_dequant, int8_matmul_space,    int8_matmul_stage,
+    int8_linear_matmul,    int8_scaled_matmul,      int8_mm_dequant,      optimizer_step,
+    optimizer_preview,     gradient_squares,
 };
 
 #undef BNB_QUOTE

@@ -35,6 +35,12 @@ BNB_HD void store_codes_first(uint8_t* p, Int x, int64_t count) {
   __builtin_memcpy(p, lanes, static_cast<size_t>(count));
 }
 
+BNB_HD Int load_codes_first(const uint8_t* p, int64_t count) {
+  uint8_t lanes[kWidth] = {};
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count));
+  return load_codes(lanes);
+}
+
 // Calls body(offset, lanes) for every vector of [first, last); only the last may be incomplete.
 template <class Body>
 BNB_HD void for_each_vector(int64_t first, int64_t last, Body body) {
@@ -50,6 +56,9 @@ BNB_HD Float load_some(const T* p, int64_t count) {
 template <class T>
 BNB_HD void store_some(T* p, Float x, int64_t count) {
   count == kLanes ? store(p, x) : store_first(p, x, count);
+}
+BNB_HD Int load_codes_some(const uint8_t* p, int64_t count) {
+  return count == kLanes ? load_codes(p) : load_codes_first(p, count);
 }
 BNB_HD void store_codes_some(uint8_t* p, Int x, int64_t count) {
   count == kLanes ? store_codes(p, x) : store_codes_first(p, x, count);

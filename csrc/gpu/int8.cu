@@ -6,6 +6,9 @@
 #include "bitsandbytes/kernels/int8.h"
 #include "gpu/device/dtype.cuh"
 #include "gpu/device/vector_io.cuh"
+#include "gpu/int8/few_rows.h"
+#include "gpu/int8/outlier_terms.cuh"
+#include "gpu/int8/rows.cuh"
 #include "gpu/runtime/check.h"
 
 namespace bnb::gpu {
@@ -13,30 +16,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-
-// Marks the columns of a pack that hold outliers; returns the bits of the largest other magnitude.
-template <class T>
-__device__ __forceinline__ uint32_t mark_outliers(const Words<T, kPackSize<T>>& words, int64_t col,
-                                                  float threshold, uint8_t* outlier_mask) {
-  uint32_t most = 0;
-#pragma unroll
-  for (int i = 0; i < kPackSize<T>; ++i) {
-    const uint32_t m = magnitude_bits(words.get(i));
-    if (bits_float(m) >= threshold) {
-      outlier_mask[col + i] = 1;  // every writer writes the same
-    } else {
-      most = max(most, m);
-    }
-  }
-  return most;
-}
-
-// The code of x, which is no more than a row's statistic, in the lowest byte. Adding a number whose
-// last place is 1 rounds to even, and leaves an integer in two's complement.
-__device__ __forceinline__ uint32_t row_code(float x, float inverse) {
-  constexpr float kRound = 0x1.8p23f;
-  return float_bits(__fadd_rn(__fmul_rn(x, inverse), kRound));
-}
 
 // A block of threads per row: the largest magnitude that is no outlier, and then the codes. Up to
 // kHeld packs of a thread stay in registers between the two; longer rows are read again. Columns
@@ -52,21 +31,19 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPack = kPackSize<T>;
   constexpr int kHeld = 4;
   using Row = Words<T, kPack>;
-  using Codes = Words<uint8_t, kPack>;
   __shared__ uint32_t warp_most[2][kWarps];
   int turn = 0;
+  // With a mask, the kernel before has waited for those that make the rows, and clears the mask.
+  if (outlier_mask == nullptr) wait_for_previous_kernel();
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T* const from = a + row * cols;
     const auto load = [&](int64_t col) {
       return aligned ? load_aligned<Row>(from + col) : load_words<T, kPack>(from + col, cols - col);
     };
     const auto largest = [&](const Row& words, int64_t col) {
-      const uint32_t m = largest_magnitude(words);
-      // Also where a NaN may hide an outlier.
-      if (outlier_mask != nullptr && !(bits_float(m) < threshold)) {
-        return mark_outliers<T>(words, col, threshold, outlier_mask);
-      }
-      return m;
+      if (outlier_mask == nullptr) return largest_magnitude(words);
+      // Every writer writes the same.
+      return largest_below<T>(words, threshold, [&](int i) { outlier_mask[col + i] = 1; });
     };
     // The packs of a thread are kThreads packs apart.
     const int64_t first = int64_t{threadIdx.x} * kPack;
@@ -77,6 +54,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kHeld; ++i) {
       if (first + i * kStep < cols) held[i] = load(first + i * kStep);
     }
+    if (outlier_mask != nullptr) wait_for_previous_kernel();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       if (first + i * kStep < cols) most = max(most, largest(held[i], first + i * kStep));
@@ -84,6 +62,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t col = first + kHeld * kStep; col < cols; col += kStep) {
       most = max(most, largest(load(col), col));
     }
+    // What the next kernel reads ahead would be in the way of these loads.
+    let_next_kernel_start();
     most = warp_max(most);
     if (threadIdx.x % kWarp == 0) warp_most[turn][threadIdx.x / kWarp] = most;
     __syncthreads();
@@ -91,19 +71,9 @@ __global__ void __launch_bounds__(kThreads)
     turn ^= 1;  // the next row's maxima come to the other place
     const float stat = absmax_from_bits(most);
     if (threadIdx.x == 0) row_stats[row] = stat;
-    const float inverse = __fdiv_rn(kInt8Max, stat);
-    // A row of zeros, or one whose statistic says that it is not finite, has codes of zero.
-    const bool regular = stat > 0.0f && inverse > 0.0f && inverse <= kFloatMax;
+    const RowScale scale(stat);
     const auto store = [&](const Row& words, int64_t col) {
-      Codes codes;
-#pragma unroll
-      for (int w = 0; w < Codes::kWords; ++w) {
-        const uint32_t low = byte_permute(row_code(words.get(4 * w), inverse),
-                                          row_code(words.get(4 * w + 1), inverse), 0x0040);
-        const uint32_t high = byte_permute(row_code(words.get(4 * w + 2), inverse),
-                                           row_code(words.get(4 * w + 3), inverse), 0x0040);
-        codes.words[w] = regular ? byte_permute(low, high, 0x5410) : 0;
-      }
+      const Words<uint8_t, kPack> codes = scale.codes(words);
       int8_t* const to = out + row * cols + col;
       if (aligned) return store_aligned(to, codes);
 #pragma unroll
@@ -152,68 +122,201 @@ struct MaskReader {
   }
 };
 
-// Writes the number of the columns in a mask and then the columns, in order. One block of threads,
-// each with neighbouring columns of its own.
-__device__ __forceinline__ void list_columns(const MaskReader& mask, int32_t* list) {
-  __shared__ int32_t counts[kThreads];
-  __shared__ int32_t warp_counts[kWarps];
+__global__ void __launch_bounds__(kThreads)
+    clear_mask_kernel(uint8_t* __restrict__ outlier_mask, int64_t cols) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x; col < cols; col += step) {
+    outlier_mask[col] = 0;
+  }
+}
+
+// Columns that a block of threads keeps at hand: those of a slab of terms.
+constexpr int kListed = 64;
+
+// The columns in a mask, in order, as every block of threads finds them: their number, the first of
+// them in shared memory, and all of them in `list` if that is not null. Each thread looks at
+// neighbouring columns; calls visit(column, place) for those that are marked.
+template <class Visit>
+__device__ __forceinline__ int list_columns(const MaskReader& mask, const Visit& visit) {
+  __shared__ int counts[kThreads];
+  __shared__ int warp_counts[kWarps];
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t share = ceil_div(mask.cols, int64_t{16 * kThreads}) * 16;
   const int64_t first = min(thread * share, mask.cols);
   const int64_t last = min(first + share, mask.cols);
-  int32_t count = 0;
+  int count = 0;
   for (int64_t col = first; col < last; col += 16) count += MaskReader::count(mask.load(col));
   counts[thread] = count;
-  __syncthreads();
+  int of_warp = count;
+#pragma unroll
+  for (int lanes = 1; lanes < kWarp; lanes *= 2) of_warp += shuffle_xor(of_warp, lanes);
   const int warp = thread / kWarp;
-  int32_t place = 1;
-  for (int i = warp * kWarp; i < thread; ++i) place += counts[i];
-  if (thread % kWarp == kWarp - 1) warp_counts[warp] = place - 1 + count;
+  if (thread % kWarp == 0) warp_counts[warp] = of_warp;
   __syncthreads();
-  for (int w = 0; w < warp; ++w) place += warp_counts[w];
-  if (thread == kThreads - 1) list[0] = place - 1 + count;
-  for (int64_t col = first; col < last; col += 16) {
-    mask.each(col, [&](int64_t c) { list[place++] = static_cast<int32_t>(c); });
+  int before = 0;
+  int total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? warp_counts[w] : 0;
+    total += warp_counts[w];
   }
+  if (count > 0) {
+    for (int i = warp * kWarp; i < thread; ++i) before += counts[i];
+    for (int64_t col = first; col < last; col += 16) {
+      mask.each(col, [&](int64_t c) { visit(c, before++); });
+    }
+  }
+  return total;
 }
 
-// Zeroes the codes of outlier columns, and lists those columns.
+// Zeroes the codes of outlier columns, lists those columns, and packs terms of the first.
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    clear_outliers_kernel(const MaskReader mask,           // [cols]
-                          int8_t* __restrict__ out,        // [rows, cols]
-                          int32_t* __restrict__ outliers,  // [1 + cols] or null
-                          int64_t rows) {
-  const int64_t step = int64_t{16} * kThreads;
-  for (int64_t col = int64_t{threadIdx.x} * 16; col < mask.cols; col += step) {
-    mask.each(col, [&](int64_t c) {
-      for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) out[row * mask.cols + c] = 0;
-    });
+    finish_outliers_kernel(const MaskReader mask, const Int8VectorwiseQuant args) {
+  using Terms = OutlierTerms<T>;
+  using Term = typename Terms::Term;
+  static_assert(Terms::kColumns <= kListed);
+  __shared__ int listed[kListed];
+  const int thread = static_cast<int>(threadIdx.x);
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int count = list_columns(mask, [&](int64_t col, int place) {
+    if (args.outliers != nullptr && blockIdx.x == 0) {
+      args.outliers[1 + place] = static_cast<int32_t>(col);
+    }
+    if (place < kListed) {
+      listed[place] = static_cast<int>(col);
+    } else {
+      for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+        args.out[row * args.cols + col] = 0;
+      }
+    }
+  });
+  if (args.outliers != nullptr && blockIdx.x == 0 && thread == 0) args.outliers[0] = count;
+  __syncthreads();
+  if (count == 0) return;
+  const int columns = min(count, kListed);
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    if (thread < columns) args.out[row * args.cols + listed[thread]] = 0;
   }
-  if (outliers != nullptr && blockIdx.x == 0) list_columns(mask, outliers);
+  if (args.outlier_terms == nullptr) return;
+
+  // Neighbouring threads have neighbouring terms.
+  const int terms = Terms::steps(count) * Terms::kStep;
+  const int rows_at_a_time = kThreads / terms;
+  const int term = thread % terms;
+  const int column = term / Terms::kParts;
+  if (thread / terms >= rows_at_a_time) return;
+  const bool there = column < min(count, Terms::kColumns);
+  const int64_t from = listed[there ? column : 0];
+  const int64_t step = int64_t{gridDim.x} * rows_at_a_time;
+  Term* const to = static_cast<Term*>(args.outlier_terms) + term;
+#pragma unroll 4
+  for (int64_t row = int64_t{blockIdx.x} * rows_at_a_time + thread / terms; row < args.rows;
+       row += step) {
+    const T value = static_cast<const T*>(args.a)[row * args.cols + from];
+    to[row * Terms::kSlab] = there ? Terms::of_value(value, term % Terms::kParts) : Term{};
+  }
 }
 
 template <class T>
 void vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
   const T* a = static_cast<const T*>(args.a);
-  const int blocks =
-      static_cast<int>(std::min<int64_t>(args.rows, int64_t{multiprocessors()} * 16));
   const bool aligned =
       args.cols % kPackSize<T> == 0 && is_aligned(a, 16) && is_aligned(args.out, kPackSize<T>);
-  if (args.outlier_mask != nullptr) {
-    BNB_GPU_CHECK(cudaMemsetAsync(args.outlier_mask, 0, static_cast<size_t>(args.cols),
-                                  static_cast<cudaStream_t>(stream.handle)));
+  const int blocks = resident_grid(args.rows, 16);
+  const bool outliers = args.outlier_mask != nullptr;
+  if (outliers) {
+    launch_early("clear_mask_kernel", clear_mask_kernel,
+                 resident_grid(ceil_div(args.cols, int64_t{kThreads})), kThreads, 0, stream,
+                 args.outlier_mask, args.cols);
   }
-  launch("quantize_rows_kernel", quantize_rows_kernel<T>, blocks, kThreads, 0, stream, a, args.out,
-         args.row_stats, args.outlier_mask, args.rows, args.cols, args.threshold, aligned);
-  if (args.outlier_mask == nullptr) return;
-  launch("clear_outliers_kernel", clear_outliers_kernel, blocks, kThreads, 0, stream,
-         MaskReader{args.outlier_mask, args.cols, is_aligned(args.outlier_mask, 16)}, args.out,
-         args.outliers, args.rows);
+  launch_early("quantize_rows_kernel", quantize_rows_kernel<T>, blocks, kThreads, 0, stream, a,
+               args.out, args.row_stats, args.outlier_mask, args.rows, args.cols, args.threshold,
+               aligned);
+  if (!outliers) return;
+  launch_early("finish_outliers_kernel", finish_outliers_kernel<T>, resident_grid(args.rows),
+               kThreads, 0, stream,
+               MaskReader{args.outlier_mask, args.cols, is_aligned(args.outlier_mask, 16)}, args);
+}
+
+// Rows that a thread reads before it writes the first, all at the same columns.
+constexpr int kAhead = 8;
+
+// Blocks of threads have `across` packs of columns and kThreads / across rows at a time.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_rows_kernel(const Int8VectorwiseDequant args, int across, bool aligned) {
+  constexpr int kPack = kPackSize<T>;
+  using Codes = Words<uint8_t, kPack>;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int rows = kThreads / across;
+  const int64_t col = (int64_t{blockIdx.x} * across + thread % across) * kPack;
+  if (col >= args.cols) return;
+  T* const out = static_cast<T*>(args.out);
+  const int64_t step = int64_t{gridDim.y} * rows * kAhead;
+  for (int64_t first = int64_t{blockIdx.y} * rows * kAhead + thread / across; first < args.rows;
+       first += step) {
+    Codes codes[kAhead];
+    float stats[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t row = first + i * rows;
+      if (row >= args.rows) continue;
+      const int8_t* const from = args.a + row * args.stride + col;
+      stats[i] = args.stats[row];
+      if (aligned) {
+        codes[i] = load_aligned<Codes>(from);
+      } else {
+        codes[i] = Codes{};
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          const uint32_t code = col + j < args.cols ? static_cast<uint8_t>(from[j]) : 0u;
+          codes[i].words[j / 4] |= code << j % 4 * 8;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t row = first + i * rows;
+      if (row >= args.rows) continue;
+      Pack<T, kPack> values;
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        const float code = static_cast<float>(static_cast<int8_t>(codes[i].byte(j)));
+        values.values[j] = narrow<T>(__fmul_rn(__fmul_rn(code, stats[i]), 1.0f / kInt8Max));
+      }
+      store_pack(out + row * args.cols + col, values, args.cols - col, aligned);
+    }
+  }
+}
+
+template <class T>
+void vectorwise_dequant(const Int8VectorwiseDequant& args, Stream stream) {
+  constexpr int kPack = kPackSize<T>;
+  constexpr int64_t kMostBlocks = 65535;  // of a grid's second dimension
+  const int64_t packs = ceil_div(args.cols, int64_t{kPack});
+  int across = kThreads;
+  while (across > 1 && across / 2 >= packs) across /= 2;
+  const int64_t down = ceil_div(args.rows, int64_t{kThreads / across} * kAhead);
+  const bool aligned = args.cols % kPack == 0 && args.stride % kPack == 0 &&
+                       is_aligned(args.a, kPack) && is_aligned(args.out, 16);
+  launch("dequantize_rows_kernel", dequantize_rows_kernel<T>,
+         dim3(static_cast<unsigned>(ceil_div(packs, int64_t{across})),
+              static_cast<unsigned>(std::min(down, kMostBlocks))),
+         kThreads, 0, stream, args, across, aligned);
 }
 
 }  // namespace
 
+void int8_vectorwise_dequant(const Int8VectorwiseDequant& args, Stream stream) {
+  by_dtype(args.dtype, [&]<class T>() { vectorwise_dequant<T>(args, stream); });
+}
+
 void int8_vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
+  if (cluster_quantizes(args)) return quantize_few_rows(args, stream);
   by_dtype(args.dtype, [&]<class T>() { vectorwise_quant<T>(args, stream); });
 }
 

@@ -44,7 +44,9 @@ struct StoreSums {
 
   __device__ __forceinline__ bool has_outliers() const { return false; }
   __device__ __forceinline__ void add_outliers(int64_t, int64_t, ThreadTile&) const {}
-  __device__ __forceinline__ float outliers_at(int64_t, int64_t) const { return 0.0f; }
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void add_outliers_by_lanes(int64_t, int64_t,
+                                                        float (&)[kRows * kCols]) const {}
   __device__ __forceinline__ void store(int64_t row, int64_t col, int sum, float) const {
     out[row * n + col] = sum;
   }
@@ -101,15 +103,25 @@ struct ScaleSums {
     }
   }
 
-  // The same for one element.
-  __device__ __forceinline__ float outliers_at(int64_t row, int64_t col) const {
-    const int count = has_outliers() ? args.outliers[0] : 0;
-    float added = 0.0f;
-    for (int i = 0; i < count; ++i) {
+  // The same for a warp's rows and columns, of which each lane adds every kWarp-th outlier column.
+  template <int kRows, int kCols>
+  __device__ __forceinline__ void add_outliers_by_lanes(int64_t first_row, int64_t first_col,
+                                                        float (&added)[kRows * kCols]) const {
+    const int count = args.outliers[0];
+    for (int i = static_cast<int>(threadIdx.x) % kWarp; i < count; i += kWarp) {
       const int64_t column = args.outliers[1 + i];
-      added = __fmaf_rn(value(row, column), weight(col, column), added);
+      float weights[kCols];
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) weights[c] = weight(min(first_col + c, n - 1), column);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float x = value(min(first_row + r, m - 1), column);
+#pragma unroll
+        for (int c = 0; c < kCols; ++c) {
+          added[r * kCols + c] = __fmaf_rn(x, weights[c], added[r * kCols + c]);
+        }
+      }
     }
-    return added;
   }
 
   // `added`: the products of outlier columns.
@@ -206,8 +218,8 @@ __device__ __forceinline__ Chunk load_chunk(const int8_t* row, int64_t from, int
 
 // Leaves in values[0] of lane l the sum, over the lanes of the warp, of values[l % kCount]: lanes
 // halve what they hold as they add, so that kCount values take little more shuffles than one.
-template <int kCount>
-__device__ __forceinline__ void add_over_warp(int (&values)[kCount]) {
+template <class T, int kCount>
+__device__ __forceinline__ void add_over_warp(T (&values)[kCount]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int half = kCount / 2; half > 0; half /= 2) {
@@ -215,8 +227,8 @@ __device__ __forceinline__ void add_over_warp(int (&values)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       if (i >= half) continue;
-      const int kept = upper ? values[i + half] : values[i];
-      const int given = upper ? values[i] : values[i + half];
+      const T kept = upper ? values[i + half] : values[i];
+      const T given = upper ? values[i] : values[i + half];
       values[i] = kept + shuffle_xor(given, half);
     }
   }
@@ -233,7 +245,7 @@ template <int kRows, class Finish>
 __global__ void __launch_bounds__(kFewThreads)
     int8_few_rows_kernel(const int8_t* __restrict__ a,  // [m, k]
                          const int8_t* __restrict__ b,  // [n, k]
-                         int64_t k, bool aligned, const Finish finish) {
+                         int64_t k, bool aligned, bool b_is_older, const Finish finish) {
   constexpr int kSums = kRows * kFewCols;
   static_assert(kSums <= kWarp);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -244,6 +256,15 @@ __global__ void __launch_bounds__(kFewThreads)
   // Behind the last row and column the last one is multiplied once more, for nothing.
   const auto row_of_a = [&](int i) { return a + min(first_row + i, finish.m - 1) * k; };
   const auto row_of_b = [&](int j) { return b + min(first_col + j, finish.n - 1) * k; };
+  let_next_kernel_start();
+  if (b_is_older) {
+    constexpr int64_t kAhead = 4096;  // bytes of a row that are under way when `a` is there
+    for (int64_t from = lane * kCacheLine; from < min(k, kAhead); from += kWarp * kCacheLine) {
+#pragma unroll
+      for (int j = 0; j < kFewCols; ++j) prefetch_to_cache(row_of_b(j) + from);
+    }
+  }
+  wait_for_previous_kernel();
   int sums[kSums] = {};
 #pragma unroll 2
   for (int64_t from = lane * 16; from < k; from += kWarp * 16) {
@@ -264,10 +285,15 @@ __global__ void __launch_bounds__(kFewThreads)
     }
   }
   add_over_warp(sums);
+  float added[kSums] = {};
+  if (finish.has_outliers()) {
+    finish.template add_outliers_by_lanes<kRows, kFewCols>(first_row, first_col, added);
+    add_over_warp(added);
+  }
   const int64_t row = first_row + lane / kFewCols;
   const int64_t col = first_col + lane % kFewCols;
   if (lane < kSums && row < finish.m && col < finish.n) {
-    finish.store(row, col, sums[0], finish.outliers_at(row, col));
+    finish.store(row, col, sums[0], added[0]);
   }
 }
 
@@ -304,22 +330,24 @@ void over_tiles(int64_t m, int64_t n, const Body& body) {
 }
 
 template <int kRows, class Finish>
-void few_rows(const int8_t* a, const int8_t* b, int64_t k, const Finish& finish, Stream stream) {
+void few_rows(const int8_t* a, const int8_t* b, int64_t k, bool b_is_older, const Finish& finish,
+              Stream stream) {
   const bool aligned = k % 16 == 0 && is_aligned(a, 16) && is_aligned(b, 16);
   constexpr int64_t kCols = int64_t{kFewThreads} / kWarp * kFewCols;
   const dim3 grid(static_cast<unsigned>(ceil_div(finish.n, kCols)),
                   static_cast<unsigned>(ceil_div(finish.m, int64_t{kRows})));
-  launch("int8_few_rows_kernel", int8_few_rows_kernel<kRows, Finish>, grid, kFewThreads, 0, stream,
-         a, b, k, aligned, finish);
+  launch_early("int8_few_rows_kernel", int8_few_rows_kernel<kRows, Finish>, grid, kFewThreads, 0,
+               stream, a, b, k, aligned, b_is_older, finish);
 }
 
 template <class Finish>
-void matmul(const int8_t* a, const int8_t* b, int64_t k, const Finish& finish, Stream stream) {
+void matmul(const int8_t* a, const int8_t* b, int64_t k, bool b_is_older, const Finish& finish,
+            Stream stream) {
   const int64_t m = finish.m;
-  if (m == 1) return few_rows<1>(a, b, k, finish, stream);
-  if (m == 2) return few_rows<2>(a, b, k, finish, stream);
-  if (m <= 4) return few_rows<4>(a, b, k, finish, stream);
-  if (m <= kMostFewRows) return few_rows<8>(a, b, k, finish, stream);
+  if (m == 1) return few_rows<1>(a, b, k, b_is_older, finish, stream);
+  if (m == 2) return few_rows<2>(a, b, k, b_is_older, finish, stream);
+  if (m <= 4) return few_rows<4>(a, b, k, b_is_older, finish, stream);
+  if (m <= kMostFewRows) return few_rows<8>(a, b, k, b_is_older, finish, stream);
   const bool aligned = k % 4 == 0 && is_aligned(a, 4) && is_aligned(b, 4);
   over_tiles(m, finish.n, [&](dim3 grid, int64_t row) {
     launch("int8_matmul_kernel", int8_matmul_kernel<Finish>, grid, kThreads, 0, stream, a, b, row,
@@ -344,13 +372,25 @@ __global__ void __launch_bounds__(kThreads) int8_mm_dequant_kernel(const Int8MmD
 }  // namespace
 
 void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
-  matmul(args.a, args.b, args.k, StoreSums{args.out, args.m, args.n}, stream);
+  matmul(args.a, args.b, args.k, false, StoreSums{args.out, args.m, args.n}, stream);
 }
 
 void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream) {
-  if (wgmma_int8_serves(args)) return wgmma_int8(args, stream);
-  by_dtype(args.dtype,
-           [&]<class T>() { matmul(args.a, args.b, args.k, ScaleSums<T>(args), stream); });
+  // For so few rows vectors are no slower than tensor cores, which take longer to begin, and longer
+  // still with outlier columns.
+  const int64_t few = args.outliers != nullptr ? 4 : 2;
+  if (args.m > few && wgmma_int8_serves(args)) return wgmma_int8(args, stream);
+  by_dtype(args.dtype, [&]<class T>() {
+    matmul(args.a, args.b, args.k, args.follows_quantization, ScaleSums<T>(args), stream);
+  });
+}
+
+int64_t int8_outlier_terms_bytes(int64_t m, int64_t n, int64_t k) {
+  Int8ScaledMatmul args{};
+  args.m = m;
+  args.n = n;
+  args.k = k;
+  return wgmma_int8_serves(args) ? wgmma_int8_outlier_terms_bytes(args) : 0;
 }
 
 bool int8_scaled_matmul_is_fast(const Int8ScaledMatmul& args) { return wgmma_int8_serves(args); }

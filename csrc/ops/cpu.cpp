@@ -171,6 +171,15 @@ struct Cpu {
              [&](int64_t first, int64_t last) { kernels.int8_quantize_rows(args, first, last); });
   }
 
+  static void int8_vectorwise_dequant(const Int8VectorwiseDequant& args, const Scope&) {
+    const cpu::Kernels& kernels = cpu::kernels();
+    parallel(args.rows, args.cols / kLight, [&](int64_t first, int64_t last) {
+      kernels.int8_vectorwise_dequant(args, first, last);
+    });
+  }
+
+  static int64_t int8_outlier_terms_bytes(int64_t, int64_t, int64_t) { return 0; }
+
   static constexpr bool kInt8Library = false;
   static constexpr bool kPlainProducts = false;
 

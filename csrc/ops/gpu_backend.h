@@ -76,6 +76,9 @@ struct GpuBackend {
   static void int8_vectorwise_quant(const Int8VectorwiseQuant& args, const Scope& scope) {
     gpu::int8_vectorwise_quant(args, scope.stream());
   }
+  static void int8_vectorwise_dequant(const Int8VectorwiseDequant& args, const Scope& scope) {
+    gpu::int8_vectorwise_dequant(args, scope.stream());
+  }
 
   // out = a b^T through torch's binding of the vendor's library, where that takes the shape.
   static constexpr bool kInt8Library = true;
@@ -99,6 +102,9 @@ struct GpuBackend {
   static int64_t workspace_bytes(const Int8Matmul&) { return 0; }
   static void int8_linear_matmul(const Int8Matmul& args, void*, const Scope& scope) {
     gpu::int8_linear_matmul(args, scope.stream());
+  }
+  static int64_t int8_outlier_terms_bytes(int64_t m, int64_t n, int64_t k) {
+    return gpu::int8_outlier_terms_bytes(m, n, k);
   }
   static int64_t workspace_bytes(const Int8ScaledMatmul&) { return 0; }
   static void int8_scaled_matmul(const Int8ScaledMatmul& args, void*, const Scope& scope) {

@@ -30,6 +30,7 @@ struct QuantizedRows {
   float* stats;
   uint8_t* outlier_mask;
   int32_t* outliers;
+  void* outlier_terms = nullptr;
 };
 
 inline uint8_t* mask_pointer(const std::optional<Tensor>& mask) {
@@ -47,7 +48,7 @@ void quantize_rows(const Tensor& a, const Matrix& matrix, DType dtype, double th
                    const QuantizedRows& rows, const typename Backend::Scope& scope) {
   Backend::int8_vectorwise_quant(
       {dtype, a.const_data_ptr(), rows.codes, rows.stats, rows.outlier_mask, rows.outliers,
-       matrix.rows, matrix.cols, static_cast<float>(threshold)},
+       matrix.rows, matrix.cols, static_cast<float>(threshold), rows.outlier_terms},
       scope);
 }
 
@@ -78,6 +79,35 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Te
   call_torch("aten::nonzero", "", stack.data());
   const Tensor indices = torch::stable::detail::to<Tensor>(stack[0]);
   return {codes, stats, torch::stable::view(indices, {indices.size(0)})};
+}
+
+// Rows of codes as numbers, for example a part of the columns of a weight: such views are not
+// copied before.
+template <class Backend>
+Tensor int8_vectorwise_dequant_dtype(const Tensor& a, const Tensor& stats, ScalarType out_type) {
+  constexpr const char* op = "int8_vectorwise_dequant";
+  check_dtype(op, "A", a, ScalarType::Char);
+  const Matrix matrix = as_matrix(op, "A", a);
+  check_dtype(op, "stats", stats, ScalarType::Float);
+  check_same_device(op, "stats", stats, "A", a);
+  check_numel(op, "stats", stats, matrix.rows);
+  const DType dtype = check_float(op, "dtype", out_type);
+  const Tensor out = new_empty(a, shape_of(a), out_type);
+  if (a.numel() == 0) return out;
+  const typename Backend::Scope scope(a);
+  const bool rows_apart = a.dim() == 2 && a.stride(1) == 1 && a.stride(0) >= matrix.cols;
+  const Tensor codes = rows_apart ? a : in_order(a);
+  const Tensor rows = in_order(stats);
+  Backend::int8_vectorwise_dequant(
+      {dtype, codes.const_data_ptr<int8_t>(), rows_apart ? a.stride(0) : matrix.cols,
+       rows.const_data_ptr<float>(), out.mutable_data_ptr(), matrix.rows, matrix.cols},
+      scope);
+  return out;
+}
+
+template <class Backend>
+Tensor int8_vectorwise_dequant(const Tensor& a, const Tensor& stats) {
+  return int8_vectorwise_dequant_dtype<Backend>(a, stats, ScalarType::Float);
 }
 
 inline void check_int8_matmul(const char* op, const Tensor& a, const Tensor& b) {
@@ -199,6 +229,8 @@ struct Int8Operand {
   const float* stats;
   const void* values = nullptr;
   const int32_t* outliers = nullptr;
+  const void* outlier_terms = nullptr;
+  bool follows_quantization = false;
 };
 
 // Rows of codes times a weight of codes; `out` [..., n].
@@ -225,7 +257,9 @@ void int8_scaled_into(const Int8Operand& a, const Tensor& b, const Tensor& col_s
       out.mutable_data_ptr(),
       out.numel() / n,
       n,
-      b.size(1)};
+      b.size(1),
+      a.outlier_terms,
+      a.follows_quantization};
   if constexpr (Backend::kInt8Library) {
     if (!Backend::int8_scaled_matmul_is_fast(args) && library_takes_int8(args.m, args.n, args.k)) {
       const Tensor product = new_empty(out, {args.m, args.n}, ScalarType::Int);
@@ -280,7 +314,12 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
     check_same_device(op, "bias", *bias, "A", a);
   }
   const bool find_outliers = check_threshold(op, threshold);
+  // What may take a copy comes first: the product follows the quantization at once.
   const Tensor values = in_order(a);
+  const Tensor weight = in_order(cb);
+  const Tensor weight_stats = in_order(scb);
+  const std::optional<Tensor> shift =
+      bias.has_value() ? std::optional<Tensor>(in_order(*bias)) : std::nullopt;
   const Tensor out = new_empty(a, matmul_shape(a, cb), a.scalar_type());
   std::optional<Tensor> mask;
   if (find_outliers) mask = new_empty(a, {matrix.cols}, ScalarType::Bool);
@@ -290,11 +329,15 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
   const int64_t stats_at = pieces.add(matrix.rows * int64_t{sizeof(float)});
   const int64_t outliers_at =
       find_outliers ? pieces.add((1 + matrix.cols) * int64_t{sizeof(int32_t)}) : 0;
+  const int64_t terms_bytes =
+      find_outliers ? Backend::int8_outlier_terms_bytes(matrix.rows, cb.size(0), matrix.cols) : 0;
+  const int64_t terms_at = terms_bytes > 0 ? pieces.add(terms_bytes) : 0;
   const Tensor memory = new_empty(a, {pieces.bytes()}, ScalarType::Char);
   auto* const start = static_cast<int8_t*>(memory.mutable_data_ptr());
   const QuantizedRows rows{
       start + codes_at, reinterpret_cast<float*>(start + stats_at), mask_pointer(mask),
-      find_outliers ? reinterpret_cast<int32_t*>(start + outliers_at) : nullptr};
+      find_outliers ? reinterpret_cast<int32_t*>(start + outliers_at) : nullptr,
+      terms_bytes > 0 ? start + terms_at : nullptr};
   const typename Backend::Scope scope(a);
   Int8Operand operand{memory, rows.stats};
   if (a.numel() == 0) {
@@ -302,9 +345,12 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
     if (find_outliers) fill_zeros(*mask);
   } else {
     quantize_rows<Backend>(values, matrix, dtype, threshold, rows, scope);
-    if (find_outliers) operand = {memory, rows.stats, values.const_data_ptr(), rows.outliers};
+    if (find_outliers) {
+      operand = {memory, rows.stats, values.const_data_ptr(), rows.outliers, rows.outlier_terms};
+    }
+    operand.follows_quantization = true;
   }
-  int8_scaled_into<Backend>(operand, cb, scb, bias, dtype, out, scope);
+  int8_scaled_into<Backend>(operand, weight, weight_stats, shift, dtype, out, scope);
   return {out, mask};
 }
 

@@ -39,6 +39,8 @@ void register_ops(Library& m) {
   m.impl("grouped_gemm_4bit_dgrad", boxed<&grouped_gemm_4bit_dgrad<Backend>>);
   m.impl("estimate_quantiles", boxed<&estimate_quantiles<Backend>>);
   m.impl("int8_vectorwise_quant", boxed<&int8_vectorwise_quant<Backend>>);
+  m.impl("int8_vectorwise_dequant", boxed<&int8_vectorwise_dequant<Backend>>);
+  m.impl("int8_vectorwise_dequant.dtype", boxed<&int8_vectorwise_dequant_dtype<Backend>>);
   m.impl("int8_linear_matmul", boxed<&int8_linear_matmul<Backend>>);
   m.impl("int8_linear_matmul.out", boxed<&int8_linear_matmul_out<Backend>>);
   m.impl("int8_mm_dequant", boxed<&int8_mm_dequant<Backend>>);

@@ -388,6 +388,14 @@ def _(A: Tensor, stats: Tensor) -> Tensor:
     return A.new_empty(A.shape, dtype=torch.float32)
 
 
+@register_fake("int8_vectorwise_dequant.dtype")
+def _(A: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
+    op = "int8_vectorwise_dequant"
+    _check(A.dtype == torch.int8, op, "A", "int8", A.dtype)
+    _check(dtype in FLOATS, op, "dtype", "float32, float16 or bfloat16", dtype)
+    return A.new_empty(A.shape, dtype=dtype)
+
+
 def _matmul_shape(op: str, A: Tensor, B: Tensor) -> tuple:
     _check(A.dtype == torch.int8, op, "A", "int8", A.dtype)
     _check(B.dtype == torch.int8, op, "B", "int8", B.dtype)

@@ -87,6 +87,7 @@ SCHEMAS = (
     # LLM.int8()
     "int8_vectorwise_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor?)",
     "int8_vectorwise_dequant(Tensor A, Tensor stats) -> Tensor",
+    "int8_vectorwise_dequant.dtype(Tensor A, Tensor stats, ScalarType dtype) -> Tensor",
     # By rows and by columns at once
     "int8_double_quant(Tensor A, float threshold=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor?)",
     "int8_linear_matmul(Tensor A, Tensor B) -> Tensor",

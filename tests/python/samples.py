@@ -310,6 +310,16 @@ def _(device):
     return [(a, row_stats), (a.view(2, 3, 33), row_stats)]
 
 
+@samples("int8_vectorwise_dequant.dtype")
+def _(device):
+    a, _, row_stats, _ = _int8(device)
+    return [
+        (a, row_stats, torch.bfloat16),
+        (a.view(2, 3, 33), row_stats, torch.float16),
+        (a[:, 3:20], row_stats, torch.float32),
+    ]
+
+
 @samples("int8_linear_matmul")
 def _(device):
     a, b, _, _ = _int8(device)

@@ -16,7 +16,6 @@ NAMES = [schema.split("(")[0] for schema in SCHEMAS]
 # Written with other ops only, so that each device runs them with its own kernels.
 COMPOSED = {
     "int8_double_quant",
-    "int8_vectorwise_dequant",
     "int8_mixed_scaled_mm",
     "optimizer_update_32bit",
     "optimizer_update_8bit_blockwise",

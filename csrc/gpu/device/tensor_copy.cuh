@@ -139,6 +139,11 @@ __device__ __forceinline__ uint4 load_in_cluster(uint32_t address) {
                : "memory");
   return x;
 }
+__device__ __forceinline__ uint32_t load_word_in_cluster(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_in_cluster(uint32_t address, const float (&x)[4]) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]),
                "f"(x[1]), "f"(x[2]), "f"(x[3])

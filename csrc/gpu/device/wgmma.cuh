@@ -92,6 +92,14 @@ __device__ __forceinline__ void wgmma_hold(uint32_t (&a)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
+// Makes of an integer, in its register, the bits of x * scale as a float. In C++ the sums of a
+// whole tile would take twice as many registers meanwhile.
+__device__ __forceinline__ void scale_in_place(int& x, float scale) {
+  asm volatile("{.reg .f32 y; cvt.rn.f32.s32 y, %0; mul.rn.f32 y, y, %1; mov.b32 %0, y;}"
+               : "+r"(x)
+               : "f"(scale));
+}
+
 // d = a b, plus d where `accumulate`. T is BFloat16 or Half, n is kN.
 template <class T, int kN>
 struct Wgmma;
@@ -154,6 +162,7 @@ BNB_WGMMAS(Half, "f16");
 
 // d = a b, plus d where `accumulate`; A [64, 32 bytes of k] and B [n, 32 bytes of k] by
 // descriptors, both with K as the inner dimension. Integers in 32 bits, exact, without saturation.
+// Of 16-bit operands d are floats, or the bits of floats, whose registers can have been integers.
 template <int kN>
 struct WgmmaInt8;
 template <class T, int kN>
@@ -186,10 +195,12 @@ struct WgmmaShared;
   template <>                                                                                \
   struct WgmmaShared<BFloat16, N> {                                                          \
     BNB_WGMMA_SHARED("k16.f32.bf16.bf16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC) \
+    BNB_WGMMA_SHARED("k16.f32.bf16.bf16", int, BNB_I, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)   \
   };                                                                                         \
   template <>                                                                                \
   struct WgmmaShared<Half, N> {                                                              \
     BNB_WGMMA_SHARED("k16.f32.f16.f16", float, BNB_D, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)   \
+    BNB_WGMMA_SHARED("k16.f32.f16.f16", int, BNB_I, ", 1, 1, 0, 0", N, COUNT, A, B, ACC)     \
   }
 
 BNB_WGMMAS_SHARED(16, 8, 8, 9, 10);
@@ -418,16 +429,7 @@ __device__ __forceinline__ void store_transposed(uint32_t place, const uint32_t 
       : "memory");
 }
 
-// ---- Launches ---------------------------------------------------------------------------------
-
-// With programmatic launches: lets the next kernel of the stream start; waits for the end of the
-// kernel before, and for its stores.
-__device__ __forceinline__ void let_next_kernel_start() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
+// ---- Counters ---------------------------------------------------------------------------------
 
 // Counts an arrival; returns how many were before. What this thread, and others that it has
 // synchronised with, stored is visible to who comes later, and theirs to this one.

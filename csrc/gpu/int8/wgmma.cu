@@ -10,17 +10,17 @@
 //
 //     warpgroups      multiply 64 features each, scale the sums and store them
 //     one warp        starts the copies of weights [kFeatures, 128] and tokens [kTokens, 128]
-//     other warps     gather the outlier columns, 64 to a stage, as 16-bit numbers
+//     other warps     make stages of outlier columns, 64 to each
 //
 // For many tokens, tiles are large, blocks stay for several, and two neighbours in a cluster, which
 // make tiles of the same tokens, copy half of those each to both. For few tokens, tiles are small,
 // several blocks share a multiprocessor, and the blocks of a cluster share the terms of a tile;
 // they add their sums, which are exact, through each other's shared memory.
 //
-// Outlier columns. Weights are codes, which 16 bits hold exactly, and the values are those of the
-// input (a float is split in three bfloat16), so products are exact and added in float. With large
-// tiles there are registers for the second sums of 64 tokens only, so stages of outlier columns are
-// multiplied 64 tokens at a time; where they fill more than one, they are gathered anew for each.
+// Outlier columns are further stages, of 16-bit numbers. Weights are codes, which 16 bits hold
+// exactly, and the values are those of the input (a float is split in three bfloat16), so products
+// are exact and added in float. In large tiles they are added to the sums of the codes, which have
+// become floats by then; where terms are shared, they have sums of their own.
 #include "gpu/int8/wgmma.h"
 #include "gpu/runtime/runtime.cuh"
 
@@ -55,39 +55,42 @@ struct Int8Product {
 
   // ---- Copies --------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void copy(const TensorMap& token_map, const TensorMap& weight_map,
-                                       int thread) const {
-    constexpr int kPart = kTokens / Shape::kFan;
-    const int outliers = tile.outlier_count();
+  // What precedes the end of the kernel before this one: the weights of the first stages, if they
+  // are older than that.
+  __device__ __forceinline__ void copy(const Int8Maps& maps) const {
+    int early = tile.task.weights_are_older ? Shape::kStages : 0;
+    int slabs = 0;
+    bool waited = false;
     Place place;
     tile.for_each_tile([&](const Int8Job& job) {
-      if (thread == 0) {
-        Place at = place;
-        for (int s = job.first_stage; s < job.last_stage; ++s) {
-          tile.barriers[at.slot].empty.wait(at.phase ^ 1);
-          TransactionBarrier& full = tile.barriers[at.slot].full;
-          const uint32_t to = shared_address(tile.stage(at.slot));
-          full.arrive_and_expect(Shape::kStageBytes);
-          tensor_copy(to, weight_map, s * (kInt8Terms / 2), job.feature, full);
-          if constexpr (Shape::kFan > 1) {
-            tensor_copy_to_cluster(to + Shape::kWeightBytes + tile.rank * kPart * kInt8Terms,
-                                   token_map, s * (kInt8Terms / 2), job.token + tile.rank * kPart,
-                                   full, static_cast<uint16_t>((1 << Shape::kFan) - 1));
-          } else {
-            tensor_copy(to + Shape::kWeightBytes, token_map, s * (kInt8Terms / 2), job.token, full);
-          }
-          at.advance();
-        }
+      const auto copy_weights = [&](int slot, int stage) {
+        TransactionBarrier& full = tile.barriers[slot].full;
+        full.arrive_and_expect(Shape::kStageBytes);
+        tensor_copy(shared_address(tile.stage(slot)), maps.weights, stage * (kInt8Terms / 2),
+                    job.feature, full);
+      };
+      early = min(early, job.last_stage - job.first_stage);
+      if (!waited) {
+        for (int i = 0; i < early; ++i) copy_weights(i, job.first_stage + i);
+        wait_for_previous_kernel();
+        slabs = tile.slab_count(tile.outlier_count());
+        waited = true;
       }
-      place.advance(job.last_stage - job.first_stage);
-      __syncwarp();
-      const int slabs = job.split == 0 ? tile.slab_count(outliers) : 0;
-      for (int i = 0; i < slabs * tile.rounds(slabs); ++i) {
+      for (int s = job.first_stage; s < job.last_stage; ++s) {
+        if (early > 0) {
+          --early;
+        } else {
+          tile.barriers[place.slot].empty.wait(place.phase ^ 1);
+          copy_weights(place.slot, s);
+        }
+        tile.copy_tokens(place.slot, maps.tokens, s, job.token);
+        place.advance();
+      }
+      if (job.split > 0) return;
+      for (int s = 0; s < slabs; ++s) {
+        // Only who starts all copies knows which use of the place it waits for.
         tile.barriers[place.slot].empty.wait(place.phase ^ 1);
-        __syncwarp();
-        named_barrier(Tile::kCopyBarrier, Shape::kCopiers);  // the place is free
-        named_barrier(Tile::kCopyBarrier, Shape::kCopiers);  // the columns are there
-        if (thread == 0) tile.barriers[place.slot].full.arrive();
+        tile.granted[place.slot].arrive();
         place.advance();
       }
     });
@@ -131,36 +134,33 @@ struct Int8Product {
     release(before);
   }
 
-  // The products of the outlier columns for the tokens of a chunk. Whether their stages come anew
-  // for each chunk, and whether this is the first or the last, decides about waiting and releasing.
-  __device__ __forceinline__ void multiply_outliers(int slabs, int chunk, const Int8Position& at,
-                                                    Place& place, float (&d)[kChunk / 2]) const {
-    const bool last = slabs > 1 || chunk == kTokens / kChunk - 1;
-    for (int s = 0; s < slabs; ++s) {
+  // Adds the products of the outlier columns to the floats d, or begins with them.
+  template <class Sum>
+  __device__ __forceinline__ void multiply_outliers(int outliers, const Int8Position& at,
+                                                    Place& place, bool add, Sum (&d)[kSums]) const {
+    for (int first = 0; first < outliers; first += Tile::Terms::kColumns) {
       tile.barriers[place.slot].full.wait(place.phase);
       const uint32_t from = shared_address(tile.stage(place.slot));
       const uint64_t weights = swizzled_descriptor(from + at.group * 64 * kInt8Terms);
-      const uint64_t tokens =
-          swizzled_descriptor(from + Shape::kWeightBytes + chunk * kChunk * kInt8Terms);
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < Tile::kSlabTerms / 16; ++i) {
-        WgmmaShared<typename Tile::Slab, kChunk>::run(d, weights + 2 * i, tokens + 2 * i,
-                                                      i > 0 || s > 0);
+      const uint64_t tokens = swizzled_descriptor(from + Shape::kWeightBytes);
+      const int steps = Tile::Terms::steps(outliers - first);
+      for (int i = 0; i < steps; ++i) {
+        wgmma_fence();
+        WgmmaShared<typename Tile::Terms::Term, kTokens>::run(
+            d, advance_k(weights, i), advance_k(tokens, i), add || first > 0 || i > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_hold(d);
       }
-      wgmma_commit();
-      wgmma_wait<0>();
-      wgmma_hold(d);
-      if (last) {
-        release(place.slot);
-        place.advance();
-      }
+      release(place.slot);
+      place.advance();
     }
   }
 
   __device__ __forceinline__ void make(int maker) const {
     const Int8Position at(maker);
     const Int8ScaledMatmul& args = tile.task.args;
+    wait_for_previous_kernel();
     const int outliers = tile.outlier_count();
     const Results results{tile};
     Place place;
@@ -169,7 +169,7 @@ struct Int8Product {
       if constexpr (Shape::kSplits) {
         multiply(job, at, place, d);
         float added[kSums];
-        if (job.split == 0) multiply_outliers(tile.slab_count(outliers), 0, at, place, added);
+        if (job.split == 0) multiply_outliers(outliers, at, place, false, added);
         results.exchange(job, at, d, added, outliers > 0);
       } else {
         // Read long before they are needed.
@@ -191,20 +191,20 @@ struct Int8Product {
         multiply(job, at, place, d);
         float* const scales =
             reinterpret_cast<float*>(tile.shared + Shape::kScalesAt + at.group * Shape::kScales);
+        const float unit = outliers > 0 ? 1.0f / kInt8Max : kInt8Product;
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
-          scales[at.thread + i * kWarpgroup] = __fmul_rn(own_scales[i], kInt8Product);
+          scales[at.thread + i * kWarpgroup] = __fmul_rn(own_scales[i], unit);
         }
         named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
         const typename Results::Finish finish{
             scales, {features[0], features[1]}, {biases[0], biases[1]}};
         if (outliers == 0) {
-          results.template store<false>(job, at, finish, d, 0);
+          results.template store<false>(job, at, finish, d);
         } else {
-          results.template store<true>(
-              job, at, finish, d, [&](int chunk, float (&added)[kChunk / 2]) {
-                multiply_outliers(tile.slab_count(outliers), chunk, at, place, added);
-              });
+          results.scale_tokens(at, finish, d);
+          multiply_outliers(outliers, at, place, true, d);
+          results.template store<true>(job, at, finish, d);
         }
       }
     });
@@ -215,34 +215,35 @@ struct Int8Product {
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
-    wgmma_int8_kernel(BNB_GRID_CONSTANT const TensorMap token_map,
-                      BNB_GRID_CONSTANT const TensorMap weight_map,
+    wgmma_int8_kernel(BNB_GRID_CONSTANT const Int8Maps maps,
                       BNB_GRID_CONSTANT const Int8Task task) {
 #if BNB_HOPPER
   extern __shared__ char dynamic_shared[];
   __shared__ RingBarriers barriers[Shape::kStages];
+  __shared__ TransactionBarrier granted[Shape::kStages];
   const int thread = static_cast<int>(threadIdx.x);
   char* const shared = dynamic_shared + (-shared_address(dynamic_shared) & 1023u);
-  const Int8Tile<T, Shape> tile{task, shared, barriers, cluster_rank()};
+  const Int8Tile<T, Shape> tile{task, shared, barriers, granted, cluster_rank()};
   const Int8Product<T, Shape> product{tile};
   if (thread == 0) {
-    prefetch_map(token_map);
-    prefetch_map(weight_map);
+    prefetch_map(maps.weights);
+    prefetch_map(maps.tokens);
     for (RingBarriers& place : barriers) {
       place.full.init(1);
       place.empty.init(Shape::kMakers / kWarp * Shape::kFan);
     }
+    for (TransactionBarrier& place : granted) place.init(1);
     fence_barrier_init();
   }
   __syncthreads();
   if (Shape::kFan > 1) cluster_barrier();
-  wait_for_previous_kernel();
+  let_next_kernel_start();
   if (thread >= Shape::kMakers) {
     if constexpr (!Shape::kSplits) give_registers<72>();
-    if (thread < Shape::kMakers + kWarp) {
-      product.copy(token_map, weight_map, thread - Shape::kMakers);
-    } else {
-      Int8OutlierGatherer<T, Shape>{tile}.run(thread - Shape::kMakers - kWarp);
+    if (thread >= Shape::kMakers + kWarp) {
+      Int8OutlierGatherer<T, Shape>{tile, maps.packed_tokens}.run(thread - Shape::kMakers - kWarp);
+    } else if (thread == Shape::kMakers) {
+      product.copy(maps);
     }
     __syncwarp();
     if (Shape::kSplits) cluster_barrier();  // the one of exchange()
@@ -267,9 +268,16 @@ template <class T, class Shape>
 void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
   constexpr auto kernel = wgmma_int8_kernel<T, Shape>;
   const Int8ScaledMatmul& args = task.args;
-  const TensorMap token_map =
-      tensor_map(args.a, args.m, args.k, Shape::kTokens / Shape::kFan, Swizzle::k128);
-  const TensorMap weight_map = tensor_map(args.b, args.n, args.k, Shape::kFeatures, Swizzle::k128);
+  const auto map_of = [](const void* matrix, int64_t rows, int64_t row_bytes, int tile_rows) {
+    return tensor_map(matrix, rows, row_bytes, tile_rows, Swizzle::k128);
+  };
+  constexpr int kTokenRows = Shape::kTokens / Shape::kFan;
+  Int8Maps maps;
+  maps.tokens = map_of(args.a, args.m, args.k, kTokenRows);
+  maps.weights = map_of(args.b, args.n, args.k, Shape::kFeatures);
+  if (task.packed_tokens) {
+    maps.packed_tokens = map_of(args.outlier_terms, args.m, kInt8Terms, kTokenRows);
+  }
   allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeClusterDimension;
@@ -283,17 +291,21 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = attributes;
   config.numAttrs = 2;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, token_map, weight_map, task));
+  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, maps, task));
 }
 
 template <class T, class Shape>
 void run(const Int8ScaledMatmul& args, Stream stream) {
-  Int8Task task{args, static_cast<int>(ceil_div(args.n, Shape::kFeatures * Shape::kFan)),
-                static_cast<int>(ceil_div(args.m, Shape::kTokens)), 1,
-                args.n % kPackSize<T> == 0 && is_aligned(args.out, 16)};
+  Int8Task task{args,
+                static_cast<int>(ceil_div(args.n, Shape::kFeatures * Shape::kFan)),
+                static_cast<int>(ceil_div(args.m, Shape::kTokens)),
+                1,
+                args.outlier_terms != nullptr,
+                args.n % kPackSize<T> == 0 && is_aligned(args.out, 16),
+                args.follows_quantization};
   const int tiles = task.feature_tiles * task.token_tiles;
   if constexpr (Shape::kSplits) {
-    constexpr int kMostSplits = 8;
+    constexpr int kMostSplits = 4;
     constexpr int kLeastStages = 2;  // of a part
     const int stages = static_cast<int>(ceil_div(args.k, kInt8Terms));
     while (task.splits < kMostSplits && stages >= 2 * kLeastStages * task.splits &&
@@ -338,6 +350,10 @@ bool wgmma_int8_serves(const Int8ScaledMatmul& args) {
          ceil_div(args.n, 64) * ceil_div(args.m, 64) < kMost && has_kernels();
 }
 
+int64_t wgmma_int8_outlier_terms_bytes(const Int8ScaledMatmul& args) {
+  return args.m > Tokens64::kTokens ? args.m * kInt8Terms : 0;
+}
+
 void wgmma_int8(const Int8ScaledMatmul& args, Stream stream) {
   if (args.m <= 16) return run<Tokens16>(args, stream);
   if (args.m <= 32) return run<Tokens32>(args, stream);
@@ -353,6 +369,7 @@ void wgmma_int8(const Int8ScaledMatmul& args, Stream stream) {
 namespace bnb::gpu {
 
 bool wgmma_int8_serves(const Int8ScaledMatmul&) { return false; }
+int64_t wgmma_int8_outlier_terms_bytes(const Int8ScaledMatmul&) { return 0; }
 void wgmma_int8(const Int8ScaledMatmul&, Stream) {}
 
 }  // namespace bnb::gpu

@@ -1,4 +1,4 @@
-// Outlier columns of the layer on Hopper's tensor cores, as stages of 16-bit numbers.
+// Outlier columns of the layer on Hopper's tensor cores, as stages of 16-bit terms.
 // SPDX-License-Identifier: MIT
 #pragma once
 
@@ -8,118 +8,155 @@
 
 namespace bnb::gpu {
 
-// Part 0, 1 or 2 of a number that is their sum, eight significant bits each.
-__device__ __forceinline__ BFloat16 part_of(float x, int part) {
-  const auto leading = [](float y) { return bits_float(float_bits(y) & 0xffff0000u); };
-  if (!(fabsf(x) <= kFloatMax)) return part == 0 ? narrow<BFloat16>(x) : BFloat16{0};
-  for (int i = 0; i < part; ++i) x = __fsub_rn(x, leading(x));
-  return {static_cast<uint16_t>(float_bits(x) >> 16)};
-}
-
-// The warps beside the one that starts the copies.
+// The warps beside the one that starts the copies. Stages of outlier columns are theirs: they
+// gather the codes of the weights and, unless those of the first stage have been packed before, the
+// values of the tokens.
 template <class T, class Shape>
 struct Int8OutlierGatherer {
   using Tile = Int8Tile<T, Shape>;
-  using Slab = typename Tile::Slab;
+  using Terms = typename Tile::Terms;
   using SlabPack = typename Tile::SlabPack;
+  static constexpr int kGatherers = Shape::kCopiers - kWarp;
+  static constexpr int kFeatures = Shape::kFeatures;
 
   const Tile& tile;
+  const TensorMap& packed_tokens;
 
-  // Gathers outlier columns of the weights and of the tokens, with zeros for the other terms of a
-  // stage. The first of them are read while the tensor cores are busy with the tile, and wait in
-  // shared memory for their place in the ring.
   __device__ __forceinline__ void run(int thread) const {
-    constexpr int kGatherers = Shape::kCopiers - kWarp;
-    constexpr int kHeld = Shape::kHeldPacks;
-    const int outliers = tile.outlier_count();
-    if (outliers == 0) return;
-    const int slabs = tile.slab_count(outliers);
-    SlabPack* const held = reinterpret_cast<SlabPack*>(tile.shared + Shape::kHeldAt);
+    const Int8ScaledMatmul& args = tile.task.args;
+    int* const columns = reinterpret_cast<int*>(tile.shared + Shape::kColumnsAt);
+    wait_for_previous_kernel();
+    if (args.outliers == nullptr) return;
+    // The number and the first columns are read at once.
+    const int outliers = args.outliers[0];
+    const auto list = [&](int first) {
+      for (int i = thread; i < Terms::kColumns; i += kGatherers) {
+        if (first + i < args.k) columns[i] = args.outliers[1 + first + i];
+      }
+      __syncwarp();
+      named_barrier(Tile::kCopyBarrier, kGatherers);
+    };
+    list(0);
+    int listed = 0;
     typename Tile::Place place;
+    uint32_t grants = 0;  // parities, by stage
     tile.for_each_tile([&](const Int8Job& job) {
       place.advance(job.last_stage - job.first_stage);
       if (job.split > 0) return;
-      for (int i = 0; i < slabs * tile.rounds(slabs); ++i) {
-        const int first = i % slabs * Tile::kSlabColumns;
-        const int columns = min(Tile::kSlabColumns, outliers - first);
-#pragma unroll 1
-        for (int pack = 0; pack < kHeld; ++pack) {
-          const SlabColumns at = columns_of(first, columns, pack);
-#pragma unroll 2
-          for (int line = thread; line < Shape::kLines; line += kGatherers) {
-            held[line * kHeld + pack] = read_slab(job, line, at, pack);
-          }
-        }
+      for (int first = 0; first < outliers; first += Terms::kColumns) {
+        if (listed != first) list(first);
+        listed = first;
+        const int count = min(Terms::kColumns, outliers - first);
+        const bool packed = first == 0 && tile.task.packed_tokens;
+        // The codes are read while the tensor cores are busy with the tile.
+        if constexpr (!Shape::kSplits) hold_codes(job, columns, count, thread);
+        tile.granted[place.slot].wait(grants >> place.slot & 1u);
+        grants ^= 1u << place.slot;
         __syncwarp();
-        named_barrier(Tile::kCopyBarrier, Shape::kCopiers);  // the place is free
-        char* const to = tile.stage(place.slot);
-#pragma unroll 1
-        for (int pack = 0; pack < Tile::kSlabTerms / 8; ++pack) {
-          const SlabColumns at = columns_of(first, columns, pack);
-#pragma unroll 1
-          for (int line = thread; line < Shape::kLines; line += kGatherers) {
-            store_aligned(to + swizzled(line, pack), pack < kHeld ? held[line * kHeld + pack]
-                                                                  : read_slab(job, line, at, pack));
-          }
-        }
+        fill(job, tile.stage(place.slot), columns, count, packed, thread);
         fence_shared_for_async();
         __syncwarp();
-        named_barrier(Tile::kCopyBarrier, Shape::kCopiers);  // the columns are there
+        named_barrier(Tile::kCopyBarrier, kGatherers);
+        if (thread == 0) {
+          TransactionBarrier& full = tile.barriers[place.slot].full;
+          if (packed) {
+            full.arrive_and_expect(Shape::kTokenBytes);
+            tile.copy_tokens(place.slot, packed_tokens, 0, job.token);
+          } else {
+            full.arrive();
+          }
+        }
         place.advance();
       }
     });
   }
 
-  // The columns of eight terms, of which `present` are there; the others are like the last.
-  struct SlabColumns {
-    int present;
-    int at[8];
-  };
-  __device__ __forceinline__ SlabColumns columns_of(int first, int columns, int pack) const {
-    SlabColumns result{};
-    result.present = min(columns * Tile::kParts - 8 * pack, 8);
-    if (result.present <= 0) return result;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const int column = min((8 * pack + e) / Tile::kParts, columns - 1);
-      result.at[e] = tile.task.args.outliers[1 + first + column];
-    }
-    return result;
+  __device__ __forceinline__ uint32_t* held() const {  // [features, 64 columns] of codes
+    return reinterpret_cast<uint32_t*>(tile.shared + Shape::kHeldAt);
   }
 
-  // Eight terms of a line: of a feature, or, after all features, of a token. Lines beyond the last
-  // of the matrix are like the last: nobody sees their results.
-  __device__ __forceinline__ SlabPack read_slab(const Int8Job& job, int line,
-                                                const SlabColumns& columns, int pack) const {
-    const Int8ScaledMatmul& args = tile.task.args;
-    Slab terms[8] = {};
-    if (columns.present > 0) {
-      if (line < Shape::kFeatures) {
-        const int64_t row = min(int64_t{job.feature} + line, args.n - 1);
-        int8_t codes[8];
+  __device__ __forceinline__ int8_t code_at(const Int8Job& job, int line, int column) const {
+    // Lines beyond the last of the matrix are like the last: nobody sees their results.
+    const int64_t row = min(int64_t{job.feature} + line, tile.task.args.n - 1);
+    return tile.task.args.b[row * tile.task.args.k + column];
+  }
+
+  __device__ __forceinline__ void hold_codes(const Int8Job& job, const int* columns, int count,
+                                             int thread) const {
+    const int words = (count + 3) / 4;
+#pragma unroll 4
+    for (int i = thread; i < words * kFeatures; i += kGatherers) {
+      const int line = i % kFeatures;
+      const int word = i / kFeatures;
+      uint32_t codes = 0;
 #pragma unroll
-        for (int e = 0; e < 8; ++e) codes[e] = args.b[row * args.k + columns.at[e]];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          if (e < columns.present) terms[e] = narrow<Slab>(static_cast<float>(codes[e]));
-        }
-      } else {
-        const int64_t row = min(int64_t{job.token} + line - Shape::kFeatures, args.m - 1);
-        T values[8];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          values[e] = static_cast<const T*>(args.values)[row * args.k + columns.at[e]];
-        }
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          if (e >= columns.present) continue;
-          if constexpr (Tile::kParts == 1) {
-            terms[e] = values[e];
-          } else {
-            terms[e] = part_of(values[e], (8 * pack + e) % Tile::kParts);
-          }
-        }
+      for (int b = 0; b < 4; ++b) {
+        const int column = columns[min(4 * word + b, count - 1)];
+        codes |= static_cast<uint32_t>(static_cast<uint8_t>(code_at(job, line, column))) << 8 * b;
       }
+      held()[word * kFeatures + line] = codes;
+    }
+    __syncwarp();
+    named_barrier(Tile::kCopyBarrier, kGatherers);
+  }
+
+  // Terms of the weights and, unless they are packed, of the tokens, with zeros up to a multiple of
+  // 16 terms.
+  __device__ __forceinline__ void fill(const Int8Job& job, char* stage, const int* columns,
+                                       int count, bool packed, int thread) const {
+    const int lines = packed ? kFeatures : Shape::kLines;
+    const int packs = 2 * Terms::steps(count);
+    constexpr int kAhead = Shape::kSplits ? 3 : 1;
+#pragma unroll kAhead
+    for (int i = thread; i < packs * lines; i += kGatherers) {
+      const int line = i % lines;
+      const int pack = i / lines;
+      store_aligned(stage + swizzled(line, pack),
+                    line < kFeatures ? code_terms(job, line, columns, count, pack)
+                                     : value_terms(job, line - kFeatures, columns, count, pack));
+    }
+  }
+
+  __device__ __forceinline__ SlabPack code_terms(const Int8Job& job, int line, const int* columns,
+                                                 int count, int pack) const {
+    int8_t codes[8];
+    if (8 * pack >= count * Terms::kParts) return SlabPack({});
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int place = min((8 * pack + e) / Terms::kParts, count - 1);
+      if constexpr (Shape::kSplits) {
+        codes[e] = code_at(job, line, columns[place]);
+      } else {
+        codes[e] =
+            reinterpret_cast<const int8_t*>(held())[4 * (place / 4 * kFeatures + line) + place % 4];
+      }
+    }
+    typename Terms::Term terms[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const bool there = 8 * pack + e < count * Terms::kParts;
+      terms[e] = there ? Terms::of_code(codes[e]) : typename Terms::Term{};
+    }
+    return SlabPack(terms);
+  }
+
+  __device__ __forceinline__ SlabPack value_terms(const Int8Job& job, int line, const int* columns,
+                                                  int count, int pack) const {
+    const Int8ScaledMatmul& args = tile.task.args;
+    const int64_t row = min(int64_t{job.token} + line, args.m - 1);
+    T values[8];
+    if (8 * pack >= count * Terms::kParts) return SlabPack({});
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int place = min((8 * pack + e) / Terms::kParts, count - 1);
+      values[e] = static_cast<const T*>(args.values)[row * args.k + columns[place]];
+    }
+    typename Terms::Term terms[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const bool there = 8 * pack + e < count * Terms::kParts;
+      terms[e] = there ? Terms::of_value(values[e], (8 * pack + e) % Terms::kParts)
+                       : typename Terms::Term{};
     }
     return SlabPack(terms);
   }

@@ -25,7 +25,6 @@ struct Int8Results {
   using Tile = Int8Tile<T, Shape>;
   static constexpr int kTokens = Shape::kTokens;
   static constexpr int kSums = Shape::kSums;
-  static constexpr int kChunk = Tile::kChunk;
 
   const Tile& tile;
 
@@ -38,39 +37,48 @@ struct Int8Results {
     float biases[2];
   };
 
-  // Some tokens at a time lie in shared memory as [token][64 features], from where whole rows go
-  // out. add_outliers(chunk, sums) makes the sums of their outlier columns.
-  template <bool kOutliers, class AddOutliers>
-  __device__ __forceinline__ void store(const Int8Job& job, const Int8Position& at,
-                                        const Finish& finish, const int (&sums)[kSums],
-                                        const AddOutliers& add_outliers) const {
-    constexpr int kWidth = 64 * int{sizeof(T)};  // bytes
-    constexpr int kRows = Shape::kStaging / kWidth;
-    static_assert(kChunk % kRows == 0);
+  // Makes of sums of codes the bits of floats in units of a token's values, to which the products
+  // of outlier columns add. In place: there are no registers for both.
+  __device__ __forceinline__ void scale_tokens(const Int8Position& at, const Finish& finish,
+                                               int (&sums)[kSums]) const {
 #pragma unroll
-    for (int chunk = 0; chunk < kTokens / kChunk; ++chunk) {
-      float added[kChunk / 2];
-      if constexpr (kOutliers) add_outliers(chunk, added);
+    for (int j = 0; j < kSums / 4; ++j) {
+      const float2 scale = *reinterpret_cast<const float2*>(finish.scales + 8 * j + 2 * at.t);
 #pragma unroll
-      for (int row = 0; row < kChunk; row += kRows) {
-        if (chunk + row > 0) named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
-        stage_rows<kRows>(at, [&](int unit, int e) {
-          const int j = row / 8 + unit;
-          const int token = chunk * kChunk + 8 * j + 2 * at.t;
-          const float2 scale = *reinterpret_cast<const float2*>(finish.scales + token);
-          const float feature = finish.features[e / 2];
-          float result = finish.biases[e / 2];
-          if constexpr (kOutliers) {
-            result = __fmaf_rn(added[4 * j + e], __fmul_rn(feature, 1.0f / kInt8Max), result);
-          }
-          return __fmaf_rn(__int2float_rn(sums[chunk * (kChunk / 2) + 4 * j + e]),
-                           __fmul_rn(feature, e % 2 == 0 ? scale.x : scale.y), result);
-        });
-        named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
-        store_rows<kRows>(job, at, chunk * kChunk + row);
+      for (int e = 0; e < 4; ++e) {
+        scale_in_place(sums[4 * j + e], e % 2 == 0 ? scale.x : scale.y);
       }
     }
-    // The chunk's place, and the scales, are free only when all have read them.
+  }
+
+  // Sums of codes, or, with outlier columns, the bits of what became of them. Some tokens at a time
+  // lie in shared memory as [token][64 features], from where whole rows go out.
+  template <bool kOutliers>
+  __device__ __forceinline__ void store(const Int8Job& job, const Int8Position& at,
+                                        const Finish& finish, const int (&sums)[kSums]) const {
+    constexpr int kWidth = 64 * int{sizeof(T)};  // bytes
+    constexpr int kRows = Shape::kStaging / kWidth;
+    static_assert(kTokens % kRows == 0);
+#pragma unroll
+    for (int row = 0; row < kTokens; row += kRows) {
+      if (row > 0) named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
+      stage_rows<kRows>(at, [&](int unit, int e) {
+        const int j = row / 8 + unit;
+        const float feature = finish.features[e / 2];
+        const float bias = finish.biases[e / 2];
+        if constexpr (kOutliers) {
+          return __fmaf_rn(__int_as_float(sums[4 * j + e]), __fmul_rn(feature, 1.0f / kInt8Max),
+                           bias);
+        } else {
+          const float2 scale = *reinterpret_cast<const float2*>(finish.scales + 8 * j + 2 * at.t);
+          return __fmaf_rn(__int2float_rn(sums[4 * j + e]),
+                           __fmul_rn(feature, e % 2 == 0 ? scale.x : scale.y), bias);
+        }
+      });
+      named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
+      store_rows<kRows>(job, at, row);
+    }
+    // The tokens' place, and the scales, are free only when all have read them.
     named_barrier(Tile::kGroupBarrier + at.group, kWarpgroup);
   }
 

@@ -3,13 +3,13 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/int8.h"
 #include "gpu/device/tensor_copy.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/device/wgmma.cuh"
+#include "gpu/int8/outlier_terms.cuh"
 
 namespace bnb::gpu {
 
@@ -41,10 +41,11 @@ struct Int8Shape {
   static constexpr int kScales = splits ? 0 : kTokens * int{sizeof(float)};  // likewise
   static constexpr int kStagingAt = kStages * kStageBytes;
   static constexpr int kScalesAt = kStagingAt + kGroups * kStaging;
-  static constexpr int kLines = kFeatures + kTokens;  // of a stage
-  static constexpr int kHeldPacks = 2;                // of outlier columns of a line, 16 bytes each
-  static constexpr int kHeldAt = kScalesAt + kGroups * kScales;
-  static constexpr int kShared = kHeldAt + kLines * kHeldPacks * 16 + 1024;  // to align the start
+  static constexpr int kLines = kFeatures + kTokens;                // of a stage
+  static constexpr int kColumnsAt = kScalesAt + kGroups * kScales;  // 64 outlier columns
+  static constexpr int kHeldAt = kColumnsAt + 64 * int{sizeof(int)};
+  static constexpr int kHeld = splits ? 0 : kFeatures * 64;  // their codes
+  static constexpr int kShared = kHeldAt + kHeld + 1024;     // to align the start
   // Sums, as integers and as floats, take the place of the ring.
   static_assert(!splits || 2 * 4 * kFeatures * kTokens <= kStagingAt);
   static_assert(kTokenBytes / kFan % 1024 == 0);
@@ -55,7 +56,16 @@ struct Int8Task {
   int feature_tiles;  // of a cluster
   int token_tiles;
   int splits;
-  bool aligned;  // results can be stored 16 bytes at a time
+  bool packed_tokens;      // those of the first stage of outlier columns
+  bool aligned;            // results can be stored 16 bytes at a time
+  bool weights_are_older;  // than the kernel before this one
+};
+
+// Where copies come from.
+struct Int8Maps {
+  TensorMap tokens;
+  TensorMap weights;
+  TensorMap packed_tokens;  // if there are such
 };
 
 #if BNB_HOPPER
@@ -89,18 +99,15 @@ struct Int8Position {
 template <class T, class Shape>
 struct Int8Tile {
   using Place = RingPlace<Shape::kStages>;
-  using Slab = std::conditional_t<std::is_same_v<T, float>, BFloat16, T>;
-  static constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;  // of a value of an outlier
-  static constexpr int kSlabTerms = kInt8Terms / 2;                // of a stage of outlier columns
-  static constexpr int kSlabColumns = kSlabTerms / kParts;
+  using Terms = OutlierTerms<T>;
+  static_assert(Terms::kSlab * 2 == kInt8Terms);
   static constexpr int kTokens = Shape::kTokens;
   static constexpr int kSums = Shape::kSums;
-  static constexpr int kChunk = std::min(kTokens, 64);  // tokens that are finished at a time
   // Eight terms of a stage of outlier columns.
   struct alignas(16) SlabPack {
     uint32_t words[4];
     SlabPack() = default;
-    __device__ __forceinline__ explicit SlabPack(const Slab (&terms)[8]) {
+    __device__ __forceinline__ explicit SlabPack(const typename Terms::Term (&terms)[8]) {
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
         words[w] = terms[2 * w].bits | static_cast<uint32_t>(terms[2 * w + 1].bits) << 16;
@@ -114,7 +121,8 @@ struct Int8Tile {
   const Int8Task& task;
   char* shared;
   RingBarriers* barriers;
-  int rank;  // in the cluster
+  TransactionBarrier* granted;  // by stage: it is free for outlier columns
+  int rank;                     // in the cluster
 
   __device__ __forceinline__ char* stage(int slot) const {
     return shared + slot * Shape::kStageBytes;
@@ -123,14 +131,25 @@ struct Int8Tile {
     return task.args.outliers != nullptr ? task.args.outliers[0] : 0;
   }
 
-  // Stages of outlier columns, and how often they are gathered for a tile.
-  __device__ __forceinline__ static int slab_count(int outliers) {
-    return static_cast<int>(ceil_div(outliers, kSlabColumns));
-  }
-  __device__ __forceinline__ static int rounds(int slabs) {
-    return slabs > 1 ? kTokens / kChunk : 1;
+  // Starts the copy of a stage's tokens, for the whole cluster if that makes the same.
+  __device__ __forceinline__ void copy_tokens(int slot, const TensorMap& map, int stage_of_map,
+                                              int token) const {
+    constexpr int kPart = kTokens / Shape::kFan;
+    TransactionBarrier& full = barriers[slot].full;
+    const uint32_t to = shared_address(stage(slot)) + Shape::kWeightBytes;
+    const int term = stage_of_map * (kInt8Terms / 2);
+    if constexpr (Shape::kFan > 1) {
+      tensor_copy_to_cluster(to + rank * kPart * kInt8Terms, map, term, token + rank * kPart, full,
+                             static_cast<uint16_t>((1 << Shape::kFan) - 1));
+    } else {
+      tensor_copy(to, map, term, token, full);
+    }
   }
 
+  // Stages of outlier columns.
+  __device__ __forceinline__ static int slab_count(int outliers) {
+    return static_cast<int>(ceil_div(outliers, Terms::kColumns));
+  }
   // Calls make(Int8Job) for every tile, or part of one, that is this block's.
   template <class Make>
   __device__ __forceinline__ void for_each_tile(Make&& make) const {

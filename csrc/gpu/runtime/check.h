@@ -24,16 +24,29 @@ inline void check(cudaError_t status, const char* what, const char* file, int li
 
 namespace bnb::gpu {
 
+inline void check_launch(const char* name) {
+  if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) {
+    throw std::runtime_error(std::string("launch of ") + name +
+                             " failed: " + cudaGetErrorString(status));
+  }
+}
+
 // Starts a kernel; only then is it known whether its configuration is one that the device can run.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             int shared_bytes, Stream stream, const Arguments&... arguments) {
   start_kernel(kernel, grid, block, shared_bytes, static_cast<cudaStream_t>(stream.handle),
                arguments...);
-  if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) {
-    throw std::runtime_error(std::string("launch of ") + name +
-                             " failed: " + cudaGetErrorString(status));
-  }
+  check_launch(name);
+}
+
+// The same for a kernel that calls wait_for_previous_kernel() before it touches what others do.
+template <class... Parameters, class... Arguments>
+void launch_early(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                  int shared_bytes, Stream stream, const Arguments&... arguments) {
+  start_kernel_early(kernel, grid, block, shared_bytes, static_cast<cudaStream_t>(stream.handle),
+                     arguments...);
+  check_launch(name);
 }
 
 // Multiprocessors of the current device; the runtime keeps its attributes at hand.

@@ -266,10 +266,49 @@ inline cudaError_t find_driver_function(const char* name, void** function) {
 #endif
 }
 
+__device__ __forceinline__ void prefetch_to_cache(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 template <class... Parameters, class... Arguments>
 void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
                   cudaStream_t stream, const Arguments&... arguments) {
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+void start_kernel_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
+                        cudaStream_t stream, const Arguments&... arguments) {
+  constexpr int kHopper = 9;
+  int device = 0;
+  int major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      major < kHopper) {
+    return start_kernel(kernel, grid, block, shared_bytes, stream, arguments...);
+  }
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 }  // namespace bnb::gpu

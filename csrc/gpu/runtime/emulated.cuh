@@ -113,6 +113,11 @@ void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shar
                   cudaStream_t, const Arguments&... arguments) {
   emulated::run([&] { kernel(arguments...); }, grid, block, shared_bytes);
 }
+template <class... Parameters, class... Arguments>
+void start_kernel_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
+                        cudaStream_t stream, const Arguments&... arguments) {
+  start_kernel(kernel, grid, block, shared_bytes, stream, arguments...);
+}
 
 using std::max;
 using std::min;

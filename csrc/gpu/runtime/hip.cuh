@@ -142,5 +142,10 @@ void start_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shar
                   cudaStream_t stream, const Arguments&... arguments) {
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
 }
+template <class... Parameters, class... Arguments>
+void start_kernel_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes,
+                        cudaStream_t stream, const Arguments&... arguments) {
+  start_kernel(kernel, grid, block, shared_bytes, stream, arguments...);
+}
 
 }  // namespace bnb::gpu

@@ -38,4 +38,10 @@ BNB_HD uint32_t to_bfloat16_pair(float low, float high) {
   return to_bfloat16_bits(low) | (static_cast<uint32_t>(to_bfloat16_bits(high)) << 16);
 }
 
+BNB_HD void prefetch_to_cache(const void*) {}
+
+// Kernels start one after the other.
+BNB_HD void let_next_kernel_start() {}
+BNB_HD void wait_for_previous_kernel() {}
+
 }  // namespace bnb::gpu

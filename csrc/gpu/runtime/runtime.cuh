@@ -26,6 +26,13 @@
 //                                   rows of these numbers, column g
 //   load_once(p)                    what no other thread reads
 //   sync_warp()                     a barrier of a warp
+//   prefetch_to_cache(p)            reads the kCacheLine bytes around p into the cache that all
+//                                   multiprocessors share
+//   start_kernel_early(...)         start_kernel(), but the kernel may start before the one before
+//                                   it in the stream has ended, where that allows it
+//   let_next_kernel_start()         allows it: as soon as all blocks have called it, or ended
+//   wait_for_previous_kernel()      waits for the end of the kernel before, and for its stores;
+//                                   without an early start there is nothing to wait for
 //   sync_threads_of(part, threads)  a barrier of each of at most 15 equal parts of a block of
 //                                   threads, which all reach it equally often
 //   BNB_GRID_CONSTANT               kernel parameters that are read in place
@@ -52,6 +59,8 @@
 #include "bitsandbytes/numeric.h"
 
 namespace bnb::gpu {
+
+inline constexpr int kCacheLine = 128;  // bytes
 
 // Whether quick_reciprocal() serves a positive float of these bits: neither it nor its reciprocal
 // is near the ends of the range.

@@ -23,7 +23,19 @@ struct Int8VectorwiseQuant {
                           // ascending; the rest is not written. May be null
   int64_t rows;
   int64_t cols;
-  float threshold;  // |a| >= threshold > 0 is an outlier; 0: no outliers
+  float threshold;                // |a| >= threshold > 0 is an outlier; 0: no outliers
+  void* outlier_terms = nullptr;  // [rows, 64], of 16 bits: the first outlier columns as the
+                                  // product takes them; null if it does not ask for them
+};
+
+struct Int8VectorwiseDequant {
+  DType dtype;
+  const int8_t* a;  // [rows, cols], rows of which begin `stride` apart
+  int64_t stride;
+  const float* stats;  // [rows]
+  void* out;           // [rows, cols] of dtype
+  int64_t rows;
+  int64_t cols;
 };
 
 struct Int8Matmul {
@@ -63,6 +75,10 @@ struct Int8ScaledMatmul {
   int64_t m;
   int64_t n;
   int64_t k;
+  const void* outlier_terms = nullptr;  // of Int8VectorwiseQuant, if asked for there
+  // Whether the kernels before this one in its stream are those that made `a`, and nothing that
+  // this one reads beside what they wrote.
+  bool follows_quantization = false;
 };
 
 namespace gpu {
@@ -70,6 +86,12 @@ namespace gpu {
 // row_stats[i] = max |a[i, :]| without outliers; out = round(a * (127 / row_stats)), zero in every
 // column that holds an outlier.
 void int8_vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream);
+
+// out = a * stats * f32(1 / 127), both products rounded, then the result to dtype.
+void int8_vectorwise_dequant(const Int8VectorwiseDequant& args, Stream stream);
+
+// What outlier_terms take, if a product asks for them, else 0.
+int64_t int8_outlier_terms_bytes(int64_t m, int64_t n, int64_t k);
 
 // Exact 32-bit integer product.
 void int8_linear_matmul(const Int8Matmul& args, Stream stream);

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import AUTOCAST_DEVICES, check, check_device
+from .._checks import AUTOCAST_DEVICES, FLOATS, check, check_device
 
 __all__ = [
     "GlobalOutlierPooler",
@@ -144,7 +144,39 @@ class GlobalOutlierPooler:
 
 def dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the values of int8 codes with a statistic for every row."""
-    return torch.ops.bitsandbytes.int8_vectorwise_dequant.default(CB, SCB).to(dtype)
+    dequantize = torch.ops.bitsandbytes.int8_vectorwise_dequant
+    if dtype not in FLOATS:
+        return dequantize.default(CB, SCB).to(dtype)
+    return dequantize.dtype(CB, SCB, dtype)
+
+
+# The weight that a backward has at a time: so many bytes, unless a product with less than so many
+# results would keep a GPU less busy.
+PART_BYTES = 2**26
+PART_RESULTS = 2**23
+
+
+def times_dequantized(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
+    """Returns ``grad @ W`` with W, of codes ``[N, K]``, in the dtype of `grad`.
+
+    The whole of W takes more memory than the codes do, so for many rows it is made some columns at
+    a time.
+    """
+    N, K = CB.shape
+    differentiated = torch.is_grad_enabled() and grad.requires_grad
+    if torch.compiler.is_compiling() or differentiated or grad.numel() == 0:
+        return grad @ dequantized(CB, SCB, grad.dtype)
+    flat = grad.reshape(-1, N)
+    rows = flat.shape[0]
+    most = max(PART_BYTES // (N * grad.element_size()), PART_RESULTS // rows, 1)
+    if most >= K:
+        return grad @ dequantized(CB, SCB, grad.dtype)
+    columns = 64 * math.ceil(K / math.ceil(K / most) / 64)
+    result = flat.new_empty(rows, K)
+    for start in range(0, K, columns):
+        part = slice(start, start + columns)
+        torch.mm(flat, dequantized(CB[:, part], SCB, grad.dtype), out=result[:, part])
+    return result.view(*grad.shape[:-1], K)
 
 
 def narrowed(tensor: Tensor) -> Tensor:
@@ -192,7 +224,7 @@ class MatMul8bitLt(torch.autograd.Function):
         flat = grad.reshape(rows, grad.shape[-1])
         grad_A = grad_B = grad_bias = None
         if needs_A:
-            grad_A = grad @ dequantized(CB, SCB, A_dtype)
+            grad_A = times_dequantized(grad.to(A_dtype), CB, SCB)
         if needs_B:
             grad_B = (flat.t() @ A.reshape(rows, A.shape[-1])).to(B_dtype)
         if needs_bias:

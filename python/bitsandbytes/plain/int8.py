@@ -122,18 +122,25 @@ def int8_double_quant(
     return rows, cols.t().reshape(A.shape).contiguous(), row_stats, col_stats, outlier_cols
 
 
-@register_kernel("int8_vectorwise_dequant", "default")
+@register_kernel("int8_vectorwise_dequant.dtype", "default")
 @torch.no_grad()
-def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
+def int8_vectorwise_dequant_dtype(A: Tensor, stats: Tensor, dtype: torch.dtype) -> Tensor:
     op = "int8_vectorwise_dequant"
     check_dtype(op, "A", A, torch.int8)
     check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
     check_dtype(op, "stats", stats, torch.float32)
     check_device(op, "stats", stats, "A", A)
     check_numel(op, "stats", stats, _rows(A.shape), "rows of A")
+    check(dtype in FLOATS, op, "dtype", "float16, bfloat16 or float32", dtype)
 
     scales = stats.reshape(*A.shape[:-1], 1)
-    return A.float().mul_(scales).mul_(UNIT)
+    values = torch.empty(A.shape, dtype=torch.float32, device=A.device)
+    return values.copy_(A).mul_(scales).mul_(UNIT).to(dtype)
+
+
+@register_kernel("int8_vectorwise_dequant", "default")
+def int8_vectorwise_dequant(A: Tensor, stats: Tensor) -> Tensor:
+    return int8_vectorwise_dequant_dtype(A, stats, torch.float32)
 
 
 @register_kernel("int8_linear_matmul", "default")

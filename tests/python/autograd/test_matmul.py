@@ -2,6 +2,7 @@
 """The product with an int8 weight, its gradients, and what it keeps between calls."""
 
 import copy
+import importlib
 import pickle
 import warnings
 
@@ -192,6 +193,27 @@ def test_gradients_match_specification(device, dtype, threshold, training):
     assert_near(a.grad, want_a, dtype, 2 + sums, size_a)
     assert_near(weight.grad, want_weight, dtype, 1 + sums, size_weight)
     assert_near(bias.grad, want_bias, torch.float32, 40, np.abs(numpy(grad)).sum(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_gradient_by_parts_of_the_weight_is_that_of_the_whole(device, dtype, monkeypatch):
+    products = importlib.import_module("bitsandbytes.autograd.matmul")  # not the function
+    weight = torch.randn(9, 300, device=device)
+    state = frozen(weight)
+    a = torch.randn(2, 3, 300, device=device, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 3, 9, device=device, dtype=dtype)
+    (want,) = torch.autograd.grad(bnb.matmul(a, weight, state=state), a, grad)
+    shapes = []
+    dequantized = products.dequantized
+    monkeypatch.setattr(products, "PART_BYTES", 9 * 100 * dtype.itemsize)
+    monkeypatch.setattr(products, "PART_RESULTS", 6 * 90)
+    monkeypatch.setattr(
+        products, "dequantized", lambda *args: shapes.append(args[0].shape) or dequantized(*args)
+    )
+    (got,) = torch.autograd.grad(bnb.matmul(a, weight, state=state), a, grad)
+    assert shapes == [(9, 128), (9, 128), (9, 44)]
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want)
 
 
 def test_gradcheck():

@@ -203,6 +203,23 @@ def test_dequant_matches_specification(int8, device, lead):
     assert_close(values.view(-1, 50), expected, torch.float32, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 16), (9, 100), (300, 8), (3, 2500)])
+def test_dequant_to_a_dtype_rounds_the_value_once(int8, device, shape, dtype):
+    plainly = int8 is plain
+    dequantize = (
+        int8.int8_vectorwise_dequant_dtype if plainly else int8.int8_vectorwise_dequant.dtype
+    )
+    rows, columns = shape
+    wide = torch.randint(-128, 128, (rows, columns + 24), dtype=torch.int8, device=device)
+    stats = torch.rand(rows, device=device) * 9
+    for codes in (wide[:, 8 : 8 + columns], wide[:, 3 : 3 + columns], wide.t()[:rows].t()):
+        of_rows = stats[: codes.shape[0]]
+        values = dequantize(codes, of_rows, dtype)
+        assert values.dtype == dtype and values.is_contiguous()
+        assert torch.equal(values, plain.int8_vectorwise_dequant(codes, of_rows).to(dtype))
+
+
 def test_dequant_of_full_codes_is_the_statistic(int8, device):
     codes = torch.tensor([[127, -127, 0]], dtype=torch.int8, device=device)
     assert int8.int8_vectorwise_dequant(codes, torch.ones(1, device=device)).tolist() == [
@@ -327,6 +344,7 @@ def test_mixed_scaled_mm_matches_specification(int8, device, dtype):
 LAYERS = [
     *[(1, 70, 64), (2, 5, 48), (3, 5, 33), (4, 17, 544), (13, 3, 700), (16, 9, 32)],
     *[(20, 16, 40), (70, 72, 136), (300, 3, 17), (50, 130, 528), (70, 264, 144)],
+    *[(11, 70, 16384), (70, 40, 4096)],
 ]
 
 
@@ -357,8 +375,10 @@ def assert_layer(int8, device, shape, outliers, dtype):
     weight = reference.dequantize(numpy(b), numpy(col_stats))
     outlier_term = np.abs(numpy(x)[:, columns]) @ np.abs(weight[:, columns]).T
     if device == "cuda":
-        # Tensor cores cut off 2^-23 of a sum after every 16 products, three of which are a float's.
-        outlier_term *= 1 + len(columns) * 3 / 16 / 4
+        # Tensor cores cut off 2^-23 of a sum after every 16 products, three of which are a float's;
+        # the sum can be that of the codes and outlier columns together.
+        sums = 2 * outlier_term + np.abs(expected) + np.abs(shift)
+        outlier_term = outlier_term + sums * len(columns) * 3 / 16 / 4
     assert_close(out, expected, dtype, expected, outlier_term, shift)
 
 
@@ -528,6 +548,9 @@ BAD = [
     ("int8_vectorwise_dequant", "A", (X, ROWS)),
     ("int8_vectorwise_dequant", "stats", (I8, ROWS.half())),
     ("int8_vectorwise_dequant", "stats", (I8, COLS)),
+    ("int8_vectorwise_dequant.dtype", "A", (X, ROWS, torch.half)),
+    ("int8_vectorwise_dequant.dtype", "stats", (I8, COLS, torch.half)),
+    ("int8_vectorwise_dequant.dtype", "dtype", (I8, ROWS, torch.float64)),
     ("int8_linear_matmul", "A", (X, B8)),
     ("int8_linear_matmul", "B", (I8, B8.float())),
     ("int8_linear_matmul", "B", (I8, B8[:, :3])),
