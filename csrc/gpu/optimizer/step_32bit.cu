@@ -91,6 +91,7 @@ __global__ void __launch_bounds__(kThreads)
       step_pack<R, T, kStochastic, kPack>(entry.tensor, step, random, i, entry.packs != 0);
     }
   }
+  leave_step(list);
 }
 
 using Kernel = void (*)(const StepList);
@@ -124,8 +125,8 @@ void optimizer_step_32bit(const OptimizerStep& args, std::span<const OptimizerTe
     return aligned;
   };
   const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
-  for_each_launch<StepList>(args, tensors, kTile, most, packs, [&](const StepList& list) {
-    const int blocks = static_cast<int>(std::min<int64_t>(list.header.tiles, most_blocks));
+  for_each_launch<StepList>(args, tensors, kTile, 0, most, packs, [&](const StepList& list) {
+    const int blocks = step_blocks(list, std::min<int64_t>(list.header.tiles, most_blocks));
     if (blocks == 0) return;
     launch("optimizer_step_32bit", kernel, blocks, kThreads, entry_bytes(list), stream, list);
   });

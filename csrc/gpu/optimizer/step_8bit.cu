@@ -115,6 +115,7 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
                                     entry.packs != 0);
     }
   }
+  leave_step(list);
 }
 
 using Kernel = void (*)(const StepList);
@@ -151,8 +152,8 @@ void optimizer_step_8bit(const OptimizerStep& args, std::span<const OptimizerTen
     return aligned;
   };
   const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
-  for_each_launch<StepList>(args, tensors, kTile, most, packs, [&](const StepList& list) {
-    const int blocks = static_cast<int>(std::min<int64_t>(list.header.tiles, most_blocks));
+  for_each_launch<StepList>(args, tensors, kTile, 0, most, packs, [&](const StepList& list) {
+    const int blocks = step_blocks(list, std::min<int64_t>(list.header.tiles, most_blocks));
     if (blocks == 0) return;
     launch("optimizer_step_8bit", kernel, blocks, kThreads, entry_bytes(list), stream, list);
   });

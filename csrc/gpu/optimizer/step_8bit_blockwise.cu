@@ -361,6 +361,7 @@ __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
     }
     place = next;
   }
+  leave_step(list);
 }
 
 using Kernel = void (*)(const StepList);
@@ -410,13 +411,15 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
     }
     return aligned;
   };
-  for_each_launch<StepList>(args, tensors, kTile, shape.entries, packs, [&](const StepList& list) {
-    const int64_t warps = shape.threads / kWarp;
-    const int blocks = static_cast<int>(std::min(most_blocks, ceil_div(list.header.tiles, warps)));
-    if (blocks == 0) return;
-    launch("optimizer_step_8bit_blockwise", chosen.kernel, blocks, shape.threads,
-           shape.group_bytes + entry_bytes(list), stream, list);
-  });
+  for_each_launch<StepList>(
+      args, tensors, kTile, 0, shape.entries, packs, [&](const StepList& list) {
+        const int64_t warps = shape.threads / kWarp;
+        const int blocks =
+            step_blocks(list, std::min(most_blocks, ceil_div(int64_t{list.header.tiles}, warps)));
+        if (blocks == 0) return;
+        launch("optimizer_step_8bit_blockwise", chosen.kernel, blocks, shape.threads,
+               shape.group_bytes + entry_bytes(list), stream, list);
+      });
 }
 
 }  // namespace bnb::gpu
