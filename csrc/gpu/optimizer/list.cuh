@@ -12,6 +12,7 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/optimizer.h"
 #include "bitsandbytes/optim/step.h"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/check.h"
 #include "gpu/runtime/runtime.cuh"
@@ -213,13 +214,13 @@ __device__ __forceinline__ Step<R> step_of_tensor(const Step<R>& step, const Ste
                      args.update_scales != nullptr ? args.update_scales[i] : 1.0f);
 }
 
-// Picks what serves a rule: make<R>() for it.
+// Picks what serves a rule with parameters of a dtype: make<R, T>() for them.
 template <class Chosen, class Make>
-Chosen choose_by_rule(Rule rule, Make make) {
+Chosen choose_by_types(Rule rule, DType dtype, Make make) {
   switch (rule) {
 #define BNB_CASE(rule) \
   case Rule::k##rule:  \
-    return make.template operator()<rule>();
+    return by_dtype(dtype, [&]<class T>() { return make.template operator()<rule, T>(); });
     BNB_OPTIMIZERS(BNB_CASE)
 #undef BNB_CASE
     case Rule::kCount:

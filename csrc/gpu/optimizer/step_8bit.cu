@@ -120,20 +120,15 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
 
 using Kernel = void (*)(const StepList);
 
-template <class R>
-Kernel choose(DType dtype, bool stochastic) {
+template <class R, class T>
+Kernel choose(bool stochastic) {
   if constexpr (R::kStates > 2) {
     return nullptr;  // the op has refused it
   } else {
-    switch (dtype) {
-      case DType::kFloat16:
-        return optimizer_step_8bit_kernel<R, Half, false>;
-      case DType::kBFloat16:
-        return stochastic ? optimizer_step_8bit_kernel<R, BFloat16, true>
-                          : optimizer_step_8bit_kernel<R, BFloat16, false>;
-      default:
-        return optimizer_step_8bit_kernel<R, float, false>;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (stochastic) return optimizer_step_8bit_kernel<R, T, true>;
     }
+    return optimizer_step_8bit_kernel<R, T, false>;
   }
 }
 
@@ -141,8 +136,9 @@ Kernel choose(DType dtype, bool stochastic) {
 
 void optimizer_step_8bit(const OptimizerStep& args, std::span<const OptimizerTensor> tensors,
                          Stream stream) {
-  const Kernel kernel = choose_by_rule<Kernel>(
-      args.rule, [&]<class R>() { return choose<R>(args.dtype, args.stochastic_rounding); });
+  const Kernel kernel = choose_by_types<Kernel>(args.rule, args.dtype, [&]<class R, class T>() {
+    return choose<R, T>(args.stochastic_rounding);
+  });
   const int states = kRules[static_cast<int>(args.rule)].states;
   const int size = args.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t most_blocks = int64_t{multiprocessors()} * kResident;

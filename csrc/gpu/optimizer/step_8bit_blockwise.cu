@@ -388,15 +388,8 @@ Chosen choose(bool stochastic) {
 
 void optimizer_step_8bit_blockwise(const OptimizerStep& args,
                                    std::span<const OptimizerTensor> tensors, Stream stream) {
-  const Chosen chosen = choose_by_rule<Chosen>(args.rule, [&]<class R>() {
-    switch (args.dtype) {
-      case DType::kFloat16:
-        return choose<R, Half>(false);
-      case DType::kBFloat16:
-        return choose<R, BFloat16>(args.stochastic_rounding);
-      default:
-        return choose<R, float>(false);
-    }
+  const Chosen chosen = choose_by_types<Chosen>(args.rule, args.dtype, [&]<class R, class T>() {
+    return choose<R, T>(args.stochastic_rounding);
   });
   const int threads = block_threads(chosen.states);
   const SharedNeeds needs{kWarp, chosen.warp_bytes, static_cast<int>(sizeof(StepList::Entry)),
