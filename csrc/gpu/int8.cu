@@ -199,6 +199,10 @@ void vectorwise_quant(const Int8VectorwiseQuant& args, Stream stream) {
       static_cast<int>(std::min<int64_t>(args.rows, int64_t{multiprocessors()} * 16));
   const bool aligned =
       args.cols % kPackSize<T> == 0 && is_aligned(a, 16) && is_aligned(args.out, kPackSize<T>);
+  if (args.outlier_mask != nullptr) {
+    BNB_GPU_CHECK(cudaMemsetAsync(args.outlier_mask, 0, static_cast<size_t>(args.cols),
+                                  static_cast<cudaStream_t>(stream.handle)));
+  }
   launch("quantize_rows_kernel", quantize_rows_kernel<T>, blocks, kThreads, 0, stream, a, args.out,
          args.row_stats, args.outlier_mask, args.rows, args.cols, args.threshold, aligned);
   if (args.outlier_mask == nullptr) return;

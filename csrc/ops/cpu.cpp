@@ -136,6 +136,7 @@ struct Cpu {
       });
       return;
     }
+    std::fill_n(args.outlier_mask, args.cols, uint8_t{0});
     parallel(args.rows, args.cols / kLight,
              [&](int64_t first, int64_t last) { kernels.int8_row_stats(args, first, last); });
     if (args.outliers != nullptr) list_outliers(args);

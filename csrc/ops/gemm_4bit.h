@@ -89,9 +89,8 @@ inline Shape product_shape(const Tensor& a, int64_t columns) {
 
 // Whether plain PyTorch makes a product faster than the backend: by the vendor's library.
 template <class Backend, class Arguments>
-bool plain_is_faster(const Tensor& like, const Arguments& args) {
+bool plain_is_faster(const Arguments& args) {
   if constexpr (Backend::kPlainProducts) {
-    const typename Backend::Scope scope(like);
     return args.m > 0 && !Backend::is_fast(args);
   } else {
     return false;
@@ -100,7 +99,8 @@ bool plain_is_faster(const Tensor& like, const Arguments& args) {
 
 template <class Backend>
 void gemm_4bit_into(const Tensor& a, int64_t rows, const Weight4bit& weight,
-                    const std::optional<Tensor>& bias, DType dtype, const Tensor& out) {
+                    const std::optional<Tensor>& bias, DType dtype, const Tensor& out,
+                    const typename Backend::Scope& scope) {
   if (rows == 0 || weight.n == 0) return;
   const Tensor source = in_order(a);
   const std::optional<Tensor> shift =
@@ -111,7 +111,7 @@ void gemm_4bit_into(const Tensor& a, int64_t rows, const Weight4bit& weight,
                       shift.has_value() ? shift->const_data_ptr() : nullptr,
                       out.mutable_data_ptr(),
                       rows};
-  run_product<Backend, Gemm4bit>(a, args, &Backend::gemm_4bit);
+  run_product<Backend, Gemm4bit>(a, args, &Backend::gemm_4bit, scope);
 }
 
 template <class Backend>
@@ -133,13 +133,14 @@ Tensor gemm_4bit(const Tensor& a, const Tensor& b, const Shape& shape, const Ten
     check_numel(op, "bias", *bias, weight.n);
   }
   const Weight4bit pointers = weight.pointers(code, Backend::levels(code));
+  const typename Backend::Scope scope(a);
   if (plain_is_faster<Backend>(
-          a, Gemm4bit{dtype, a.const_data_ptr(), pointers, nullptr, nullptr, rows})) {
+          Gemm4bit{dtype, a.const_data_ptr(), pointers, nullptr, nullptr, rows})) {
     return call_op("bitsandbytes::_gemm_4bit_plain", a, b, shape, absmax, block_size, quant_type,
                    bias, absmax_8bit, absmax_code, absmax_offset);
   }
   Tensor out = new_empty(a, product_shape(a, weight.n), a.scalar_type());
-  gemm_4bit_into<Backend>(a, rows, pointers, bias, dtype, out);
+  gemm_4bit_into<Backend>(a, rows, pointers, bias, dtype, out, scope);
   return out;
 }
 
@@ -156,8 +157,9 @@ Tensor gemm_4bit_dgrad(const Tensor& grad, const Tensor& b, const Shape& shape,
   const Code4 code = find_code4(op, quant_type);
   weight.set_scales(absmax, absmax_8bit, absmax_code, absmax_offset);
   const Weight4bit pointers = weight.pointers(code, Backend::levels(code));
+  const typename Backend::Scope scope(grad);
   if (plain_is_faster<Backend>(
-          grad, Gemm4bitDgrad{dtype, grad.const_data_ptr(), pointers, nullptr, rows})) {
+          Gemm4bitDgrad{dtype, grad.const_data_ptr(), pointers, nullptr, rows})) {
     return call_op("bitsandbytes::_gemm_4bit_dgrad_plain", grad, b, shape, absmax, block_size,
                    quant_type, absmax_8bit, absmax_code, absmax_offset);
   }
@@ -165,7 +167,7 @@ Tensor gemm_4bit_dgrad(const Tensor& grad, const Tensor& b, const Shape& shape,
   if (out.numel() == 0) return out;
   const Tensor source = in_order(grad);
   const Gemm4bitDgrad args{dtype, source.const_data_ptr(), pointers, out.mutable_data_ptr(), rows};
-  run_product<Backend, Gemm4bitDgrad>(grad, args, &Backend::gemm_4bit_dgrad);
+  run_product<Backend, Gemm4bitDgrad>(grad, args, &Backend::gemm_4bit_dgrad, scope);
   return out;
 }
 
@@ -187,7 +189,7 @@ void gemv_4bit_out(const Tensor& a, const Tensor& b, const Shape& shape, const T
   check_same_device(op, "out", out, "A", a);
   const Tensor levels = in_order(code);
   gemm_4bit_into<Backend>(a, rows, weight.pointers(Code4::kCount, levels.const_data_ptr<float>()),
-                          std::nullopt, dtype, out);
+                          std::nullopt, dtype, out, typename Backend::Scope(a));
 }
 
 template <class Backend>

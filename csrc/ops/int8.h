@@ -23,40 +23,32 @@ inline Matrix as_matrix(const char* op, const char* argument, const Tensor& t) {
   return {rows, t.size(t.dim() - 1)};
 }
 
-// The rows of a tensor as codes. With a threshold, the outlier columns as a mask, and as a list if
-// that was asked for.
+// Where the rows of a tensor go as codes. With a threshold, there is a mask of the outlier columns,
+// and may be a list of them.
 struct QuantizedRows {
-  Tensor codes;
-  Tensor row_stats;
-  std::optional<Tensor> outlier_mask;
-  std::optional<Tensor> outliers;
+  int8_t* codes;
+  float* stats;
+  uint8_t* outlier_mask;
+  int32_t* outliers;
 };
 
-// `a`: checked, with its elements in order.
-template <class Backend>
-QuantizedRows quantize_rows(const char* op, const Tensor& a, const Matrix& matrix, DType dtype,
-                            double threshold, bool list_outliers) {
+inline uint8_t* mask_pointer(const std::optional<Tensor>& mask) {
+  return mask.has_value() ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr;
+}
+
+inline bool check_threshold(const char* op, double threshold) {
   require(threshold >= 0.0, op, ": threshold must be zero or positive, got ", threshold);
-  const bool find_outliers = threshold > 0.0;
-  QuantizedRows result{new_empty(a, shape_of(a), ScalarType::Char),
-                       new_empty(a, {matrix.rows}, ScalarType::Float), std::nullopt, std::nullopt};
-  if (find_outliers) {
-    result.outlier_mask = torch::stable::new_zeros(a, {matrix.cols}, ScalarType::Bool);
-    if (list_outliers) result.outliers = new_empty(a, {1 + matrix.cols}, ScalarType::Int);
-  }
-  if (a.numel() == 0) {
-    torch::stable::zero_(result.row_stats);
-    return result;
-  }
-  const typename Backend::Scope scope(a);
+  return threshold > 0.0;
+}
+
+// `a`: checked, with its elements in order, of which there are some.
+template <class Backend>
+void quantize_rows(const Tensor& a, const Matrix& matrix, DType dtype, double threshold,
+                   const QuantizedRows& rows, const typename Backend::Scope& scope) {
   Backend::int8_vectorwise_quant(
-      {dtype, a.const_data_ptr(), result.codes.mutable_data_ptr<int8_t>(),
-       result.row_stats.mutable_data_ptr<float>(),
-       find_outliers ? static_cast<uint8_t*>(result.outlier_mask->mutable_data_ptr()) : nullptr,
-       result.outliers.has_value() ? result.outliers->mutable_data_ptr<int32_t>() : nullptr,
+      {dtype, a.const_data_ptr(), rows.codes, rows.stats, rows.outlier_mask, rows.outliers,
        matrix.rows, matrix.cols, static_cast<float>(threshold)},
       scope);
-  return result;
 }
 
 template <class Backend>
@@ -65,14 +57,27 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> int8_vectorwise_quant(const Te
   constexpr const char* op = "int8_vectorwise_quant";
   const DType dtype = check_float(op, "A", a);
   const Matrix matrix = as_matrix(op, "A", a);
-  const QuantizedRows rows =
-      quantize_rows<Backend>(op, in_order(a), matrix, dtype, threshold, false);
-  if (!rows.outlier_mask.has_value()) return {rows.codes, rows.row_stats, std::nullopt};
+  const bool find_outliers = check_threshold(op, threshold);
+  const Tensor codes = new_empty(a, shape_of(a), ScalarType::Char);
+  const Tensor stats = new_empty(a, {matrix.rows}, ScalarType::Float);
+  std::optional<Tensor> mask;
+  if (find_outliers) mask = new_empty(a, {matrix.cols}, ScalarType::Bool);
+  if (a.numel() > 0) {
+    quantize_rows<Backend>(
+        in_order(a), matrix, dtype, threshold,
+        {static_cast<int8_t*>(codes.mutable_data_ptr()),
+         static_cast<float*>(stats.mutable_data_ptr()), mask_pointer(mask), nullptr},
+        typename Backend::Scope(a));
+  } else {
+    fill_zeros(stats);
+    if (find_outliers) fill_zeros(*mask);
+  }
+  if (!find_outliers) return {codes, stats, std::nullopt};
   // The op promises the indices, whose number only the data knows.
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(*rows.outlier_mask)};
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(*mask)};
   call_torch("aten::nonzero", "", stack.data());
   const Tensor indices = torch::stable::detail::to<Tensor>(stack[0]);
-  return {rows.codes, rows.row_stats, torch::stable::view(indices, {indices.size(0)})};
+  return {codes, stats, torch::stable::view(indices, {indices.size(0)})};
 }
 
 inline void check_int8_matmul(const char* op, const Tensor& a, const Tensor& b) {
@@ -102,15 +107,15 @@ template <class Backend>
 void int8_matmul_into(const Tensor& a, const Tensor& b, Tensor& out) {
   if (out.numel() == 0) return;
   if (b.size(1) == 0) {
-    torch::stable::zero_(out);
+    fill_zeros(out);
     return;
   }
   const int64_t m = as_matrix("int8_linear_matmul", "A", a).rows;
   const Tensor left = in_order(a);
   const Tensor right = in_order(b);
+  const typename Backend::Scope scope(a);
   if constexpr (Backend::kInt8Library) {
     if (library_takes_int8(m, b.size(0), b.size(1))) {
-      const typename Backend::Scope scope(a);
       Backend::library_int8_matmul(left, right, out, m, scope);
       return;
     }
@@ -121,7 +126,7 @@ void int8_matmul_into(const Tensor& a, const Tensor& b, Tensor& out) {
                         m,
                         b.size(0),
                         b.size(1)};
-  run_product<Backend, Int8Matmul>(a, args, &Backend::int8_linear_matmul);
+  run_product<Backend, Int8Matmul>(a, args, &Backend::int8_linear_matmul, scope);
 }
 
 template <class Backend>
@@ -188,43 +193,51 @@ Tensor int8_mm_dequant(const Tensor& a, const Tensor& row_stats, const Tensor& c
   return out;
 }
 
-// Rows of codes, with what outliers need, times a weight of codes.
+// The rows of the left operand as codes, with what outliers need.
+struct Int8Operand {
+  Tensor codes;  // int8; what lies behind those of the rows is something else
+  const float* stats;
+  const void* values = nullptr;
+  const int32_t* outliers = nullptr;
+};
+
+// Rows of codes times a weight of codes; `out` [..., n].
 template <class Backend>
-void int8_scaled_into(const Tensor& codes, const Tensor& row_stats, const Tensor* values,
-                      const Tensor* outliers, const Tensor& b, const Tensor& col_stats,
-                      const std::optional<Tensor>& bias, DType dtype, const Tensor& out) {
+void int8_scaled_into(const Int8Operand& a, const Tensor& b, const Tensor& col_stats,
+                      const std::optional<Tensor>& bias, DType dtype, const Tensor& out,
+                      const typename Backend::Scope& scope) {
   if (out.numel() == 0) return;
-  const int64_t m = as_matrix("int8_scaled_mm", "A", codes).rows;
-  const Tensor left = in_order(codes);
   const Tensor right = in_order(b);
-  const Tensor rows = in_order(row_stats);
   const Tensor cols = in_order(col_stats);
   const std::optional<Tensor> shift =
       bias.has_value() ? std::optional<Tensor>(in_order(*bias)) : std::nullopt;
+  const int64_t n = b.size(0);
   const Int8ScaledMatmul args{
       dtype,
       shift.has_value() ? *float_dtype(shift->scalar_type()) : DType::kFloat32,
-      left.const_data_ptr<int8_t>(),
-      right.const_data_ptr<int8_t>(),
-      rows.const_data_ptr<float>(),
-      cols.const_data_ptr<float>(),
+      static_cast<const int8_t*>(a.codes.const_data_ptr()),
+      static_cast<const int8_t*>(right.const_data_ptr()),
+      a.stats,
+      static_cast<const float*>(cols.const_data_ptr()),
       shift.has_value() ? shift->const_data_ptr() : nullptr,
-      values != nullptr ? values->const_data_ptr() : nullptr,
-      outliers != nullptr ? outliers->const_data_ptr<int32_t>() : nullptr,
+      a.values,
+      a.outliers,
       out.mutable_data_ptr(),
-      m,
-      b.size(0),
+      out.numel() / n,
+      n,
       b.size(1)};
   if constexpr (Backend::kInt8Library) {
-    const typename Backend::Scope scope(codes);
-    if (!Backend::int8_scaled_matmul_is_fast(args) && library_takes_int8(m, args.n, args.k)) {
-      const Tensor product = new_empty(codes, {m, args.n}, ScalarType::Int);
-      Backend::library_int8_matmul(left, right, product, m, scope);
+    if (!Backend::int8_scaled_matmul_is_fast(args) && library_takes_int8(args.m, args.n, args.k)) {
+      const Tensor product = new_empty(out, {args.m, args.n}, ScalarType::Int);
+      Tensor codes = a.codes;
+      const int64_t count = args.m * args.k;
+      if (codes.numel() > count) codes = torch::stable::narrow(codes, 0, 0, count);
+      Backend::library_int8_matmul(codes, right, product, args.m, scope);
       Backend::int8_scale_product(args, product.const_data_ptr<int32_t>(), scope);
       return;
     }
   }
-  run_product<Backend, Int8ScaledMatmul>(codes, args, &Backend::int8_scaled_matmul);
+  run_product<Backend, Int8ScaledMatmul>(out, args, &Backend::int8_scaled_matmul, scope);
 }
 
 template <class Backend>
@@ -237,7 +250,10 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   const DType element = check_float(op, "dtype", out_type);
   check_dequant_scales(op, a, row_stats, as_matrix(op, "A", a).rows, col_stats, b.size(0), bias);
   const Tensor out = new_empty(a, matmul_shape(a, b), out_type);
-  int8_scaled_into<Backend>(a, row_stats, nullptr, nullptr, b, col_stats, bias, element, out);
+  const Tensor codes = in_order(a);
+  const Tensor stats = in_order(row_stats);
+  int8_scaled_into<Backend>({codes, static_cast<const float*>(stats.const_data_ptr())}, b,
+                            col_stats, bias, element, out, typename Backend::Scope(a));
   return out;
 }
 
@@ -263,13 +279,33 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
     check_numel(op, "bias", *bias, cb.size(0));
     check_same_device(op, "bias", *bias, "A", a);
   }
+  const bool find_outliers = check_threshold(op, threshold);
   const Tensor values = in_order(a);
-  const QuantizedRows rows = quantize_rows<Backend>(op, values, matrix, dtype, threshold, true);
   const Tensor out = new_empty(a, matmul_shape(a, cb), a.scalar_type());
-  const bool outliers = rows.outliers.has_value() && a.numel() > 0;
-  int8_scaled_into<Backend>(rows.codes, rows.row_stats, outliers ? &values : nullptr,
-                            outliers ? &*rows.outliers : nullptr, cb, scb, bias, dtype, out);
-  return {out, rows.outlier_mask};
+  std::optional<Tensor> mask;
+  if (find_outliers) mask = new_empty(a, {matrix.cols}, ScalarType::Bool);
+
+  Pieces pieces;
+  const int64_t codes_at = pieces.add(a.numel());
+  const int64_t stats_at = pieces.add(matrix.rows * int64_t{sizeof(float)});
+  const int64_t outliers_at =
+      find_outliers ? pieces.add((1 + matrix.cols) * int64_t{sizeof(int32_t)}) : 0;
+  const Tensor memory = new_empty(a, {pieces.bytes()}, ScalarType::Char);
+  auto* const start = static_cast<int8_t*>(memory.mutable_data_ptr());
+  const QuantizedRows rows{
+      start + codes_at, reinterpret_cast<float*>(start + stats_at), mask_pointer(mask),
+      find_outliers ? reinterpret_cast<int32_t*>(start + outliers_at) : nullptr};
+  const typename Backend::Scope scope(a);
+  Int8Operand operand{memory, rows.stats};
+  if (a.numel() == 0) {
+    fill_zeros(memory);
+    if (find_outliers) fill_zeros(*mask);
+  } else {
+    quantize_rows<Backend>(values, matrix, dtype, threshold, rows, scope);
+    if (find_outliers) operand = {memory, rows.stats, values.const_data_ptr(), rows.outliers};
+  }
+  int8_scaled_into<Backend>(operand, cb, scb, bias, dtype, out, scope);
+  return {out, mask};
 }
 
 }  // namespace bnb::ops

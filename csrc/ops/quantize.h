@@ -152,10 +152,11 @@ class ScaleTensors {
   }
 
   Scales pointers() const {
-    const float* absmax = absmax_.const_data_ptr<float>();
+    const auto* absmax = static_cast<const float*>(absmax_.const_data_ptr());
     if (nested_.empty()) return absmax;
-    return {absmax, nested_[0].const_data_ptr<uint8_t>(), nested_[1].const_data_ptr<float>(),
-            nested_[2].const_data_ptr<float>(), block_size_};
+    return {absmax, static_cast<const uint8_t*>(nested_[0].const_data_ptr()),
+            static_cast<const float*>(nested_[1].const_data_ptr()),
+            static_cast<const float*>(nested_[2].const_data_ptr()), block_size_};
   }
 
  private:

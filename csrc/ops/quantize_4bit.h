@@ -18,9 +18,11 @@ inline void check_block_size_4bit(const char* op, int64_t block_size) {
 }
 
 inline Code4 find_code4(const char* op, const std::string& name) {
-  std::string known;
   for (int i = 0; i < kCode4Count; ++i) {
     if (name == kCodes4[i].name) return static_cast<Code4>(i);
+  }
+  std::string known;
+  for (int i = 0; i < kCode4Count; ++i) {
     known += (i > 0 ? ", " : "") + std::string(kCodes4[i].name);
   }
   fail(op, ": quant_type must be one of {", known, "}, got '", name, "'");
@@ -90,7 +92,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& a, int64_t block_size,
   const Shape shape{packed_elements(a.numel(), quantizer.itemsize), 1};
   // The kernel leaves what fills up the last element of a wide storage.
   const bool filled = ceil_div(a.numel(), 2) % quantizer.itemsize == 0;
-  Tensor out = filled ? new_empty(a, shape, storage) : torch::stable::new_zeros(a, shape, storage);
+  Tensor out = filled ? new_empty(a, shape, storage) : new_zeros(a, shape, storage);
   Tensor absmax = new_empty(a, {ceil_div(a.numel(), block_size)}, ScalarType::Float);
   quantize_4bit_into<Backend>(quantizer, a, block_size, out, absmax);
   return {out, absmax};
@@ -109,7 +111,7 @@ void quantize_4bit_out(const Tensor& a, int64_t block_size, const std::string& q
   check_numel(op, "absmax", absmax, ceil_div(a.numel(), block_size));
   check_contiguous(op, "absmax", absmax);
   check_same_device(op, "absmax", absmax, "A", a);
-  if (ceil_div(a.numel(), 2) % quantizer.itemsize != 0) torch::stable::zero_(out);
+  if (ceil_div(a.numel(), 2) % quantizer.itemsize != 0) fill_zeros(out);
   quantize_4bit_into<Backend>(quantizer, a, block_size, out, absmax);
 }
 

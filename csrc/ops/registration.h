@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include "ops/boxed.h"
 #include "ops/gemm_4bit.h"
 #include "ops/int8.h"
 #include "ops/optimizer.h"
@@ -15,39 +16,39 @@ namespace bnb::ops {
 
 template <class Backend, class Library>
 void register_ops(Library& m) {
-  m.impl("quantize_blockwise", TORCH_BOX(&quantize_blockwise<Backend>));
-  m.impl("quantize_blockwise.out", TORCH_BOX(&quantize_blockwise_out<Backend>));
-  m.impl("dequantize_blockwise", TORCH_BOX(&dequantize_blockwise<Backend>));
-  m.impl("dequantize_blockwise.out", TORCH_BOX(&dequantize_blockwise_out<Backend>));
-  m.impl("dequantize_blockwise_nested", TORCH_BOX(&dequantize_blockwise_nested<Backend>));
-  m.impl("dequantize_blockwise_nested.out", TORCH_BOX(&dequantize_blockwise_nested_out<Backend>));
-  m.impl("quantize_4bit", TORCH_BOX(&quantize_4bit<Backend>));
-  m.impl("quantize_4bit.out", TORCH_BOX(&quantize_4bit_out<Backend>));
-  m.impl("dequantize_4bit", TORCH_BOX(&dequantize_4bit<Backend>));
-  m.impl("dequantize_4bit.out", TORCH_BOX(&dequantize_4bit_out<Backend>));
-  m.impl("dequantize_4bit_nested", TORCH_BOX(&dequantize_4bit_nested<Backend>));
-  m.impl("dequantize_4bit_nested.out", TORCH_BOX(&dequantize_4bit_nested_out<Backend>));
-  m.impl("quantize_blockwise_stochastic", TORCH_BOX(&quantize_blockwise_stochastic<Backend>));
-  m.impl("quantize_no_absmax", TORCH_BOX(&quantize_no_absmax<Backend>));
-  m.impl("gemm_4bit", TORCH_BOX(&gemm_4bit<Backend>));
-  m.impl("gemm_4bit_dgrad", TORCH_BOX(&gemm_4bit_dgrad<Backend>));
-  m.impl("gemv_4bit", TORCH_BOX(&gemv_4bit<Backend>));
-  m.impl("gemv_4bit.out", TORCH_BOX(&gemv_4bit_out<Backend>));
-  m.impl("estimate_quantiles", TORCH_BOX(&estimate_quantiles<Backend>));
-  m.impl("int8_vectorwise_quant", TORCH_BOX(&int8_vectorwise_quant<Backend>));
-  m.impl("int8_linear_matmul", TORCH_BOX(&int8_linear_matmul<Backend>));
-  m.impl("int8_linear_matmul.out", TORCH_BOX(&int8_linear_matmul_out<Backend>));
-  m.impl("int8_mm_dequant", TORCH_BOX(&int8_mm_dequant<Backend>));
-  m.impl("int8_linear", TORCH_BOX(&int8_linear<Backend>));
-  m.impl("int8_scaled_mm", TORCH_BOX(&int8_scaled_mm<Backend>));
-  m.impl("optimizer_preview_32bit", TORCH_BOX(&optimizer_preview_32bit<Backend>));
-  m.impl("optimizer_preview_8bit_blockwise", TORCH_BOX(&optimizer_preview_8bit_blockwise<Backend>));
-  m.impl("optimizer_preview_8bit", TORCH_BOX(&optimizer_preview_8bit<Backend>));
-  m.impl("optimizer_step_32bit", TORCH_BOX(&optimizer_step_32bit<Backend>));
-  m.impl("optimizer_step_8bit_blockwise", TORCH_BOX(&optimizer_step_8bit_blockwise<Backend>));
-  m.impl("optimizer_step_8bit", TORCH_BOX(&optimizer_step_8bit<Backend>));
-  m.impl("_optimizer_plan", TORCH_BOX(&optimizer_plan<Backend>));
-  m.impl("percentile_clipping_step", TORCH_BOX(&percentile_clipping_step<Backend>));
+  m.impl("quantize_blockwise", boxed<&quantize_blockwise<Backend>>);
+  m.impl("quantize_blockwise.out", boxed<&quantize_blockwise_out<Backend>>);
+  m.impl("dequantize_blockwise", boxed<&dequantize_blockwise<Backend>>);
+  m.impl("dequantize_blockwise.out", boxed<&dequantize_blockwise_out<Backend>>);
+  m.impl("dequantize_blockwise_nested", boxed<&dequantize_blockwise_nested<Backend>>);
+  m.impl("dequantize_blockwise_nested.out", boxed<&dequantize_blockwise_nested_out<Backend>>);
+  m.impl("quantize_4bit", boxed<&quantize_4bit<Backend>>);
+  m.impl("quantize_4bit.out", boxed<&quantize_4bit_out<Backend>>);
+  m.impl("dequantize_4bit", boxed<&dequantize_4bit<Backend>>);
+  m.impl("dequantize_4bit.out", boxed<&dequantize_4bit_out<Backend>>);
+  m.impl("dequantize_4bit_nested", boxed<&dequantize_4bit_nested<Backend>>);
+  m.impl("dequantize_4bit_nested.out", boxed<&dequantize_4bit_nested_out<Backend>>);
+  m.impl("quantize_blockwise_stochastic", boxed<&quantize_blockwise_stochastic<Backend>>);
+  m.impl("quantize_no_absmax", boxed<&quantize_no_absmax<Backend>>);
+  m.impl("gemm_4bit", boxed<&gemm_4bit<Backend>>);
+  m.impl("gemm_4bit_dgrad", boxed<&gemm_4bit_dgrad<Backend>>);
+  m.impl("gemv_4bit", boxed<&gemv_4bit<Backend>>);
+  m.impl("gemv_4bit.out", boxed<&gemv_4bit_out<Backend>>);
+  m.impl("estimate_quantiles", boxed<&estimate_quantiles<Backend>>);
+  m.impl("int8_vectorwise_quant", boxed<&int8_vectorwise_quant<Backend>>);
+  m.impl("int8_linear_matmul", boxed<&int8_linear_matmul<Backend>>);
+  m.impl("int8_linear_matmul.out", boxed<&int8_linear_matmul_out<Backend>>);
+  m.impl("int8_mm_dequant", boxed<&int8_mm_dequant<Backend>>);
+  m.impl("int8_linear", boxed<&int8_linear<Backend>>);
+  m.impl("int8_scaled_mm", boxed<&int8_scaled_mm<Backend>>);
+  m.impl("optimizer_preview_32bit", boxed<&optimizer_preview_32bit<Backend>>);
+  m.impl("optimizer_preview_8bit_blockwise", boxed<&optimizer_preview_8bit_blockwise<Backend>>);
+  m.impl("optimizer_preview_8bit", boxed<&optimizer_preview_8bit<Backend>>);
+  m.impl("optimizer_step_32bit", boxed<&optimizer_step_32bit<Backend>>);
+  m.impl("optimizer_step_8bit_blockwise", boxed<&optimizer_step_8bit_blockwise<Backend>>);
+  m.impl("optimizer_step_8bit", boxed<&optimizer_step_8bit<Backend>>);
+  m.impl("_optimizer_plan", boxed<&optimizer_plan<Backend>>);
+  m.impl("percentile_clipping_step", boxed<&percentile_clipping_step<Backend>>);
 }
 
 }  // namespace bnb::ops

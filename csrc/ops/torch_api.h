@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <concepts>
 #include <cstdio>
 #include <optional>
@@ -57,16 +58,25 @@ struct ShapeOf {
 struct DeviceOf {
   const Tensor& tensor;
 };
+struct DtypeOf {
+  const Tensor& tensor;
+};
 
-inline void append(std::string& text, ShapeOf part) {
+inline void append(std::string& text, const Shape& part) {
   text += '[';
-  const auto sizes = part.tensor.sizes();
-  for (size_t i = 0; i < sizes.size(); ++i) {
+  for (size_t i = 0; i < part.size(); ++i) {
     if (i > 0) text += ", ";
-    append(text, sizes[i]);
+    append(text, part[i]);
   }
   text += ']';
 }
+
+inline void append(std::string& text, ShapeOf part) {
+  const auto sizes = part.tensor.sizes();
+  append(text, Shape(sizes.begin(), sizes.end()));
+}
+
+inline void append(std::string& text, DtypeOf part) { append(text, part.tensor.scalar_type()); }
 
 inline void append(std::string& text, DeviceOf part) {
   const auto type = part.tensor.device().type();
@@ -98,15 +108,39 @@ void require(bool ok, const Parts&... parts) {
   }
 }
 
+// A dtype as LibTorch numbers it.
+inline int32_t number_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+// Where a tensor is, as LibTorch numbers it.
+struct Place {
+  explicit Place(const Tensor& t) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index));
+  }
+  bool operator==(const Place&) const = default;
+
+  int32_t type = 0;
+  int32_t index = 0;
+};
+
+// Numbers are compared because Tensor::scalar_type() tries one dtype after the other.
+inline bool has_dtype(const Tensor& t, ScalarType expected) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype == number_of(expected);
+}
+
 inline void check_dtype(const char* op, const char* argument, const Tensor& t,
                         ScalarType expected) {
-  require(t.scalar_type() == expected, op, ": ", argument, " must have dtype ", expected, ", got ",
-          t.scalar_type());
+  require(has_dtype(t, expected), op, ": ", argument, " must have dtype ", expected, ", got ",
+          DtypeOf{t});
 }
 
 inline void check_same_device(const char* op, const char* argument, const Tensor& t,
                               const char* reference_name, const Tensor& reference) {
-  require(t.device() == reference.device(), op, ": ", argument, " must be on the device of ",
+  require(Place(t) == Place(reference), op, ": ", argument, " must be on the device of ",
           reference_name, " (", DeviceOf{reference}, "), got ", DeviceOf{t});
 }
 
@@ -156,8 +190,31 @@ inline Shape shape_of(const Tensor& t) {
   return Shape(sizes.begin(), sizes.end());
 }
 
+// Asks LibTorch's allocation itself: torch::stable::new_empty() looks for an op by its name, which
+// takes longer than all that is left of an allocation.
 inline Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, shape, dtype);
+  const Place place(like);
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(shape[i], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError status =
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               number_of(dtype), place.type, place.index, &handle);
+  require(status == AOTI_TORCH_SUCCESS, "bitsandbytes: ", DeviceOf{like},
+          " gives no memory for a tensor of shape ", shape, " and dtype ", dtype);
+  return Tensor(handle);
+}
+
+inline void fill_zeros(const Tensor& t) { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t.get())); }
+
+inline Tensor new_zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  const Tensor t = new_empty(like, shape, dtype);
+  fill_zeros(t);
+  return t;
 }
 
 // Calls an op of torch by name; `stack` holds its arguments and then its results.

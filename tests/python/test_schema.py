@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Every schema of the package: that it is served everywhere, traced right, and tells the truth."""
 
+import ctypes
+
 import pytest
 import torch
 from samples import SAMPLES
@@ -100,6 +102,47 @@ def test_op_writes_what_its_schema_says_and_nothing_else(device, name, implement
             if key in declared and name not in OVERSTATED:
                 assert all(changed), f"{key} is marked as written, but a tensor of it stayed"
     assert written <= declared if name in OVERSTATED else written == declared
+
+
+class Heap(ctypes.Structure):
+    """What glibc says of the memory that it hands out."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks"),
+            *("uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+# Where the C library tells how much memory is in use.
+mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+if mallinfo2 is not None:
+    mallinfo2.restype = Heap
+
+
+@pytest.mark.skipif(mallinfo2 is None, reason="the C library does not tell what is in use")
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_leave_no_memory_behind(device, name):
+    op, calls = op_of(name), 400
+    (args, kwargs), *_ = SAMPLES[name](device)
+    grown = []
+    for _ in range(4):  # in the first, things are made that stay
+        before = mallinfo2().uordblks
+        for _ in range(calls):
+            op(*args, **kwargs)
+        grown.append((mallinfo2().uordblks - before) / calls)
+    assert min(grown[1:]) < 16, f"a call keeps {grown} bytes"
+
+
+def test_results_that_find_no_memory(device):
+    library = _library.libraries["_cuda" if device == "cuda" else "_ops"]
+    if not library.loaded:
+        pytest.skip(f"{library.name} is not loaded: {library.reason}")
+    vector = torch.zeros(20_000_000, 1, dtype=torch.int8, device=device)
+    with pytest.raises(RuntimeError, match=rf"{device}.* \[20000000, 20000000\] and dtype Int"):
+        torch.ops.bitsandbytes.int8_linear_matmul(vector, vector)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("optimizer_step")])

@@ -17,8 +17,8 @@ struct Int8VectorwiseQuant {
   const void* a;          // [rows, cols] of dtype
   int8_t* out;            // [rows, cols]
   float* row_stats;       // [rows]
-  uint8_t* outlier_mask;  // [cols], zero on entry, 1 where the column holds an outlier;
-                          // null when threshold is 0
+  uint8_t* outlier_mask;  // [cols], 1 where the column holds an outlier, else 0; null when
+                          // threshold is 0
   int32_t* outliers;      // [1 + cols], the same columns as a list: their number, then the columns
                           // ascending; the rest is not written. May be null
   int64_t rows;

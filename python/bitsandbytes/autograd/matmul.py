@@ -28,8 +28,21 @@ __all__ = [
     "narrowed",
 ]
 
-# Names of tensor layouts of bitsandbytes before 0.45, which callers may still look at.
-REMOVED_FIELDS = frozenset({"CxB", "CxBt", "formatB", "_tile_indices"})
+_int8_linear = torch.ops.bitsandbytes.int8_linear.default
+
+
+class _RemovedField:
+    """An attribute that is None, and says so, until it is set."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, state: Any, owner: type) -> None:
+        warnings.warn(
+            f"MatmulLtState.{self._name} is always None: int8 weights have one layout, CB and SCB",
+            FutureWarning,
+            stacklevel=2,
+        )
 
 
 @dataclass
@@ -72,15 +85,11 @@ class MatmulLtState:
     _idx = None
     _outlier_mask = None
 
-    def __getattr__(self, name: str) -> None:
-        # Reached only for names that are not there, such as those of removed layouts.
-        if name not in REMOVED_FIELDS:
-            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        warnings.warn(
-            f"MatmulLtState.{name} is always None: int8 weights have one layout, CB and SCB",
-            FutureWarning,
-            stacklevel=2,
-        )
+    # Names of tensor layouts of bitsandbytes before 0.45, which callers may still look at.
+    CxB = _RemovedField()
+    CxBt = _RemovedField()
+    formatB = _RemovedField()
+    _tile_indices = _RemovedField()
 
     def reset_grads(self) -> None:
         """Forgets the quantized weight, so that the next call quantizes the weight it gets."""
@@ -154,9 +163,7 @@ def _product(
         bias = None if bias is None else bias.to(A.dtype)
         return F.linear(A, dequantized(CB, SCB, A.dtype), bias), None
     bias = None if bias is None else narrowed(bias)
-    out, outlier_mask = torch.ops.bitsandbytes.int8_linear.default(
-        narrowed(A), CB, SCB, bias, threshold
-    )
+    out, outlier_mask = _int8_linear(narrowed(A), CB, SCB, bias, threshold)
     # Not a conversion to the same dtype: torch.compile of torch 2.11 loses the gradient behind one.
     return out if out.dtype == A.dtype else out.to(A.dtype), outlier_mask
 
@@ -204,7 +211,8 @@ def _source(B: Tensor) -> tuple[int, int] | None:
 def _quantized_weight(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor]:
     """Returns CB and SCB, from the state where they are there and still those of the weight."""
     if state.CB is not None and not state.has_fp16_weights:
-        check(state.SCB is not None, "matmul", "state.SCB", "set along with state.CB", None)
+        if state.SCB is None:
+            check(False, "matmul", "state.SCB", "set along with state.CB", None)
         return state.CB, state.SCB
     check(B.is_floating_point(), "matmul", "B", "floating point unless state.CB is set", B.dtype)
     source = _source(B) if state.has_fp16_weights else None
@@ -264,22 +272,27 @@ def matmul(
         state = MatmulLtState()
     if threshold > 0:
         state.threshold = threshold
-    check(A.is_floating_point(), "matmul", "A", "floating point", A.dtype)
-    check(A.dim() >= 1, "matmul", "A", "of at least one dimension", "a scalar")
-    if A.device.type in AUTOCAST_DEVICES and A.dtype != torch.float64:
-        if torch.is_autocast_enabled(A.device.type):
-            A = A.to(torch.get_autocast_dtype(A.device.type))
+    if not A.is_floating_point():
+        check(False, "matmul", "A", "floating point", A.dtype)
+    if A.dim() < 1:
+        check(False, "matmul", "A", "of at least one dimension", "a scalar")
+    device = A.device
+    kind = device.type
+    if kind in AUTOCAST_DEVICES and A.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        A = A.to(torch.get_autocast_dtype(kind))
 
     CB, SCB = _quantized_weight(B, state)
-    check_device("matmul", "the weight", CB, "A", A)
+    if CB.device != device:
+        check_device("matmul", "the weight", CB, "A", A)
     if CB.dim() != 2 or CB.shape[1] != A.shape[-1]:
         expected = f"[N, {A.shape[-1]}] for A of shape {list(A.shape)}"
         check(False, "matmul", "the weight", expected, list(CB.shape))
 
-    dense = state.is_training and A.device.type in ("cpu", "xpu")
+    dense = state.is_training and kind in ("cpu", "xpu")
     limit = None if dense else state.threshold
-    wanted = A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
-    if wanted and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (
+        A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         result, outlier_mask = MatMul8bitLt.apply(A, B, bias, CB, SCB, limit)
     else:
         result, outlier_mask = _product(A, bias, CB, SCB, limit)

@@ -22,6 +22,9 @@ from ..quant.state import QuantState
 
 __all__ = ["MatMul4Bit", "matmul_4bit"]
 
+_gemm_4bit = torch.ops.bitsandbytes.gemm_4bit.default
+_gemm_4bit_dgrad = torch.ops.bitsandbytes.gemm_4bit_dgrad.default
+
 
 class MatMul4Bit(torch.autograd.Function):
     """Differentiable product with the weight of shape ``[N, K]`` that `packed` stands for.
@@ -31,52 +34,88 @@ class MatMul4Bit(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, A, bias, packed, scales, nested, weight_format, backwards):
-        """Computes the product of A in A's dtype."""
+    def forward(ctx, A, bias, weight, backwards):
+        """Computes the product of A in A's dtype; `weight` as for :func:`_product`."""
+        packed, shape, scales, blocksize, quant_type, *nested = weight
         ctx.save_for_backward(packed, scales, *nested)
-        ctx.weight_format, ctx.backwards = weight_format, backwards
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _product(A, bias, packed, scales, nested, weight_format, backwards)
+        ctx.rest = shape, blocksize, quant_type, backwards, None if bias is None else bias.dtype
+        return _product(A, bias, weight, backwards)
 
     @staticmethod
     def backward(ctx, grad):
         """Returns the gradients of `A` and `bias`; the weight has none."""
         packed, scales, *nested = ctx.saved_tensors
+        shape, blocksize, quant_type, backwards, bias_dtype = ctx.rest
+        needs_A, needs_bias = ctx.needs_input_grad[:2]
         grad_A = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            weight = (packed, scales, tuple(nested), ctx.weight_format, not ctx.backwards)
+        if needs_A:
+            weight = (packed, shape, scales, blocksize, quant_type, *nested)
             # Gradients of gradients, which hardly anybody wants, are recorded like the first.
             product = MatMul4Bit.apply if torch.is_grad_enabled() else _product
-            grad_A = product(grad, None, *weight)
-        if ctx.needs_input_grad[1]:
+            grad_A = product(grad, None, weight, not backwards)
+        if needs_bias:
             flat = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
-            wide = torch.promote_types(grad.dtype, ctx.bias_dtype)
-            grad_bias = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
-        return grad_A, grad_bias, None, None, None, None, None
+            wide = torch.promote_types(grad.dtype, bias_dtype)
+            grad_bias = flat.sum(0, dtype=wide).to(bias_dtype)
+        return grad_A, grad_bias, None, None
 
 
-def _product(A, bias, packed, scales, nested, weight_format, backwards) -> Tensor:
-    shape, blocksize, quant_type = weight_format
-    weight = (packed, shape, scales, blocksize, quant_type)
+def _product(A: Tensor, bias: Tensor | None, weight: tuple, backwards: bool) -> Tensor:
+    """Returns the product of A with a weight or, `backwards`, with its transpose.
+
+    `weight`: what the ops take for it, from packed codes to the parts of nested scales. Every
+    argument takes its time on the way to a kernel, so what is not there is not passed.
+    """
     if backwards:
-        return torch.ops.bitsandbytes.gemm_4bit_dgrad.default(A, *weight, *nested)
+        return _gemm_4bit_dgrad(A, *weight)
+    if bias is None and len(weight) == 5:
+        return _gemm_4bit(A, *weight)
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
-    return torch.ops.bitsandbytes.gemm_4bit.default(A, *weight, bias, *nested)
+    return _gemm_4bit(A, *weight[:5], bias, *weight[5:])
 
 
 def _product_dequantized(A: Tensor, B: Tensor, bias: Tensor | None, state: QuantState) -> Tensor:
-    """Returns the product by way of the whole weight, turned around where A fits it that way."""
+    """Returns what the kernels do not make, by way of the whole weight, or says what is wrong.
+
+    The weight is turned around where A fits it that way.
+    """
+    name, shape = "matmul_4bit", state.shape
+    if shape is None or len(shape) != 2:
+        got = None if shape is None else list(shape)
+        check(False, name, "quant_state", "that of a matrix [N, K]", f"shape {got}")
+    check(A.is_floating_point(), name, "A", "floating point", A.dtype)
+    check(A.dim() >= 1, name, "A", "of at least one dimension", "a scalar")
+    turned = A.shape[-1] != shape[1]
+    if turned:
+        if A.shape[-1] != shape[0]:
+            expected = f"[..., {shape[1]}] for a weight of shape {list(shape)}"
+            check(False, name, "A", expected, f"shape {list(A.shape)}")
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{name}: the weight was quantized as [K, N]. Re-quantize from the weight as "
+                "[N, K]; until then it is dequantized for each product",
+                DeprecationWarning,
+                stacklevel=3,
+            )
     wide = A.dtype if A.dtype in FLOATS else torch.float32
     state = QuantState(
         *(state.absmax, state.shape, state.code, state.blocksize, state.quant_type, wide),
         *(state.offset, state.state2),
     )
     weight = dequantize_4bit(B.reshape(-1, 1), state).to(A.dtype)
-    if A.shape[-1] != state.shape[1]:
+    if turned:
         weight = weight.t()
     with full_precision(A.device):
         return F.linear(A, weight, None if bias is None else bias.to(A.dtype))
+
+
+def _state_of(quant_state: QuantState | tuple | list | None) -> QuantState:
+    if quant_state is None:
+        raise ValueError("matmul_4bit: quant_state must be given, got None")
+    if isinstance(quant_state, (tuple, list)):
+        return QuantState.from_list(quant_state)
+    return quant_state
 
 
 def matmul_4bit(
@@ -115,40 +154,24 @@ def matmul_4bit(
         >>> bnb.matmul_4bit(torch.tensor([[3.0, 5.0]]), packed, state)
         tensor([[3., 5.]])
     """
-    name = "matmul_4bit"
-    if quant_state is None:
-        raise ValueError(f"{name}: quant_state must be given, got None")
-    if isinstance(quant_state, (tuple, list)):
-        quant_state = QuantState.from_list(quant_state)
+    if type(quant_state) is not QuantState:
+        quant_state = _state_of(quant_state)
     shape = quant_state.shape
-    if shape is None or len(shape) != 2:
-        got = None if shape is None else list(shape)
-        check(False, name, "quant_state", "that of a matrix [N, K]", f"shape {got}")
-    check(A.is_floating_point(), name, "A", "floating point", A.dtype)
-    check(A.dim() >= 1, name, "A", "of at least one dimension", "a scalar")
-
-    turned = A.shape[-1] != shape[1]
-    if turned:
-        if A.shape[-1] != shape[0]:
-            expected = f"[..., {shape[1]}] for a weight of shape {list(shape)}"
-            check(False, name, "A", expected, f"shape {list(A.shape)}")
-        if not torch.compiler.is_compiling():
-            warnings.warn(
-                f"{name}: the weight was quantized as [K, N]. Re-quantize from the weight as "
-                "[N, K]; until then it is dequantized for each product",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-    if turned or A.dtype not in FLOATS:
+    # What follows is all the work that a call has on the host but for the op.
+    fits = shape is not None and len(shape) == 2 and A.dim() > 0 and A.shape[-1] == shape[1]
+    if not fits or A.dtype not in FLOATS:
         result = _product_dequantized(A, B, bias, quant_state)
     else:
-        if type(B) is not Tensor:
-            # The parameter's class has Python code behind every operation, which takes its time.
+        of_weight, nested = weight_arguments(quant_state, A.device)
+        # The parameter's class has Python code behind every operation, which takes its time.
+        if type(A) is Tensor and not torch.is_grad_enabled():
             with torch._C.DisableTorchFunctionSubclass():
-                B = B.detach()
-        (_, scales, *rest), nested = weight_arguments(quant_state, A.device)
-        weight = (B, scales, nested, (shape, *rest), False)
-        wanted = A.requires_grad or (bias is not None and bias.requires_grad)
-        product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else _product
-        result = product(A, bias, *weight)
+                result = _product(A, bias, (B, *of_weight, *nested), False)
+        else:
+            if type(B) is not Tensor:
+                with torch._C.DisableTorchFunctionSubclass():
+                    B = B.detach()
+            wanted = A.requires_grad or (bias is not None and bias.requires_grad)
+            product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else _product
+            result = product(A, bias, (B, *of_weight, *nested), False)
     return result if out is None else out.copy_(result)

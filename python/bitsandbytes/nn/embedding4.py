@@ -124,9 +124,9 @@ def dequantize_rows(packed: Tensor, state: QuantState, rows: Tensor, dtype: torc
 
 def _scales(scales: Tensor, nested: tuple, blocks: Tensor) -> Tensor:
     """Returns the scales of some blocks, from those of all or from the codes of those."""
-    codes, code, offset = nested
-    if codes is None:
+    if not nested:
         return scales[blocks]
+    codes, code, offset = nested
     return code[codes[blocks].long()] * scales[blocks // NESTED_BLOCKSIZE] + offset
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..autograd.matmul4 import matmul_4bit
 from .module4 import Module4bit, logger
+from .params import own_tensor
 from .params4 import Params4bit
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4"]
@@ -103,7 +104,7 @@ class Linear4bit(Module4bit, nn.Linear):
         if not self.compute_type_is_set:
             self.set_compute_type(x)
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
-        bias = self.bias
+        bias = own_tensor(self, "bias")
         if bias is not None and bias.dtype != dtype and not torch.compiler.is_compiling():
             # Compat: the bias follows the compute dtype for good.
             bias.data = bias.data.to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..autograd.matmul import MatmulLtState, matmul
 from .module8 import Module8bit
-from .params import Int8Params
+from .params import Int8Params, own_tensor
 
 __all__ = ["Linear8bitLt"]
 
@@ -74,14 +74,16 @@ class Linear8bitLt(Module8bit, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the product of `x` ``[..., input_features]`` in the dtype of `x`."""
-        self.state.is_training = self.training
+        state = self.state
+        state.is_training = self.training
         self._sync_state()
-        if self.bias is not None and self.bias.dtype != x.dtype:
+        weight, bias = own_tensor(self, "weight"), own_tensor(self, "bias")
+        if bias is not None and bias.dtype != x.dtype:
             # Compat: the bias follows the activations for good.
-            self.bias.data = self.bias.data.to(x.dtype)
-        out = matmul(x, self.weight, bias=self.bias, state=self.state)
-        if not self.state.has_fp16_weights and self.weight.dtype != torch.int8:
-            self.weight.data = self.state.CB
+            bias.data = bias.data.to(x.dtype)
+        out = matmul(x, weight, bias=bias, state=state)
+        if weight.dtype != torch.int8 and not state.has_fp16_weights:
+            weight.data = state.CB
         return out
 
     def init_8bit_state(self) -> None:
@@ -94,7 +96,7 @@ class Linear8bitLt(Module8bit, nn.Linear):
 
     def _sync_state(self) -> None:
         """Makes the state that of the present weight, which other code may have replaced."""
-        weight, state = self.weight, self.state
+        weight, state = own_tensor(self, "weight"), self.state
         if getattr(weight, "CB", None) is not None:
             self.init_8bit_state()
         elif weight.dtype == torch.int8:

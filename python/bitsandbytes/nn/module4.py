@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..quant.four_bit import get_4bit_type
 from ..quant.state import QuantState
-from .params import without_parameter
+from .params import own_tensor, without_parameter
 from .params4 import Params4bit
 from .state4 import (
     are_codes_of,
@@ -56,7 +56,7 @@ class Module4bit(nn.Module):
         Raises:
             RuntimeError: The weight is not packed, or its state is lost.
         """
-        weight = self.weight
+        weight = own_tensor(self, "weight")
         state = getattr(weight, "quant_state", None)
         if state is None:
             state = self.quant_state

@@ -18,6 +18,21 @@ DTYPES = {
 }
 
 
+def _packed_entry(quant_type: str) -> property:
+    """Returns a property that only states of `quant_type` have.
+
+    Not `__getattr__`: a class that has it reads every attribute more slowly.
+    """
+    name = f"bitsandbytes__{quant_type}"
+
+    def get(self):
+        if self.quant_type != quant_type:
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return self.as_dict(packed=True)[f"quant_state.{name}"]
+
+    return property(get, doc="The packed entry of :meth:`as_dict`.")
+
+
 class QuantState:
     """Scales, code and shape of a quantized tensor.
 
@@ -104,12 +119,9 @@ class QuantState:
         self.code = fields.pop("code", None)
         self.__dict__.update(fields)
 
-    def __getattr__(self, name: str):
-        # Modules that flatten state dicts (FSDP) resolve the packed entry as an attribute.
-        quant_type = self.__dict__.get("quant_type")
-        if quant_type is not None and name == f"bitsandbytes__{quant_type}":
-            return self.as_dict(packed=True)[f"quant_state.{name}"]
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+    # Modules that flatten state dicts (FSDP) resolve the packed entry as an attribute.
+    bitsandbytes__fp4 = _packed_entry("fp4")
+    bitsandbytes__nf4 = _packed_entry("nf4")
 
     def __getitem__(self, index):
         """Reads the state as the list that bitsandbytes 0.41 and older returned."""

@@ -523,6 +523,17 @@ def test_a_replaced_weight_is_used(device):
     assert layer.quant_state is other.quant_state
 
 
+def test_tensors_in_place_of_parameters_are_used(device):
+    layer = quantized(device)
+    x = inputs(device)
+    want = layer(x)
+    # What FSDP does: attributes that hide nothing, since the parameters are gone.
+    weight, bias = layer.weight.data, layer.bias.data + 1
+    del layer.weight, layer.bias
+    layer.weight, layer.bias = weight, bias
+    torch.testing.assert_close(layer(x), want + 1)
+
+
 # --- torch.compile ------------------------------------------------------------------------------
 
 

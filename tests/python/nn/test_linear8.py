@@ -188,6 +188,16 @@ def test_a_replaced_weight_is_used(device, stage):
     assert layer.weight.dtype == torch.int8
 
 
+def test_tensors_in_place_of_parameters_are_used(device):
+    layer = after_forward(device)
+    want = layer(inputs(device))
+    # What FSDP does: attributes that hide nothing, since the parameters are gone.
+    weight, bias = layer.weight.data, layer.bias.data + 1
+    del layer.weight, layer.bias
+    layer.weight, layer.bias = weight, bias
+    torch.testing.assert_close(layer(inputs(device)), want + 1)
+
+
 def test_a_parameter_moved_by_hand_keeps_its_statistics(device):
     layer = after_forward(device)
     want = layer(inputs(device))
