@@ -12,8 +12,10 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/dlpack.h"
@@ -110,7 +112,7 @@ bool same_dtype_and_device(const dlpack::Tensor& a, const dlpack::Tensor& b) {
          a.device_id == b.device_id;
 }
 
-// What a parameter was when the plan was made.
+// What a parameter was when the plan was made, but for its place: parameters may share it.
 class Layout {
  public:
   Layout(const dlpack::Tensor& t) : known_(t), extents_(t.shape, t.shape + t.ndim) {
@@ -130,6 +132,15 @@ class Layout {
   }
 
   const dlpack::Tensor& known() const { return known_; }  // without shape and strides
+
+  bool operator<(const Layout& other) const {
+    const auto key = [](const Layout& l) {
+      const dlpack::Tensor& t = l.known_;
+      return std::tie(t.dtype_code, t.dtype_bits, t.dtype_lanes, t.device_type, t.device_id,
+                      l.extents_);
+    };
+    return key(*this) < key(other);
+  }
 
  private:
   dlpack::Tensor known_;
@@ -152,7 +163,7 @@ class Options {
 
   // Returns false where the plan does not serve them.
   bool read(PlannedStep& step) {
-    step.step = static_cast<const int64_t*>(number_on_device(dlpack::kInteger, 64));
+    step.step = static_cast<int64_t*>(number_on_device(dlpack::kInteger, 64));
     if (step.step == nullptr) return false;
     if (!next_is_none()) {
       const Py_ssize_t at = at_;
@@ -213,7 +224,7 @@ class Options {
     return !(value == -1.0 && PyErr_Occurred()) || refuse();
   }
 
-  const void* number_on_device(uint8_t code, uint8_t bits) {
+  void* number_on_device(uint8_t code, uint8_t bits) {
     PyObject* object = item(at_++);
     dlpack::Tensor t{};
     const bool fits = reader_.is_tensor(object) && reader_.read(object, t) &&
@@ -259,11 +270,10 @@ class StepPlan {
       if (!reader_.read(param.ptr(), t)) {
         throw py::value_error("StepPlan: params must be tensors with memory of their own");
       }
-      layouts_.emplace_back(t);
-      types_.push_back(Py_TYPE(param.ptr()));
+      known_.push_back({Py_TYPE(param.ptr()), &*layouts_.emplace(t).first});
       tensors_.push_back({t.data, nullptr, TensorReader::numel(t)});
     }
-    const std::optional<DType> dtype = float_dtype(layouts_[0].known());
+    const std::optional<DType> dtype = float_dtype(known_[0].layout->known());
     if (!dtype.has_value()) throw py::value_error("StepPlan: params must be of a float type");
     dtype_ = *dtype;
   }
@@ -280,20 +290,20 @@ class StepPlan {
     }
     step.count = count;
     step.percentile = percentile;
-    if (!Options(options.ptr(), reader_, layouts_[0].known()).read(step)) return false;
+    if (!Options(options.ptr(), reader_, known_[0].layout->known()).read(step)) return false;
     if (percentile < 0) return false;
     if (percentile < kNoPercentile && step.gnorm_scales != nullptr) return false;
     for (Py_ssize_t i = 0; i < count; ++i) {
-      const Layout& layout = layouts_[i];
+      const auto& [type, layout] = known_[i];
       PyObject* const param = PyTuple_GET_ITEM(params_.ptr(), i);
       PyObject* const grad = PyList_GET_ITEM(grads.ptr(), i);
       dlpack::Tensor t{};
-      if (Py_TYPE(param) != types_[i] || !reader_.read(param, t) || !layout.fits(t) ||
+      if (Py_TYPE(param) != type || !reader_.read(param, t) || !layout->fits(t) ||
           t.data != tensors_[i].param) {
         stale_ = true;
         return false;
       }
-      if (!reader_.is_tensor(grad) || !reader_.read(grad, t) || !layout.fits(t)) return false;
+      if (!reader_.is_tensor(grad) || !reader_.read(grad, t) || !layout->fits(t)) return false;
       tensors_[i].grad = t.data;
     }
     step.plan = held_.number;
@@ -311,11 +321,16 @@ class StepPlan {
   }
 
  private:
+  struct Known {
+    PyTypeObject* type;
+    const Layout* layout;
+  };
+
   HeldPlan held_;
   TensorReader reader_;
   py::tuple params_;
-  std::vector<PyTypeObject*> types_;
-  std::vector<Layout> layouts_;
+  std::set<Layout> layouts_;  // few, of many parameters
+  std::vector<Known> known_;
   std::vector<PlannedTensor> tensors_;
   DType dtype_ = DType::kFloat32;
   bool stale_ = false;
@@ -332,9 +347,9 @@ void define_step_plan(py::module_& m) {
            "dropped with this object.")
       .def("take", &StepPlan::take, py::arg("grads"), py::arg("options"),
            py::arg("percentile") = kNoPercentile,
-           "Takes a step, after percentile clipping if that is asked for, and returns True; or "
-           "returns False, having written nothing, where gradients or options need the op, or "
-           "where the plan is stale.")
+           "Takes a step, after percentile clipping if that is asked for, counts it, and returns "
+           "True; or returns False, having written nothing, where gradients or options need the "
+           "op, or where the plan is stale.")
       .def_property_readonly("stale", &StepPlan::stale,
                              "Whether parameters or states lie elsewhere than when it was made.");
 }

@@ -38,6 +38,14 @@ void finish_preview(const OptimizerStep& args, std::span<const OptimizerTensor> 
   }
 }
 
+void leave_step(const OptimizerStep& args, size_t tensors) {
+  if (args.counter == nullptr) return;
+  for (int k = 0; k < 2; ++k) {
+    if (args.kept_max[k] != nullptr) std::copy_n(args.new_max[k], tensors, args.kept_max[k]);
+  }
+  *args.counter += 1;
+}
+
 void finish_percentile_clipping(const PercentileClipping& args,
                                 std::span<const GradientTensor> tensors, const float* partials) {
   const int64_t number = *args.step + 1;

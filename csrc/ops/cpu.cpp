@@ -258,6 +258,7 @@ struct Cpu {
       kernels.optimizer_step(args, format, tensors[i], static_cast<int64_t>(i), codes.values, first,
                              last);
     });
+    cpu::leave_step(args, tensors.size());
   }
 
   static void optimizer_step_32bit(const OptimizerStep& args,

@@ -228,6 +228,15 @@ class StepTensors {
   std::vector<Tensor> copied_grads_;
 };
 
+// OptimizerStep::tickets for a list of so many tensors.
+inline Tensor new_tickets(const Tensor& like, size_t tensors) {
+  return torch::stable::new_zeros(like, {1 + static_cast<int64_t>(tensors)}, ScalarType::Int);
+}
+
+inline uint32_t* tickets_in(const Tensor& t) {
+  return static_cast<uint32_t*>(t.mutable_data_ptr());
+}
+
 // Runs the preview where the step needs it. The returned tensors hold what it found; they must live
 // until the step is launched.
 template <class Backend>
@@ -237,6 +246,10 @@ std::vector<Tensor> run_preview(OptimizerStep& args, StateFormat format,
   std::vector<Tensor> kept;
   const bool bounded = args.max_unorm > 0.0f;
   if (!bounded && args.unorm == nullptr && format != StateFormat::kTensor8bit) return kept;
+  if (args.tickets == nullptr) {
+    kept.push_back(new_tickets(like, tensors.size()));
+    args.tickets = tickets_in(kept.back());
+  }
   if (bounded) {
     kept.push_back(new_empty(like, {static_cast<int64_t>(tensors.size())}, ScalarType::Float));
     args.new_update_scales = kept.back().mutable_data_ptr<float>();
@@ -372,7 +385,7 @@ void optimizer_step_8bit_blockwise(const std::string& rule, const Tensors& param
   tensors.copy_back();
 }
 
-// Checks what a step with one scale per tensor takes besides its lists.
+// Checks what a preview with one scale per tensor takes besides its lists.
 inline void check_tensor_scales(const char* op, const std::string& rule, int states,
                                 const std::array<const Tensor*, 2>& max,
                                 const std::array<const Tensor*, 2>& qmap, const Tensors& params,
@@ -384,6 +397,20 @@ inline void check_tensor_scales(const char* op, const std::string& rule, int sta
     require(max[k] != nullptr, op, ": ", name, " must be given for rule '", rule, "'");
     check_per_parameter(op, name, *max[k], params);
     args.max[k] = max[k]->const_data_ptr<float>();
+  }
+}
+
+// Checks what a step with one scale per tensor takes beyond a preview.
+inline void check_new_tensor_scales(const char* op, const std::string& rule, int states,
+                                    const std::array<const Tensor*, 2>& new_max,
+                                    const Tensors& params, OptimizerStep& args) {
+  for (int k = 0; k < states; ++k) {
+    const char* name = k == 0 ? "new_max1" : "new_max2";
+    require(new_max[k] != nullptr, op, ": ", name, " must be given for rule '", rule, "'");
+    check_per_parameter(op, name, *new_max[k], params);
+    args.new_max[k] = new_max[k]->mutable_data_ptr<float>();
+    require(args.max[k] != args.new_max[k], op, ": ", name, " must not share memory with max",
+            k + 1);
   }
 }
 
@@ -415,15 +442,8 @@ void optimizer_step_8bit(const std::string& rule, const Tensors& params, const T
   StepTensors tensors(op, input, ScalarType::Byte, args);
   check_tensor_scales(op, rule, tensors.states(), {&max1, pointer_to(max2)},
                       {&qmap1, pointer_to(qmap2)}, params, args);
-  const std::array<const Tensor*, 2> new_max = {&new_max1, pointer_to(new_max2)};
-  for (int k = 0; k < tensors.states(); ++k) {
-    const char* name = k == 0 ? "new_max1" : "new_max2";
-    require(new_max[k] != nullptr, op, ": ", name, " must be given for rule '", rule, "'");
-    check_per_parameter(op, name, *new_max[k], params);
-    args.new_max[k] = new_max[k]->mutable_data_ptr<float>();
-    require(args.max[k] != args.new_max[k], op, ": ", name, " must not share memory with max",
-            k + 1);
-  }
+  check_new_tensor_scales(op, rule, tensors.states(), {&new_max1, pointer_to(new_max2)}, params,
+                          args);
   const typename Backend::Scope scope(params[0]);
   const std::vector<OptimizerTensor>& pointers = tensors.collect();
   const auto kept =

@@ -31,11 +31,9 @@ inline void check_histories(const char* op, const Tensors& gnorm_vec, const Tens
 template <class Backend>
 Tensor run_percentile_clipping(PercentileClipping& args, std::span<const GradientTensor> tensors,
                                const Tensor& like, const typename Backend::Scope& scope) {
-  int64_t tiles = 0;
-  for (const GradientTensor& t : tensors) tiles += ceil_div(t.n, kPreviewTile);
   const Tensor out = new_empty(like, {3, static_cast<int64_t>(tensors.size())}, ScalarType::Float);
   args.out = out.mutable_data_ptr<float>();
-  const Tensor partials = new_empty(like, {tiles}, ScalarType::Float);
+  const Tensor partials = new_empty(like, {preview_tiles(tensors)}, ScalarType::Float);
   Backend::percentile_clipping(args, tensors, partials.mutable_data_ptr<float>(), scope);
   return out;
 }
@@ -69,6 +67,8 @@ Tensor percentile_clipping_step(const Tensors& grads, const Tensors& gnorm_vec, 
     tensors[i] = {dense.back().const_data_ptr(), gnorm_vec[i].mutable_data_ptr<float>(),
                   grads[i].numel()};
   }
+  const Tensor tickets = new_tickets(first, tensors.size());
+  args.tickets = tickets_in(tickets);
   return run_percentile_clipping<Backend>(args, tensors, first, scope);
 }
 

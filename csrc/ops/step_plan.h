@@ -27,8 +27,8 @@ namespace bnb::ops {
 template <class Backend>
 class StepPlan {
  public:
-  // `gnorm_vec`: histories for percentile clipping, or none. `held`: every tensor of the states,
-  // their levels, and the histories.
+  // `gnorm_vec`: histories for percentile clipping, or none. `held`: every tensor that kernels see
+  // in all steps.
   StepPlan(const OptimizerStep& args, StateFormat format, std::vector<OptimizerTensor> tensors,
            const Tensors& gnorm_vec, const Tensors& held)
       : args_(args), format_(format), tensors_(std::move(tensors)) {
@@ -55,7 +55,7 @@ class StepPlan {
       if (clips) gradients_[i].grad = now.grad;
     }
     OptimizerStep args = args_;
-    args.step = in.step;
+    args.step = args.counter = in.step;
     args.lr = in.lr;
     args.hyper = in.hyper;
     args.stochastic_rounding = in.stochastic_rounding;
@@ -68,15 +68,21 @@ class StepPlan {
     const typename Backend::Scope scope(like);
     std::optional<Tensor> norms;  // lives until the step is launched
     if (clips) {
-      PercentileClipping clipping{in.dtype, in.step, in.percentile, nullptr};
+      PercentileClipping clipping{in.dtype, in.step, in.percentile, nullptr, args.tickets};
       norms = run_percentile_clipping<Backend>(clipping, gradients_, like, scope);
       args.gnorm_scales = clipping.out + 2 * in.count;
     }
     const auto kept = run_preview<Backend>(args, format_, tensors_, like, scope);
-    if (format_ == StateFormat::kFloat32) {
-      Backend::optimizer_step_32bit(args, tensors_, scope);
-    } else {
-      Backend::optimizer_step_8bit_blockwise(args, tensors_, scope);
+    switch (format_) {
+      case StateFormat::kFloat32:
+        Backend::optimizer_step_32bit(args, tensors_, scope);
+        break;
+      case StateFormat::kBlockwise8bit:
+        Backend::optimizer_step_8bit_blockwise(args, tensors_, scope);
+        break;
+      case StateFormat::kTensor8bit:
+        Backend::optimizer_step_8bit(args, tensors_, scope);
+        break;
     }
     return true;
   }
@@ -144,37 +150,54 @@ class StepPlans {
 };
 
 // Makes a plan of what stays the same from step to step, and returns its number; 0 where parameters
-// do not lie in memory in the order of their states, so that each step must copy them.
+// do not lie in memory in the order of their states, so that each step must copy them. States are
+// codes where there are levels, with one scale per tensor where `max1` is given.
 template <class Backend>
 int64_t optimizer_plan(const std::string& rule, const Tensors& params, const Tensors& state1,
                        const Tensors& state2, const Tensors& absmax1, const Tensors& absmax2,
                        const std::optional<Tensor>& qmap1, const std::optional<Tensor>& qmap2,
-                       const Tensor& step, const Tensors& gnorm_vec) {
+                       const std::optional<Tensor>& max1, const std::optional<Tensor>& max2,
+                       const std::optional<Tensor>& new_max1, const std::optional<Tensor>& new_max2,
+                       const Tensor& step, const Tensor& tickets, const Tensors& gnorm_vec) {
   constexpr const char* op = "_optimizer_plan";
-  const bool blockwise = qmap1.has_value();
+  const bool codes = qmap1.has_value();
+  StateFormat format = StateFormat::kFloat32;
+  if (codes) format = max1.has_value() ? StateFormat::kTensor8bit : StateFormat::kBlockwise8bit;
   OptimizerStep args{};
   const StepInput input{rule, params, params, {&state1, &state2}, step, nullptr, Hyper{}, nullptr};
-  StepTensors tensors(op, input, blockwise ? ScalarType::Byte : ScalarType::Float, args);
+  StepTensors tensors(op, input, codes ? ScalarType::Byte : ScalarType::Float, args);
   if (!tensors.in_order()) return 0;
   std::vector<OptimizerTensor>& pointers = tensors.collect();
   if (!gnorm_vec.empty()) check_histories(op, gnorm_vec, params);
+  check_dtype(op, "tickets", tickets, ScalarType::Int);
+  check_numel(op, "tickets", tickets, 1 + static_cast<int64_t>(params.size()));
+  check_contiguous(op, "tickets", tickets);
+  check_same_device(op, "tickets", tickets, "params", params[0]);
+  args.tickets = tickets_in(tickets);
   std::vector<const Tensors*> lists = {&state1, &state2, &gnorm_vec};
-  Tensors held;
-  if (blockwise) {
-    const std::array<const Tensor*, 2> qmap = {&*qmap1, pointer_to(qmap2)};
+  const std::array<const Tensor*, 2> qmap = {pointer_to(qmap1), pointer_to(qmap2)};
+  if (format == StateFormat::kBlockwise8bit) {
     check_qmaps(op, qmap, state_tensors(tensors.states()), params[0], args);
     const BlockScales scales(op, absmax1, absmax2, tensors.states(), params);
     scales.add_to(pointers);
     lists.insert(lists.end(), {&absmax1, &absmax2});
-    held.push_back(*qmap1);
-    if (qmap2.has_value()) held.push_back(*qmap2);
+  } else if (format == StateFormat::kTensor8bit) {
+    check_tensor_scales(op, rule, tensors.states(), {pointer_to(max1), pointer_to(max2)}, qmap,
+                        params, args);
+    check_new_tensor_scales(op, rule, tensors.states(),
+                            {pointer_to(new_max1), pointer_to(new_max2)}, params, args);
+    args.kept_max[0] = max1->mutable_data_ptr<float>();
+    if (tensors.states() == 2) args.kept_max[1] = max2->mutable_data_ptr<float>();
+  }
+  Tensors held = {tickets};
+  for (const auto* t : {&qmap1, &qmap2, &max1, &max2, &new_max1, &new_max2}) {
+    if (t->has_value()) held.push_back(**t);
   }
   for (size_t i = 0; i < params.size(); ++i) {
     for (const Tensors* list : lists) {
       if (!list->empty()) held.push_back((*list)[i]);
     }
   }
-  const auto format = blockwise ? StateFormat::kBlockwise8bit : StateFormat::kFloat32;
   auto plan = std::make_shared<StepPlan<Backend>>(args, format, pointers, gnorm_vec, held);
   return StepPlans<Backend>::instance().add(std::move(plan));
 }

@@ -22,9 +22,9 @@ __device__ __forceinline__ float bias_at(const void* bias, DType dtype, int64_t 
   return bias != nullptr ? read_as_float(dtype, bias, col) : 0.0f;
 }
 
-// Calls body.template operator()<T>() with the type of the elements.
+// Returns body.template operator()<T>() with the type of the elements.
 template <class Body>
-void by_dtype(DType dtype, const Body& body) {
+auto by_dtype(DType dtype, const Body& body) {
   switch (dtype) {
     case DType::kFloat16:
       return body.template operator()<Half>();

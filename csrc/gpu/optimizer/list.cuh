@@ -12,6 +12,7 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/optimizer.h"
 #include "bitsandbytes/optim/step.h"
+#include "gpu/device/dtype.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/check.h"
 #include "gpu/runtime/runtime.cuh"
@@ -31,7 +32,13 @@ struct List {
     int64_t tiles_before;  // in earlier launches of the call
     uint32_t tiles;
     int tensors_before;
-    int count;
+    int tensors;  // of the call
+    int count;    // of this launch
+
+    // Whether this is the last launch of the call.
+    __host__ __device__ __forceinline__ bool is_last() const {
+      return tensors_before + count == tensors;
+    }
   };
   static constexpr int kAlignment = 16;  // of the entries
   static constexpr int kOthers = 16;     // bytes for arguments that kernels take besides
@@ -41,11 +48,6 @@ struct List {
 
   Header header;
   alignas(kAlignment) Entry entries[kMost];
-
-  // First tile behind entry `e`.
-  __device__ __forceinline__ uint32_t end_tile(int e) const {
-    return e + 1 < header.count ? entries[e + 1].first_tile : header.tiles;
-  }
 };
 
 using StepList = List<OptimizerTensor, OptimizerStep>;
@@ -74,6 +76,11 @@ class Entries {
   }
 
   __device__ __forceinline__ const Entry& operator[](int e) const { return entries_[e]; }
+
+  // First tile behind entry `e`.
+  __device__ __forceinline__ uint32_t end_tile(int e) const {
+    return e + 1 < header_.count ? entries_[e + 1].first_tile : header_.tiles;
+  }
 
   // The entry that holds a tile: the last one that starts at or before it. Called by whole warps,
   // whose lanes look at one entry each.
@@ -115,13 +122,13 @@ int entries_for(const void* kernel, int resident) {
 }
 
 // Calls launch(list) with at most `most` tensors at a time. `packs(tensor)`: what goes to
-// Entry::packs.
+// Entry::packs. `least_tiles`: those of an empty tensor.
 template <class L, class T, class Args, class Packs, class Launch>
-void for_each_launch(const Args& args, std::span<const T> tensors, int64_t tile, int most,
-                     Packs packs, Launch launch) {
+void for_each_launch(const Args& args, std::span<const T> tensors, int64_t tile,
+                     int64_t least_tiles, int most, Packs packs, Launch launch) {
   static_assert(sizeof(L) + L::kOthers <= BNB_KERNEL_ARGUMENT_BYTES);
   L list;
-  list.header = {args, 0, 0, 0, 0};
+  list.header = {args, 0, 0, 0, static_cast<int>(tensors.size()), 0};
   const auto flush = [&] {
     if (list.header.count == 0) return;
     launch(list);
@@ -133,7 +140,7 @@ void for_each_launch(const Args& args, std::span<const T> tensors, int64_t tile,
   for (const T& tensor : tensors) {
     if (list.header.count == most) flush();
     list.entries[list.header.count++] = {tensor, list.header.tiles, packs(tensor) ? 1u : 0u};
-    list.header.tiles += static_cast<uint32_t>(ceil_div(tensor.n, tile));
+    list.header.tiles += static_cast<uint32_t>(std::max(least_tiles, ceil_div(tensor.n, tile)));
   }
   flush();
 }
@@ -157,6 +164,41 @@ __device__ __forceinline__ void make_step(const OptimizerStep& args, Step<R>* sh
   if (threadIdx.x == 0) *shared = Step<R>::make(args.hyper, *args.step + 1, args.lr);
 }
 
+// Counts `part` of `whole` pieces of work as done, by one thread, which has done them, or a barrier
+// after them. Whether they were the last; then the thread sees what was written for any of them,
+// and the ticket is zero again.
+__device__ __forceinline__ bool completes(uint32_t* ticket, uint32_t part, uint32_t whole) {
+  if (part == whole) return true;  // no other block is involved
+  __threadfence();
+  if (atomicAdd(ticket, part) + part != whole) return false;
+  *ticket = 0;
+  __threadfence();
+  return true;
+}
+
+// What a step leaves for the next one, written by the last of its blocks. Called at the end by all
+// threads.
+__device__ __forceinline__ void leave_step(const StepList& list) {
+  const OptimizerStep& args = list.header.args;
+  if (args.counter == nullptr || !list.header.is_last()) return;
+  __syncthreads();
+  if (!block_all(threadIdx.x != 0 || completes(args.tickets, 1, gridDim.x))) return;
+  for (int k = 0; k < 2; ++k) {
+    if (args.kept_max[k] == nullptr) continue;
+    for (int i = static_cast<int>(threadIdx.x); i < list.header.tensors; i += blockDim.x) {
+      args.kept_max[k][i] = args.new_max[k][i];
+    }
+  }
+  if (threadIdx.x == 0) *args.counter += 1;
+}
+
+// Blocks of threads that take a step together: as many as `useful`, and one where there is nothing
+// to do but to leave something.
+inline int step_blocks(const StepList& list, int64_t useful) {
+  const bool leaves = list.header.args.counter != nullptr && list.header.is_last();
+  return static_cast<int>(std::max<int64_t>(useful, leaves ? 1 : 0));
+}
+
 // Whether tensors have factors of their own on gradient or update.
 __device__ __forceinline__ bool has_factors(const OptimizerStep& args) {
   return args.gnorm_scales != nullptr || args.update_scales != nullptr;
@@ -172,13 +214,13 @@ __device__ __forceinline__ Step<R> step_of_tensor(const Step<R>& step, const Ste
                      args.update_scales != nullptr ? args.update_scales[i] : 1.0f);
 }
 
-// Picks what serves a rule: make<R>() for it.
+// Picks what serves a rule with parameters of a dtype: make<R, T>() for them.
 template <class Chosen, class Make>
-Chosen choose_by_rule(Rule rule, Make make) {
+Chosen choose_by_types(Rule rule, DType dtype, Make make) {
   switch (rule) {
 #define BNB_CASE(rule) \
   case Rule::k##rule:  \
-    return make.template operator()<rule>();
+    return by_dtype(dtype, [&]<class T>() { return make.template operator()<rule, T>(); });
     BNB_OPTIMIZERS(BNB_CASE)
 #undef BNB_CASE
     case Rule::kCount:

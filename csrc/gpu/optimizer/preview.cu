@@ -1,6 +1,6 @@
 // What a step needs to know of whole tensors beforehand: the preview of an update, and the norms of
-// gradients. One pass over the tiles of the list leaves partial results, a second, small one adds
-// them up per tensor. Both in a fixed order, so that results are equal run to run.
+// gradients. Blocks of threads leave partial results, one per tile; the last block at a tensor adds
+// up those of the tensor, in a fixed order, so that results are equal run to run.
 // SPDX-License-Identifier: MIT
 #include "bitsandbytes/optim/clipping.h"
 #include "gpu/device/code8.cuh"
@@ -12,43 +12,57 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kFinishThreads = 128;
 constexpr int kResident = 2;  // blocks of threads per multiprocessor
 constexpr int kGradientResident = 4;
 
-// Sums over many threads are taken in double; a thread's own 16 elements of a tile in float.
-template <int kCount>
-struct Sums {
-  double values[kCount];
+// Sums over many elements are taken in double; a thread's own 16 elements of a tile in float.
 
-  __device__ __forceinline__ void add(const Sums& other) {
+// What a step is to know of a tensor.
+struct Preview {
+  static constexpr int kNumbers = kPreviewNumbers;
+  double squares[2];  // of the parameter, of the update
+  // Of tensors with one scale: absmax of the new states, and 1 if an element is not skipped, else
+  // 0.
+  float most[2];
+  float active;
+
+  __device__ __forceinline__ void add(const Preview& other) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) values[k] += other.values[k];
+    for (int k = 0; k < 2; ++k) {
+      squares[k] += other.squares[k];
+      most[k] = fmaxf(most[k], other.most[k]);
+    }
+    active = fmaxf(active, other.active);
   }
-  __device__ __forceinline__ Sums from_lane(int mask) const {
-    Sums other;
+  __device__ __forceinline__ Preview from_lane(int mask) const {
+    return {{shuffle_xor(squares[0], mask), shuffle_xor(squares[1], mask)},
+            {shuffle_xor(most[0], mask), shuffle_xor(most[1], mask)},
+            shuffle_xor(active, mask)};
+  }
+  __device__ __forceinline__ void store(float* p) const {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) other.values[k] = shuffle_xor(values[k], mask);
-    return other;
+    for (int k = 0; k < 2; ++k) {
+      p[k] = static_cast<float>(squares[k]);
+      p[2 + k] = most[k];
+    }
+    p[4] = active;
+  }
+  __device__ __forceinline__ static Preview load(const float* p) {
+    return {{p[0], p[1]}, {p[2], p[3]}, p[4]};
   }
 };
 
-// Squares of the parameter, of the update.
-using Norms = Sums<2>;
+// The sum of squares of a gradient.
+struct Squares {
+  static constexpr int kNumbers = 1;
+  double value;
 
-// The new states of a tensor.
-struct Range {
-  float most[2];  // absmax
-  float active;   // 1 if an element is not skipped, else 0
-
-  __device__ __forceinline__ void add(const Range& other) {
-#pragma unroll
-    for (int k = 0; k < 2; ++k) most[k] = fmaxf(most[k], other.most[k]);
-    active = fmaxf(active, other.active);
+  __device__ __forceinline__ void add(const Squares& other) { value += other.value; }
+  __device__ __forceinline__ Squares from_lane(int mask) const {
+    return {shuffle_xor(value, mask)};
   }
-  __device__ __forceinline__ Range from_lane(int mask) const {
-    return {{shuffle_xor(most[0], mask), shuffle_xor(most[1], mask)}, shuffle_xor(active, mask)};
-  }
+  __device__ __forceinline__ void store(float* p) const { *p = static_cast<float>(value); }
+  __device__ __forceinline__ static Squares load(const float* p) { return {*p}; }
 };
 
 // Adds up the values of all threads; the first thread gets the total. `scratch`: one per warp.
@@ -147,15 +161,17 @@ __device__ __forceinline__ Words<T, kPackSize<T>> load_values(const void* p, int
 // Adds this thread's elements of the tile [begin, begin + kPreviewTile) of a tensor.
 template <bool kWhole, class R, class T, StateFormat kFormat>
 __device__ __forceinline__ void preview_tile(const Source<R, T, kFormat>& source,
-                                             const Step<R>& step, int64_t begin, Norms& norms,
-                                             Range& range) {
+                                             const Step<R>& step, int64_t begin, Preview& sum) {
   constexpr int kPack = kPackSize<T>;
   constexpr int kTurn = kThreads * kPack;
+  constexpr int kTurns = kPreviewTile / kTurn;
+  // With three states at a time, registers run out. (Not every compiler reads pragmas.)
+  [[maybe_unused]] constexpr int kTogether = R::kStates < 3 ? kTurns : 1;
   constexpr bool kCodes = kFormat != StateFormat::kFloat32;
   float param_squares = 0.0f;
   float update_squares = 0.0f;
-#pragma unroll
-  for (int turn = 0; turn < kPreviewTile / kTurn; ++turn) {
+#pragma unroll kTogether
+  for (int turn = 0; turn < kTurns; ++turn) {
     const int64_t i = begin + turn * kTurn + threadIdx.x * kPack;
     const int64_t left = source.tensor.n - i;
     if (!kWhole && left <= 0) break;
@@ -182,17 +198,72 @@ __device__ __forceinline__ void preview_tile(const Source<R, T, kFormat>& source
       if (skipped || !useful) update = 0.0f;
       update_squares = __fmaf_rn(update, update, update_squares);
       if constexpr (kFormat == StateFormat::kTensor8bit) {
-        if (!skipped) range.active = 1.0f;
+        if (!skipped) sum.active = 1.0f;
 #pragma unroll
         for (int k = 0; k < R::kStates; ++k) {
           const float state = skipped ? old[k][j] : (useful ? finite_state(s[k].v) : 0.0f);
-          range.most[k] = fmaxf(range.most[k], fabsf(state));
+          sum.most[k] = fmaxf(sum.most[k], fabsf(state));
         }
       }
     }
   }
-  norms.values[0] += param_squares;
-  norms.values[1] += update_squares;
+  sum.squares[0] += param_squares;
+  sum.squares[1] += update_squares;
+}
+
+__device__ __forceinline__ void write_preview(const OptimizerStep& args, int index,
+                                              const Preview& found) {
+  if (args.param_squares != nullptr) {
+    args.param_squares[index] = static_cast<float>(found.squares[0]);
+  }
+  if (args.unorm != nullptr) args.unorm[index] = static_cast<float>(found.squares[1]);
+  if (args.new_update_scales != nullptr) {
+    args.new_update_scales[index] =
+        bounded_update_scale(found.squares[0], found.squares[1], args.max_unorm);
+  }
+  for (int k = 0; k < 2; ++k) {
+    if (args.new_max[k] == nullptr) continue;
+    // A tensor that stands still as a whole keeps its scale, and with it every code.
+    args.new_max[k][index] = found.active != 0.0f ? found.most[k] : args.max[k][index];
+  }
+}
+
+// Goes through the tiles of a list, of which every block of threads takes a stretch: barriers are
+// few then, which in tiles taken in turn cost a quarter of the time. sum_of(e, begin, end) is what
+// this thread finds in some tiles of entry e; write(e, sum), called by all threads, gets the sum of
+// a whole entry in the first one. Where an entry lies in several stretches, each leaves its sum in
+// `partials`, where its tiles of the entry begin, and the last block to do so adds them up.
+template <class Sum, class L, class SumOf, class Write>
+__device__ __forceinline__ void over_tensors(const L& list, const Entries<L>& entries,
+                                             uint32_t* tickets, Sum* scratch, float* partials,
+                                             SumOf sum_of, Write write) {
+  const auto stretch = static_cast<uint32_t>(ceil_div(list.header.tiles, gridDim.x));
+  const uint32_t end = min(list.header.tiles, (blockIdx.x + 1) * stretch);
+  float* const own = partials + list.header.tiles_before * Sum::kNumbers;
+  for (uint32_t tile = blockIdx.x * stretch; tile < end;) {
+    const int e = entries.find(tile);
+    const uint32_t first = entries[e].first_tile;
+    const uint32_t behind = entries.end_tile(e);
+    const uint32_t begin = tile;
+    tile = min(end, behind);
+    Sum sum = block_total(sum_of(e, begin, tile), scratch);
+    if (tile - begin < behind - first) {
+      bool complete = true;
+      if (threadIdx.x == 0) {
+        sum.store(own + int64_t{begin} * Sum::kNumbers);
+        uint32_t* const ticket = &tickets[1 + list.header.tensors_before + e];
+        complete = completes(ticket, tile - begin, behind - first);
+      }
+      if (!block_all(complete)) continue;
+      sum = Sum{};
+      const auto stretches = static_cast<uint32_t>(ceil_div(behind, stretch));
+      for (uint32_t s = first / stretch + threadIdx.x; s < stretches; s += blockDim.x) {
+        sum.add(Sum::load(own + int64_t{max(first, s * stretch)} * Sum::kNumbers));
+      }
+      sum = block_total(sum, scratch);
+    }
+    write(e, sum);
+  }
 }
 
 template <class R, class T, StateFormat kFormat>
@@ -202,79 +273,41 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
   BNB_DYNAMIC_SHARED(storage);
   __shared__ Levels<R, kCodes> levels;
   __shared__ Step<R> shared_step;
-  __shared__ Norms norm_scratch[kWarps];
-  __shared__ Range range_scratch[kWarps];
+  __shared__ Preview scratch[kWarps];
   const OptimizerStep& args = list.header.args;
   const Entries<StepList> entries(list, storage);
   levels.fill(args);
   if (threadIdx.x == 0) shared_step = Step<R>::make_preview(args.hyper, *args.step + 1);
   __syncthreads();
-  for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
-    const int e = entries.find(tile);
-    const auto& entry = entries[e];
-    const int index = list.header.tensors_before + e;
-    const Step<R> step =
-        shared_step.scaled(args.gnorm_scales != nullptr ? args.gnorm_scales[index] : 1.0f, 1.0f);
-    Source<R, T, kFormat> source{entry.tensor, levels, {}};
-    if constexpr (kFormat == StateFormat::kTensor8bit) {
+  const auto sum_of = [&](int e, uint32_t first, uint32_t last) {
+    Preview sum{};
+    for (uint32_t tile = first; tile < last; ++tile) {
+      // Read again for every tile: in between, registers are short.
+      const auto& entry = *hide_origin(&entries[e]);
+      const int index = list.header.tensors_before + e;
+      const Step<R> step =
+          hide_origin(&shared_step)
+              ->scaled(args.gnorm_scales != nullptr ? args.gnorm_scales[index] : 1.0f, 1.0f);
+      Source<R, T, kFormat> source{entry.tensor, levels, {}};
+      if constexpr (kFormat == StateFormat::kTensor8bit) {
 #pragma unroll
-      for (int k = 0; k < R::kStates; ++k) {
-        source.scale[k] = args.max[tensor_of_state(R::kStates, k)][index];
+        for (int k = 0; k < R::kStates; ++k) {
+          source.scale[k] = args.max[tensor_of_state(R::kStates, k)][index];
+        }
+      }
+      const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
+      if (entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n) {
+        preview_tile<true>(source, step, begin, sum);
+      } else {
+        preview_tile<false>(source, step, begin, sum);
       }
     }
-    const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
-    Norms norms{};
-    Range range{};
-    if (entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n) {
-      preview_tile<true>(source, step, begin, norms, range);
-    } else {
-      preview_tile<false>(source, step, begin, norms, range);
-    }
-    norms = block_total(norms, norm_scratch);
-    if constexpr (kFormat == StateFormat::kTensor8bit) range = block_total(range, range_scratch);
-    if (threadIdx.x == 0) {
-      float* partial = partials + (list.header.tiles_before + tile) * kPreviewNumbers;
-      partial[0] = static_cast<float>(norms.values[0]);
-      partial[1] = static_cast<float>(norms.values[1]);
-      partial[2] = range.most[0];
-      partial[3] = range.most[1];
-      partial[4] = range.active;
-    }
-  }
-}
-
-// One block of threads per tensor.
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_preview_kernel(const BNB_GRID_CONSTANT StepList list, const float* partials) {
-  __shared__ Norms norm_scratch[kFinishThreads / kWarp];
-  __shared__ Range range_scratch[kFinishThreads / kWarp];
-  const OptimizerStep& args = list.header.args;
-  const int e = static_cast<int>(blockIdx.x);
-  const int index = list.header.tensors_before + e;
-  Norms norms{};
-  Range range{};
-  for (uint32_t tile = list.entries[e].first_tile + threadIdx.x; tile < list.end_tile(e);
-       tile += blockDim.x) {
-    const float* partial = partials + (list.header.tiles_before + tile) * kPreviewNumbers;
-    norms.add({{partial[0], partial[1]}});
-    range.add({{partial[2], partial[3]}, partial[4]});
-  }
-  norms = block_total(norms, norm_scratch);
-  range = block_total(range, range_scratch);
-  if (threadIdx.x != 0) return;
-  if (args.param_squares != nullptr) {
-    args.param_squares[index] = static_cast<float>(norms.values[0]);
-  }
-  if (args.unorm != nullptr) args.unorm[index] = static_cast<float>(norms.values[1]);
-  if (args.new_update_scales != nullptr) {
-    args.new_update_scales[index] =
-        bounded_update_scale(norms.values[0], norms.values[1], args.max_unorm);
-  }
-  for (int k = 0; k < 2; ++k) {
-    if (args.new_max[k] == nullptr) continue;
-    // A tensor that stands still as a whole keeps its scale, and with it every code.
-    args.new_max[k][index] = range.active != 0.0f ? range.most[k] : args.max[k][index];
-  }
+    return sum;
+  };
+  const auto write = [&](int e, const Preview& sum) {
+    if (threadIdx.x == 0) write_preview(args, list.header.tensors_before + e, sum);
+  };
+  over_tensors(list, entries, args.tickets, scratch, partials, sum_of, write);
 }
 
 using PreviewKernel = void (*)(const StepList, float*);
@@ -319,46 +352,17 @@ __device__ __forceinline__ float square_tile(const GradientTensor& tensor, int64
   return sum;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    gradient_squares_kernel(const BNB_GRID_CONSTANT GradientList list, float* partials) {
-  BNB_DYNAMIC_SHARED(storage);
-  __shared__ Sums<1> scratch[kWarps];
-  const Entries<GradientList> entries(list, storage);
-  __syncthreads();
-  for (uint32_t tile = blockIdx.x; tile < list.header.tiles; tile += gridDim.x) {
-    const auto& entry = entries[entries.find(tile)];
-    const int64_t begin = int64_t{tile - entry.first_tile} * kPreviewTile;
-    const bool whole = entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n;
-    Sums<1> sum{};
-    sum.values[0] = whole ? square_tile<true, T>(entry.tensor, begin)
-                          : square_tile<false, T>(entry.tensor, begin);
-    sum = block_total(sum, scratch);
-    if (threadIdx.x == 0) {
-      partials[list.header.tiles_before + tile] = static_cast<float>(sum.values[0]);
-    }
-  }
-}
-
-// One block of threads per gradient.
-__global__ void __launch_bounds__(kFinishThreads)
-    percentile_clipping_kernel(const BNB_GRID_CONSTANT GradientList list, const float* partials) {
-  static_assert(kNormHistory <= kFinishThreads);
-  __shared__ Sums<1> scratch[kFinishThreads / kWarp];
+// Enters the sum of squares of a gradient into its history, and finds the factor. Called by all
+// threads; `squares` is that of the first one.
+__device__ __forceinline__ void clip_gradient(const ClippingArgs& clipping, float* gnorm_vec,
+                                              int index, double squares_of_first) {
   __shared__ float shared_squares;
   __shared__ float history[kNormHistory];
-  const PercentileClipping& args = list.header.args.call;
-  const int e = static_cast<int>(blockIdx.x);
+  static_assert(kNormHistory <= kThreads);
+  const PercentileClipping& args = clipping.call;
   const int thread = static_cast<int>(threadIdx.x);
-  float* const gnorm_vec = list.entries[e].tensor.gnorm_vec;
-  Sums<1> sum{};
-  for (uint32_t tile = list.entries[e].first_tile + threadIdx.x; tile < list.end_tile(e);
-       tile += blockDim.x) {
-    sum.values[0] += partials[list.header.tiles_before + tile];
-  }
-  sum = block_total(sum, scratch);
   // Rounded as the history holds it, so that a norm equals its own entry.
-  if (thread == 0) shared_squares = static_cast<float>(sum.values[0]);
+  if (thread == 0) shared_squares = static_cast<float>(squares_of_first);
   __syncthreads();
   const float squares = shared_squares;
   const bool finite = is_finite(squares);
@@ -380,16 +384,39 @@ __global__ void __launch_bounds__(kFinishThreads)
     rank += other < float_bits(own) || (other == float_bits(own) && i < thread) ? 1 : 0;
   }
   if (rank != args.percentile) return;
-  const int count = list.header.args.count;
-  const int index = list.header.tensors_before + e;
   const float norm = sqrtf(squares);
   const float clip = sqrtf(own);
   args.out[index] = norm;
-  args.out[count + index] = clip;
-  args.out[2 * count + index] = finite ? percentile_scale(norm, clip) : 1.0f;
+  args.out[clipping.count + index] = clip;
+  args.out[2 * clipping.count + index] = finite ? percentile_scale(norm, clip) : 1.0f;
 }
 
-using SquaresKernel = void (*)(const GradientList, float*);
+template <class T>
+__global__ void BNB_LAUNCH_BOUNDS(kThreads, kGradientResident)
+    percentile_clipping_kernel(const BNB_GRID_CONSTANT GradientList list, float* partials) {
+  BNB_DYNAMIC_SHARED(storage);
+  __shared__ Squares scratch[kWarps];
+  const Entries<GradientList> entries(list, storage);
+  __syncthreads();
+  const auto sum_of = [&](int e, uint32_t first, uint32_t last) {
+    const auto& entry = entries[e];
+    Squares sum{};
+    int64_t begin = int64_t{first - entry.first_tile} * kPreviewTile;
+    for (uint32_t tile = first; tile < last; ++tile, begin += kPreviewTile) {
+      const bool whole = entry.packs != 0 && begin + kPreviewTile <= entry.tensor.n;
+      sum.value += whole ? square_tile<true, T>(entry.tensor, begin)
+                         : square_tile<false, T>(entry.tensor, begin);
+    }
+    return sum;
+  };
+  const auto write = [&](int e, const Squares& sum) {
+    clip_gradient(list.header.args, entries[e].tensor.gnorm_vec, list.header.tensors_before + e,
+                  sum.value);
+  };
+  over_tensors(list, entries, list.header.args.call.tickets, scratch, partials, sum_of, write);
+}
+
+using ClippingKernel = void (*)(const GradientList, float*);
 
 int blocks_for(uint32_t tiles, int64_t most) {
   return static_cast<int>(std::min<int64_t>(tiles, most));
@@ -399,16 +426,8 @@ int blocks_for(uint32_t tiles, int64_t most) {
 
 void optimizer_preview(const OptimizerStep& args, StateFormat format,
                        std::span<const OptimizerTensor> tensors, float* partials, Stream stream) {
-  const PreviewKernel kernel = choose_by_rule<PreviewKernel>(args.rule, [&]<class R>() {
-    switch (args.dtype) {
-      case DType::kFloat16:
-        return choose<R, Half>(format);
-      case DType::kBFloat16:
-        return choose<R, BFloat16>(format);
-      default:
-        return choose<R, float>(format);
-    }
-  });
+  const PreviewKernel kernel = choose_by_types<PreviewKernel>(
+      args.rule, args.dtype, [&]<class R, class T>() { return choose<R, T>(format); });
   const int states = kRules[static_cast<int>(args.rule)].states;
   const bool codes = format != StateFormat::kFloat32;
   const int state_size = codes ? 1 : 4;
@@ -423,34 +442,25 @@ void optimizer_preview(const OptimizerStep& args, StateFormat format,
   };
   const int64_t most_blocks = int64_t{multiprocessors()} * kResident;
   const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
-  for_each_launch<StepList>(args, tensors, kPreviewTile, most, packs, [&](const StepList& list) {
-    if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
-      launch("optimizer_preview", kernel, blocks, kThreads, entry_bytes(list), stream, list,
-             partials);
-    }
-    launch("finish_preview", finish_preview_kernel, list.header.count, kFinishThreads, 0, stream,
-           list, partials);
+  for_each_launch<StepList>(args, tensors, kPreviewTile, 1, most, packs, [&](const StepList& list) {
+    launch("optimizer_preview", kernel, blocks_for(list.header.tiles, most_blocks), kThreads,
+           entry_bytes(list), stream, list, partials);
   });
 }
 
 void percentile_clipping(const PercentileClipping& args, std::span<const GradientTensor> tensors,
                          float* partials, Stream stream) {
-  SquaresKernel kernel = gradient_squares_kernel<float>;
-  if (args.dtype == DType::kFloat16) kernel = gradient_squares_kernel<Half>;
-  if (args.dtype == DType::kBFloat16) kernel = gradient_squares_kernel<BFloat16>;
+  const ClippingKernel kernel = by_dtype(
+      args.dtype, [&]<class T>() -> ClippingKernel { return percentile_clipping_kernel<T>; });
   const auto packs = [&](const GradientTensor& t) { return is_aligned(t.grad, 16); };
   const int64_t most_blocks = int64_t{multiprocessors()} * kGradientResident;
   const ClippingArgs call{args, static_cast<int>(tensors.size())};
   const int most =
       entries_for<GradientList>(reinterpret_cast<const void*>(kernel), kGradientResident);
   for_each_launch<GradientList>(
-      call, tensors, kPreviewTile, most, packs, [&](const GradientList& list) {
-        if (const int blocks = blocks_for(list.header.tiles, most_blocks); blocks > 0) {
-          launch("gradient_squares", kernel, blocks, kThreads, entry_bytes(list), stream, list,
-                 partials);
-        }
-        launch("percentile_clipping", percentile_clipping_kernel, list.header.count, kFinishThreads,
-               0, stream, list, partials);
+      call, tensors, kPreviewTile, 1, most, packs, [&](const GradientList& list) {
+        launch("percentile_clipping", kernel, blocks_for(list.header.tiles, most_blocks), kThreads,
+               entry_bytes(list), stream, list, partials);
       });
 }
 

@@ -115,24 +115,20 @@ __global__ void BNB_LAUNCH_BOUNDS(kThreads, kResident)
                                     entry.packs != 0);
     }
   }
+  leave_step(list);
 }
 
 using Kernel = void (*)(const StepList);
 
-template <class R>
-Kernel choose(DType dtype, bool stochastic) {
+template <class R, class T>
+Kernel choose(bool stochastic) {
   if constexpr (R::kStates > 2) {
     return nullptr;  // the op has refused it
   } else {
-    switch (dtype) {
-      case DType::kFloat16:
-        return optimizer_step_8bit_kernel<R, Half, false>;
-      case DType::kBFloat16:
-        return stochastic ? optimizer_step_8bit_kernel<R, BFloat16, true>
-                          : optimizer_step_8bit_kernel<R, BFloat16, false>;
-      default:
-        return optimizer_step_8bit_kernel<R, float, false>;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (stochastic) return optimizer_step_8bit_kernel<R, T, true>;
     }
+    return optimizer_step_8bit_kernel<R, T, false>;
   }
 }
 
@@ -140,8 +136,9 @@ Kernel choose(DType dtype, bool stochastic) {
 
 void optimizer_step_8bit(const OptimizerStep& args, std::span<const OptimizerTensor> tensors,
                          Stream stream) {
-  const Kernel kernel = choose_by_rule<Kernel>(
-      args.rule, [&]<class R>() { return choose<R>(args.dtype, args.stochastic_rounding); });
+  const Kernel kernel = choose_by_types<Kernel>(args.rule, args.dtype, [&]<class R, class T>() {
+    return choose<R, T>(args.stochastic_rounding);
+  });
   const int states = kRules[static_cast<int>(args.rule)].states;
   const int size = args.dtype == DType::kFloat32 ? 4 : 2;
   const int64_t most_blocks = int64_t{multiprocessors()} * kResident;
@@ -151,8 +148,8 @@ void optimizer_step_8bit(const OptimizerStep& args, std::span<const OptimizerTen
     return aligned;
   };
   const int most = entries_for<StepList>(reinterpret_cast<const void*>(kernel), kResident);
-  for_each_launch<StepList>(args, tensors, kTile, most, packs, [&](const StepList& list) {
-    const int blocks = static_cast<int>(std::min<int64_t>(list.header.tiles, most_blocks));
+  for_each_launch<StepList>(args, tensors, kTile, 0, most, packs, [&](const StepList& list) {
+    const int blocks = step_blocks(list, std::min<int64_t>(list.header.tiles, most_blocks));
     if (blocks == 0) return;
     launch("optimizer_step_8bit", kernel, blocks, kThreads, entry_bytes(list), stream, list);
   });

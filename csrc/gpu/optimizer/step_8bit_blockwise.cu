@@ -361,6 +361,7 @@ __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
     }
     place = next;
   }
+  leave_step(list);
 }
 
 using Kernel = void (*)(const StepList);
@@ -387,15 +388,8 @@ Chosen choose(bool stochastic) {
 
 void optimizer_step_8bit_blockwise(const OptimizerStep& args,
                                    std::span<const OptimizerTensor> tensors, Stream stream) {
-  const Chosen chosen = choose_by_rule<Chosen>(args.rule, [&]<class R>() {
-    switch (args.dtype) {
-      case DType::kFloat16:
-        return choose<R, Half>(false);
-      case DType::kBFloat16:
-        return choose<R, BFloat16>(args.stochastic_rounding);
-      default:
-        return choose<R, float>(false);
-    }
+  const Chosen chosen = choose_by_types<Chosen>(args.rule, args.dtype, [&]<class R, class T>() {
+    return choose<R, T>(args.stochastic_rounding);
   });
   const int threads = block_threads(chosen.states);
   const SharedNeeds needs{kWarp, chosen.warp_bytes, static_cast<int>(sizeof(StepList::Entry)),
@@ -410,13 +404,15 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
     }
     return aligned;
   };
-  for_each_launch<StepList>(args, tensors, kTile, shape.entries, packs, [&](const StepList& list) {
-    const int64_t warps = shape.threads / kWarp;
-    const int blocks = static_cast<int>(std::min(most_blocks, ceil_div(list.header.tiles, warps)));
-    if (blocks == 0) return;
-    launch("optimizer_step_8bit_blockwise", chosen.kernel, blocks, shape.threads,
-           shape.group_bytes + entry_bytes(list), stream, list);
-  });
+  for_each_launch<StepList>(
+      args, tensors, kTile, 0, shape.entries, packs, [&](const StepList& list) {
+        const int64_t warps = shape.threads / kWarp;
+        const int blocks =
+            step_blocks(list, std::min(most_blocks, ceil_div(int64_t{list.header.tiles}, warps)));
+        if (blocks == 0) return;
+        launch("optimizer_step_8bit_blockwise", chosen.kernel, blocks, shape.threads,
+               shape.group_bytes + entry_bytes(list), stream, list);
+      });
 }
 
 }  // namespace bnb::gpu

@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <csetjmp>
 #include <memory>
 #include <mutex>
@@ -60,6 +61,7 @@ std::vector<char> shared;
 const std::function<void()>* body;
 Fiber* current;
 jmp_buf scheduler;
+std::atomic<int64_t> launches;
 uint64_t progress;  // changes when something happened that others may wait for
 
 void finish_meeting(Meeting& m) {
@@ -167,6 +169,7 @@ void run_block() {
 void run(const std::function<void()>& thread, dim3 grid, dim3 block, int shared_bytes) {
   static std::mutex one_at_a_time;  // static shared memory is one per process
   const std::lock_guard<std::mutex> lock(one_at_a_time);
+  ++launches;
   body = &thread;
   fibers.resize(block.x * block.y * block.z);
   shared.resize(static_cast<size_t>(shared_bytes) + 16);
@@ -216,3 +219,8 @@ void wait_copies(int open) {
 }
 
 }  // namespace bnb::gpu::emulated
+
+// Kernels that this process started, for tests.
+extern "C" [[gnu::visibility("default")]] int64_t bnb_emulated_launches() {
+  return bnb::gpu::emulated::launches;
+}

@@ -40,7 +40,8 @@ struct Place {
 // Of the fiber that runs.
 extern Place place;
 
-// Runs one kernel; throws std::logic_error if its threads wait for each other for ever.
+// Runs one kernel, and counts it (bnb_emulated_launches()); throws std::logic_error if its threads
+// wait for each other for ever.
 void run(const std::function<void()>& thread, dim3 grid, dim3 block, int shared_bytes);
 
 // Shared memory of the block beyond the static one.
@@ -74,6 +75,7 @@ inline int lane() { return static_cast<int>(place.thread.x % 32); }
 #define gridDim (::bnb::gpu::emulated::place.grid_size)
 
 inline void __syncthreads() { bnb::gpu::emulated::block_all(true); }
+inline void __threadfence() {}  // blocks of threads run one after the other
 
 // ---- Arithmetic
 // ----------------------------------------------------------------------------------

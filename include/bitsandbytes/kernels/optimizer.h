@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -49,6 +50,11 @@ struct OptimizerStep {
   float* param_squares;      // [tensors]: sum of squares of the parameter, or null
   float* unorm;              // [tensors]: that of the update before it is bounded, or null
   float* new_update_scales;  // [tensors]: factors that keep to the bound; null without one
+  uint32_t* tickets;         // as PercentileClipping has them
+  // What the step leaves for the next one, once nothing reads it any more. Null pointers where that
+  // is up to the caller.
+  int64_t* counter;    // = step: goes up by one
+  float* kept_max[2];  // [tensors] = max: receives new_max
 };
 
 // Elements behind one partial sum of the preview and of gradient norms, on every device.
@@ -57,10 +63,11 @@ inline constexpr int64_t kPreviewTile = 8192;
 // new states, and 1 if an element is not skipped, else 0.
 inline constexpr int kPreviewNumbers = 5;
 
-// Number of partial results of a list.
-inline int64_t preview_tiles(std::span<const OptimizerTensor> tensors) {
+// Room for the partial results of a list: an empty tensor may have one, too.
+template <class Tensors>
+int64_t preview_tiles(const Tensors& tensors) {
   int64_t tiles = 0;
-  for (const OptimizerTensor& t : tensors) tiles += ceil_div(t.n, kPreviewTile);
+  for (const auto& t : tensors) tiles += std::max<int64_t>(1, ceil_div(t.n, kPreviewTile));
   return tiles;
 }
 
@@ -77,6 +84,8 @@ struct PercentileClipping {
   const int64_t* step;  // steps taken before this one
   int percentile;       // 0 to 99
   float* out;           // [3, tensors]: gradient norms, clip values, factors on the gradients
+  uint32_t* tickets;    // [1 + tensors]: zeros, before the call and after it. Blocks of threads of
+                        // a GPU count here what they have done of a tensor, and of all
 };
 
 namespace gpu {
@@ -93,11 +102,11 @@ void optimizer_step_8bit_blockwise(const OptimizerStep& args,
 void optimizer_step_8bit(const OptimizerStep& args, std::span<const OptimizerTensor> tensors,
                          Stream stream);
 
-// The preview of a step; `partials` is scratch of kPreviewNumbers floats per preview tile.
+// The preview of a step; `partials` is scratch of kPreviewNumbers floats per tile (preview_tiles).
 void optimizer_preview(const OptimizerStep& args, StateFormat format,
                        std::span<const OptimizerTensor> tensors, float* partials, Stream stream);
 
-// Records the norm of each gradient; `partials` is scratch of one float per tile of kPreviewTile.
+// Records the norm of each gradient; `partials` is scratch of one float per tile (preview_tiles).
 void percentile_clipping(const PercentileClipping& args, std::span<const GradientTensor> tensors,
                          float* partials, Stream stream);
 

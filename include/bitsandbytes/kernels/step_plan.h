@@ -26,8 +26,8 @@ struct PlannedStep {
   DType dtype;
   const PlannedTensor* tensors;  // [count]
   int64_t count;
-  const int64_t* step;  // steps taken before this one
-  LearningRate lr;      // or none: hyper.lr
+  int64_t* step;    // steps taken before this one; goes up by one
+  LearningRate lr;  // or none: hyper.lr
   Hyper hyper;
   bool stochastic_rounding;
   uint64_t seed;

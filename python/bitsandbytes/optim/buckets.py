@@ -85,9 +85,7 @@ class Bucket:
         self._pages: list[int] | None = None
         self._residency = paged.Residency()
         lists = (self.state1, self.state2, self.absmax1, self.absmax2, self.qmap1, self.qmap2)
-        # States with one scale per tensor take new scales in every step.
-        whole = self.eight_bit and not self.absmax1
-        self._plan = None if self.sharded or whole else StepPlan(params, *lists)
+        self._plan = None if self.sharded else StepPlan(params, *lists)
 
     def _hold(self, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         """Takes parameters, and the lists of what their states hold."""
@@ -102,6 +100,7 @@ class Bucket:
         self.absmax2 = self._entries("absmax2")
         self.qmap1 = first.get("qmap1")
         self.qmap2 = first.get("qmap2")
+        self.tensor_wise = self.eight_bit and not self.absmax1  # one scale per tensor
 
     def _entries(self, key: str) -> list[Tensor]:
         entries = [state[key] for state in self.states] if key in self.states[0] else []
@@ -148,7 +147,7 @@ class Bucket:
         """Creates the entries beside the states that steps with these settings need."""
         if config["percentile_clipping"] < 100:
             self.histories()
-        if self.eight_bit and not self.absmax1:
+        if self.tensor_wise:
             self._whole_scales("max")
             self._whole_scales("new_max")
         if config["max_unorm"] > 0.0:
@@ -175,12 +174,20 @@ class Bucket:
         if config["percentile_clipping"] < 100:
             percentile, histories = int(config["percentile_clipping"]), self.histories()
         options = self._options(config)
-        if self._plan is None or not self._plan.take(rule, grads, options, percentile, histories):
+        if not self._step_by_plan(rule, grads, options, percentile, histories):
             self._step_by_ops(rule, grads, options, percentile, histories)
-        self.step_tensor.add_(1)
+            self.step_tensor.add_(1)
         self.steps += 1
         self._pending = True
         self.captured = self.captured or _is_capturing(self.device)
+
+    def _step_by_plan(self, rule: str, grads: list[Tensor], options: tuple, *clipping) -> bool:
+        if self._plan is None:
+            return False
+        if not self.tensor_wise:
+            return self._plan.take(rule, grads, options, *clipping)
+        scales = (*self._whole_scales("max"), *self._whole_scales("new_max"))
+        return self._plan.take(rule, grads, options, *clipping, scales)
 
     def _step_by_ops(
         self,

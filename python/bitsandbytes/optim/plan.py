@@ -21,6 +21,7 @@ __all__ = ["StepPlan"]
 
 LONGEST_WAIT = 1024  # steps
 NO_PERCENTILE = 100
+NO_SCALES = (None, None, None, None)
 
 
 def _is_observed() -> bool:
@@ -60,6 +61,9 @@ class StepPlan:
         qmap2: Tensor | None,
     ):
         self._lists = (params, state1, state2, absmax1, absmax2, qmap1, qmap2)
+        # Where blocks of threads count; made here, where no CUDA graph is captured.
+        device = params[0].device
+        self._tickets = torch.zeros(1 + len(params), dtype=torch.int32, device=device)
         self._rule: str | None = None
         self._clips = False
         self._native = None
@@ -73,8 +77,9 @@ class StepPlan:
         options: tuple,
         percentile: int = NO_PERCENTILE,
         histories: list[Tensor] | None = None,
+        scales: tuple[Tensor | None, ...] = NO_SCALES,
     ) -> bool:
-        """Takes a step, or returns False, having written nothing.
+        """Takes a step and counts it, or returns False, having written nothing.
 
         Args:
             rule: Name of the update rule.
@@ -82,6 +87,8 @@ class StepPlan:
             options: The last arguments of every optimizer op, as the schemas order them.
             percentile: Of percentile clipping, which goes before the step; 100: none.
             histories: The squares of past gradient norms that it takes, the same in every step.
+            scales: Of states with one scale per tensor, the same in every step: the scales of both
+                states before the step, and room for those after it, which become the former.
         """
         if _is_observed():
             return False
@@ -91,7 +98,8 @@ class StepPlan:
                 self._countdown -= 1
                 return False
             kept = histories if clips else []
-            self._native = _make(rule, *self._lists, options[0], kept)
+            beside = (*scales, options[0], self._tickets, kept)
+            self._native = _make(rule, *self._lists, *beside)
             self._rule, self._clips = rule, clips
         if self._native is not None:
             if self._native.take(grads, options, percentile):

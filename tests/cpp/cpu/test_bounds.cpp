@@ -18,7 +18,7 @@ OptimizerTensor tensor_of(int64_t n) { return {nullptr, nullptr, {}, {}, n}; }
 TEST(FinishPreview, AddsTheTilesOfEachTensor) {
   const std::vector<OptimizerTensor> tensors = {tensor_of(2 * kPreviewTile + 1), tensor_of(0),
                                                 tensor_of(5)};
-  ASSERT_EQ(preview_tiles(tensors), 4);
+  ASSERT_EQ(preview_tiles(tensors), 5);  // room for the empty one
   const std::vector<float> partials = {1, 8, 0, 0, 1, 2, 8, 0, 0, 1, 1, 0, 0, 0, 1, 9, 1, 0, 0, 1};
   std::vector<float> params(3, -1.0f);
   std::vector<float> unorm(3, -1.0f);
@@ -66,6 +66,23 @@ TEST(FinishPreview, TakesTheLargestState) {
   EXPECT_EQ(new2, (std::vector<float>{4, 18, 0, 20}));
 }
 
+TEST(LeaveStep, CountsAndKeepsNewScales) {
+  int64_t steps = 41;
+  std::vector<float> max = {1, 2, 3};
+  std::vector<float> new_max = {4, 5, 6};
+  OptimizerStep args{};
+  args.new_max[0] = new_max.data();
+  leave_step(args, 3);
+  args.step = args.counter = &steps;
+  leave_step(args, 3);
+  EXPECT_EQ(steps, 42);
+  EXPECT_EQ(max, (std::vector<float>{1, 2, 3}));
+  args.max[0] = args.kept_max[0] = max.data();
+  leave_step(args, 3);
+  EXPECT_EQ(steps, 43);
+  EXPECT_EQ(max, new_max);
+}
+
 class Clipping : public testing::Test {
  protected:
   // Norm, clip value and factor after step number `number` with a gradient of this square.
@@ -73,7 +90,8 @@ class Clipping : public testing::Test {
     const int64_t step = number - 1;
     std::vector<float> out(3, -1.0f);
     const std::vector<GradientTensor> tensors = {{nullptr, history.data(), 1}};
-    finish_percentile_clipping({DType::kFloat32, &step, percentile, out.data()}, tensors, &square);
+    finish_percentile_clipping({DType::kFloat32, &step, percentile, out.data(), nullptr}, tensors,
+                               &square);
     return out;
   }
 
@@ -142,7 +160,8 @@ TEST_F(Clipping, EachTensorHasItsOwnTilesAndHistory) {
                                                {nullptr, other.data(), 3}};
   const std::vector<float> partials = {9, 16, 4};
   std::vector<float> out(9, -1.0f);
-  finish_percentile_clipping({DType::kFloat32, &step, 5, out.data()}, tensors, partials.data());
+  finish_percentile_clipping({DType::kFloat32, &step, 5, out.data(), nullptr}, tensors,
+                             partials.data());
   EXPECT_EQ(out, (std::vector<float>{5, 0, 2, 5, 0, 2, 1, 1, 1}));
 }
 

@@ -269,6 +269,19 @@ def test_percentile_clipping_equals_scaled_gradients(device, functions, form):
         assert (error > 30 * 1e-2 * 64 * U).float().mean() <= 0.01
 
 
+def test_norms_of_gradients_in_many_tiles(device, functions):
+    # More tiles than threads take in one go, and tensors that share what is gone through together.
+    sizes = (700_000, 3, 0, 70_000, 8192, 24_577)
+    history = [torch.zeros(100, device=device) for _ in sizes]
+    for t in range(2):
+        grads = [torch.randn(n, device=device) for n in sizes]
+        out = record(functions, grads, history, t, 5)
+        norms = [g.double().norm().item() for g in grads]
+        np.testing.assert_allclose(numpy(out[0]), norms, rtol=2e-6)
+        again = record(functions, grads, [h.clone() for h in history], t + 1, 5)
+        assert torch.equal(again[0], out[0])
+
+
 def test_norm_that_is_not_finite_is_not_recorded(device, functions):
     history = [torch.zeros(100, device=device) for _ in range(2)]
     good, bad = torch.ones(4, device=device), torch.tensor([1.0, torch.nan], device=device)

@@ -142,6 +142,8 @@ MAKERS = {
     "lion32": lambda ps: bnb.optim.Lion32bit(ps, lr=1e-2),
     "ademamix8": lambda ps: bnb.optim.AdEMAMix8bit(ps, lr=1e-2, min_8bit_size=0, t_alpha=4),
     "ademamix32": lambda ps: bnb.optim.AdEMAMix32bit(ps, lr=1e-2, t_beta3=4),
+    "adam8_whole": lambda ps: bnb.optim.Adam8bit(ps, lr=1e-2, min_8bit_size=0, block_wise=False),
+    "lion8_whole": lambda ps: bnb.optim.Lion8bit(ps, lr=1e-2, min_8bit_size=0, block_wise=False),
     "rounded": lambda ps: bnb.optim.AdamW8bit(
         ps, lr=1e-2, min_8bit_size=0, stochastic_rounding=True, rounding_seed=5
     ),
@@ -174,6 +176,9 @@ BOUNDED = {
     "adam32_clipped": lambda ps: bnb.optim.Adam32bit(ps, lr=1e-1, percentile_clipping=0),
     "lamb8_clipped": lambda ps: bnb.optim.LAMB8bit(
         ps, lr=1e-1, min_8bit_size=0, max_unorm=0.1, percentile_clipping=50
+    ),
+    "lamb8_whole": lambda ps: bnb.optim.LAMB8bit(
+        ps, lr=1e-1, min_8bit_size=0, max_unorm=0.1, percentile_clipping=50, block_wise=False
     ),
     "ademamix8": lambda ps: bounded(bnb.optim.AdEMAMix8bit(ps, lr=1e-1, min_8bit_size=0)),
     "adam8": lambda ps: bounded(bnb.optim.Adam8bit(ps, lr=1e-1, min_8bit_size=0), clipped=30),
@@ -211,15 +216,24 @@ def test_plan_bounds_as_the_op_does(device, make, dtype, counted):
     assert not any(torch.equal(p, q) for p, q in zip(pair.params[3:], free[3:], strict=True))
 
 
-def test_tensor_wise_states_are_bounded_by_the_op(device, counted):
-    pair = Pair(
-        counted,
-        device,
-        lambda ps: bnb.optim.LAMB8bit(ps, min_8bit_size=0, block_wise=False, max_unorm=0.1),
-    )
+@pytest.mark.parametrize("make", ["adam8", "adam32", "lion8_whole", "lamb8_clipped"])
+def test_lists_of_several_launches(device, make, counted):
+    # The last launch, which counts the step, may have nothing else to do.
+    make = {**MAKERS, **BOUNDED}[make]
+    empty = 600 if device == "cuda" else 20
+    pair = Pair(counted, device, make, shapes=[(7,), (0,), (300,)] * 12 + [(0,)] * empty)
     for _ in range(3):
         pair.step()
-    assert counted.since() == (0, 3)
+    assert counted.since()[0] == 2
+    pair.check()
+
+
+def test_list_of_empty_tensors(device, counted):
+    pair = Pair(counted, device, MAKERS["adam8_whole"], shapes=((0,), (3, 0)))
+    for _ in range(3):
+        pair.step()
+    assert counted.since() == (2, 1)
+    assert pair.opt._buckets[0].step_tensor == 3
     pair.check()
 
 
@@ -792,7 +806,10 @@ def test_numbers_per_parameter_give_what_they_give_the_op(native, names, max_uno
 
     values = torch.tensor([0.25, 0.75], device=params[0].device)
     ours, theirs = ({name: values.clone() for name in names} for _ in range(2))
+    taken = options[0].clone()
     assert plan.take(grads, with_vectors(ours))
+    assert options[0] == taken + 1
+    options = (taken, *options[1:])
     params_, state1, state2, absmax1, absmax2 = copies
     torch.ops.bitsandbytes.optimizer_step_8bit_blockwise(
         *("adam", params_, grads, state1, state2, absmax1, absmax2, bucket.qmap1, bucket.qmap2),
@@ -851,19 +868,39 @@ def test_plan_op_checks_every_list(device):
     b = opt._buckets[0]
     plan = torch.ops.bitsandbytes._optimizer_plan
     lists = [b.params, b.state1, b.state2, b.absmax1, b.absmax2]
+    names = ("max1", "max2", "new_max1", "new_max2")
+    scales = {name: torch.zeros(2, device=device) for name in names}
+    whole = (*lists[:3], [], [], b.qmap1, b.qmap2)
+    tickets = torch.zeros(3, dtype=torch.int32, device=device)
+
+    def rest(step=b.step_tensor, tickets=tickets, histories=(), **scales):
+        return (*(scales.get(name) for name in names), step, tickets, list(histories))
+
     for i, name in enumerate(("params", "state1", "state2", "absmax1", "absmax2")):
         wrong = list(lists)
         wrong[i] = [t.double() for t in lists[i]]
         with pytest.raises(RuntimeError, match=f"_optimizer_plan: {name}"):
-            plan("adam", *wrong, b.qmap1, b.qmap2, b.step_tensor, [])
+            plan("adam", *wrong, b.qmap1, b.qmap2, *rest())
         wrong[i] = lists[i][:1]
         with pytest.raises(RuntimeError, match="_optimizer_plan"):
-            plan("adam", *wrong, b.qmap1, b.qmap2, b.step_tensor, [])
+            plan("adam", *wrong, b.qmap1, b.qmap2, *rest())
     history = torch.zeros(100, device=device)
     for wrong in ([history], [history, history.double()], [history, history[:99]]):
         with pytest.raises(RuntimeError, match="_optimizer_plan: gnorm_vec"):
-            plan("adam", *lists, b.qmap1, b.qmap2, b.step_tensor, wrong)
+            plan("adam", *lists, b.qmap1, b.qmap2, *rest(histories=wrong))
     with pytest.raises(RuntimeError, match="_optimizer_plan: qmap2"):
-        plan("adam", *lists, b.qmap1, None, b.step_tensor, [])
+        plan("adam", *lists, b.qmap1, None, *rest())
     with pytest.raises(RuntimeError, match="_optimizer_plan: step"):
-        plan("adam", *lists, b.qmap1, b.qmap2, b.step_tensor.float(), [])
+        plan("adam", *lists, b.qmap1, b.qmap2, *rest(step=b.step_tensor.float()))
+    for wrong in (tickets[:2], tickets.long(), tickets.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match="_optimizer_plan: tickets"):
+            plan("adam", *lists, b.qmap1, b.qmap2, *rest(tickets=wrong))
+    for name in names:
+        for wrong in (scales["max1"].double(), scales["max1"][:1], None):
+            if (name, wrong) == ("max1", None):  # then scales are expected block by block
+                continue
+            with pytest.raises(RuntimeError, match=f"_optimizer_plan: {name}"):
+                plan("adam", *whole, *rest(**{**scales, name: wrong}))
+    with pytest.raises(RuntimeError, match="_optimizer_plan: new_max1 must not share"):
+        plan("adam", *whole, *rest(**{**scales, "new_max1": scales["max1"]}))
+    assert plan("adam", *whole, *rest(**scales)) > 0
