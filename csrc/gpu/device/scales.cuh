@@ -72,6 +72,18 @@ class ScaleReader {
     }
   }
 
+  // Nested scales of blocks b to b + 3, where b is a multiple of four, that have one absmax.
+  struct StoredFour {
+    float absmax;
+    uint32_t codes;
+  };
+  __device__ __forceinline__ StoredFour load_four(int64_t block) const {
+    return {absmax_of_code(block), *reinterpret_cast<const uint32_t*>(scales_.codes + block)};
+  }
+  __device__ __forceinline__ float value(StoredFour stored, int i) const {
+    return value(Stored{stored.absmax, static_cast<uint8_t>(stored.codes >> (8 * i))});
+  }
+
   __device__ __forceinline__ float operator()(int64_t block) const { return value(load(block)); }
 
  private:

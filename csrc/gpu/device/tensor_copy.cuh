@@ -42,7 +42,8 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 // address, row_bytes and tile_bytes are multiples of 16; so must be the byte at which a copy
 // begins.
 inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t row_bytes, int tile_rows,
-                            int tile_bytes, Swizzle swizzle) {
+                            int tile_bytes, Swizzle swizzle,
+                            CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B) {
   constexpr cuuint32_t kElement = 2;  // bytes; what they mean does not matter
   TensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(row_bytes) / kElement,
@@ -53,8 +54,8 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t row_bytes,
   const cuuint32_t steps[] = {1, 1};
   const CUresult status = tensor_map_encoder()(
       &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(matrix), sizes, strides, tile,
-      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle),
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      steps, CU_TENSOR_MAP_INTERLEAVE_NONE, static_cast<CUtensorMapSwizzle>(swizzle), promotion,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with status " +
                              std::to_string(static_cast<int>(status)));
@@ -114,14 +115,19 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const TensorMap& ma
 // The same to the same place in every block of the cluster whose bit is set in `blocks`; counts at
 // the barrier of each.
 __device__ __forceinline__ void tensor_copy_to_cluster(uint32_t shared, const TensorMap& map,
-                                                       int column, int row,
-                                                       TransactionBarrier& barrier,
+                                                       int column, int row, BarrierAt barrier,
                                                        uint16_t blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(&barrier.state)), "h"(blocks)
+      "l"(&map), "r"(column), "r"(row), "r"(barrier.address), "h"(blocks)
       : "memory");
+}
+__device__ __forceinline__ void tensor_copy_to_cluster(uint32_t shared, const TensorMap& map,
+                                                       int column, int row,
+                                                       TransactionBarrier& barrier,
+                                                       uint16_t blocks) {
+  tensor_copy_to_cluster(shared, map, column, row, barrier.at(), blocks);
 }
 
 // The address in the cluster of what lies at `shared` in its block `block`.

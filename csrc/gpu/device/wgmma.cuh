@@ -431,15 +431,17 @@ __device__ __forceinline__ void store_transposed(uint32_t place, const uint32_t 
 
 // ---- Counters ---------------------------------------------------------------------------------
 
-// Counts an arrival; returns how many were before. What this thread, and others that it has
-// synchronised with, stored is visible to who comes later, and theirs to this one.
-__device__ __forceinline__ int count_arrival(int* counter) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
-               : "=r"(before)
-               : "l"(counter)
-               : "memory");
-  return before;
+// Sets a flag; what this thread, and others that it has synchronised with, stored is visible to who
+// sees it. Waits until a flag is set to a value.
+__device__ __forceinline__ void set_flag(unsigned long long* flag, unsigned long long value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+__device__ __forceinline__ void wait_for_flag(const unsigned long long* flag,
+                                              unsigned long long value) {
+  unsigned long long seen;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+  } while (seen != value);
 }
 
 }  // namespace bnb::gpu

@@ -9,8 +9,9 @@
 //     tiles     | whole: 0 1 2 ... | split:    a    |    b    |    c    |
 //     blocks    | 0 1 2 ... 0 1 2  |  0   |  1   |  2   |  3   |  4   | 5
 //
-// A warp that has part of a split tile stores its sums; the one that comes last adds up all parts,
-// in the order of k, so that results do not depend on who that is.
+// Warps that have part of a split tile but not its beginning store their sums, which is the first
+// thing that their block does. The warp that has the beginning, the last thing that its block does,
+// adds them to its own in the order of k.
 #pragma once
 
 #include <algorithm>
@@ -22,38 +23,49 @@
 namespace bnb::gpu {
 
 // What a kernel is compiled for.
-template <int tokens, int groups, int blocks, int stages, bool scale_sums>
+template <int tokens, int groups, int blocks, int stages, bool scale_sums, int fan = 1,
+          int high = 1>
 struct WgmmaShape {
   static constexpr int kTokens = tokens;  // of a tile
-  static constexpr int kGroups = groups;  // warpgroups that multiply, 64 rows of the weight each
+  static constexpr int kGroups = groups;  // warpgroups that multiply
+  static constexpr int kHigh = high;      // times 64 rows of the weight for each of them
   static constexpr int kBlocks = blocks;  // of 64 k in a stage
   static constexpr int kStages = stages;  // on their way at a time
   // Scales are applied to sums over 64 k in float; otherwise to the weights.
   static constexpr bool kScaleSums = scale_sums;
-  static_assert(kBlocks == 1 || kBlocks == 2);
+  static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4);
 
-  static constexpr int kRows = 64 * kGroups;
+  // Neighbouring blocks of threads, a cluster, that share tokens: each brings a part of them to
+  // all.
+  static constexpr int kFan = fan;
+
+  static constexpr int kRows = 64 * kGroups * kHigh;
+  static constexpr int kTileRows = kRows * kFan;
   static constexpr int kWarps = 4 * kGroups;  // that multiply
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kSums = kTokens / 2;  // of a thread
+  static constexpr int kSums = kTokens / 2;  // of a thread, for each 64 rows
 
   // Shared memory by address. The table of 256 entries for 32 lanes takes every other 128 bytes of
   // its span, so that an address is made of a byte of codes by one instruction. The other pieces of
-  // 128 bytes hold scales, barriers and, for each warp, sixteen rows by sixteen tokens of out.
+  // 128 bytes hold scales, four rows each, and barriers.
   static constexpr int kStart = 1024;                // what is before is the system's
   static constexpr int kTokenBlock = kTokens * 128;  // 64 k of all tokens
   static constexpr int kTokenStage = kBlocks * kTokenBlock;
+  static constexpr int kTokenPartRows = kTokenStage / 128 / kFan;  // that one block brings
   static constexpr int kCodeStage = kRows * kBlocks * 32;
   static constexpr int kTableAt = kStart + kStages * kTokenStage;
   static constexpr int kCodesAt = kTableAt + 256 * 256;
   static constexpr int kNestedAt = kCodesAt + kStages * kCodeStage;  // table of nested scales
-  static constexpr int kEnd = kNestedAt + 1024;
-  static constexpr int kRowsPerPiece = 32 / kBlocks;  // of scales
-  static constexpr int kScalePieces = kRows / kRowsPerPiece;
-  static constexpr int kScratchPiece = kStages * kScalePieces;
-  static constexpr int kBarrierPiece = kScratchPiece + 4 * kWarps;
+  static constexpr int kScratchAt = kNestedAt + 1024;  // of a warp: 16 rows by 16 tokens of out
+  static constexpr int kEnd = kScratchAt + kWarps * 512;
+  // Scales of eight blocks come together, which is what memory moves at least.
+  static constexpr int kScaleBlocks = 8;
+  static constexpr int kScaleStages = kScaleBlocks / kBlocks;
+  static constexpr int kScaleSlots = kRows > 256 ? 2 : 3;
+  static constexpr int kScalePieces = kRows / 4;  // of a slot
+  static constexpr int kBarrierPiece = kScaleSlots * kScalePieces;
   static constexpr int kMostShared = 228 * 1024;  // of a multiprocessor, and of a block
-  static_assert(kBarrierPiece < 256 && kStages <= 8 && kEnd <= kMostShared);
+  static_assert(kBarrierPiece + 1 < 256 && kStages <= 8 && kScaleSlots <= 8 && kEnd <= kMostShared);
 
   BNB_HD static constexpr int piece(int i) { return kTableAt + 128 + 256 * i; }
 };
@@ -63,24 +75,24 @@ inline constexpr int64_t kLongest = 1 << 22;
 inline constexpr int64_t kMostRows = 1 << 30;
 
 struct WgmmaPlan {
-  int blocks;  // of threads
+  int blocks;  // of threads, or clusters of them
   int token_tiles;
   int stages;     // of a tile
   int whole;      // tiles that are not split
   int split;      // and those that are
   int splitters;  // blocks of threads that have parts of those: the first ones, a stage at least
-  int arrivals;
   // Places in the workspace, in bytes. Tokens begin at 0.
   int64_t sums_at;
-  int64_t arrivals_at;
+  int64_t flags_at;
   int64_t bytes;
 
   template <class Shape>
   static WgmmaPlan make(int64_t m, int64_t n, int64_t k, int multiprocessors) {
     WgmmaPlan plan{};
+    multiprocessors = std::max(multiprocessors / Shape::kFan, 1);  // or pairs of them, ...
     plan.token_tiles = static_cast<int>(ceil_div(m, Shape::kTokens));
     plan.stages = static_cast<int>(ceil_div(k, 64 * Shape::kBlocks));
-    const int tiles = static_cast<int>(ceil_div(n, Shape::kRows)) * plan.token_tiles;
+    const int tiles = static_cast<int>(ceil_div(n, Shape::kTileRows)) * plan.token_tiles;
     plan.blocks = multiprocessors;
     // If nearly all multiprocessors suffice for equal parts of tiles, no block has two tiles.
     const int even = multiprocessors / tiles * tiles;
@@ -89,11 +101,9 @@ struct WgmmaPlan {
     plan.split = tiles - plan.whole;
     plan.splitters = std::min(plan.blocks, plan.split * plan.stages);
     if (plan.whole == 0) plan.blocks = plan.splitters;
-    plan.arrivals = plan.split * Shape::kWarps;
     plan.sums_at = int64_t{plan.token_tiles} * plan.stages * Shape::kTokenStage;
-    const int64_t parts = 2 * plan.splitters;
-    plan.arrivals_at = plan.sums_at + parts * Shape::kRows * Shape::kTokens * 4;
-    plan.bytes = plan.arrivals_at + plan.arrivals * 4;
+    plan.flags_at = plan.sums_at + int64_t{plan.splitters} * Shape::kTileRows * Shape::kTokens * 4;
+    plan.bytes = plan.flags_at + int64_t{plan.splitters} * Shape::kFan * Shape::kWarps * 8;
     return plan;
   }
 

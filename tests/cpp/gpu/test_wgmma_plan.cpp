@@ -15,9 +15,11 @@ template <class Shape>
 void check_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   SCOPED_TRACE(testing::Message() << m << " x " << n << " x " << k << " on " << multiprocessors);
   const auto plan = WgmmaPlan::make<Shape>(m, n, k, multiprocessors);
-  ASSERT_LE(plan.blocks, multiprocessors);
+  ASSERT_LE(plan.blocks * Shape::kFan, multiprocessors);
   std::map<int, std::multiset<int>> stages_of;  // by tile
   std::map<int, std::set<int>> blocks_of;       // by split tile
+  std::set<int> parts;  // blocks with part of a tile whose beginning another one has
+  std::set<int> waits;  // blocks that have the beginning of such a tile
   for (int block = 0; block < plan.blocks; ++block) {
     WgmmaWalk walk(plan, block);
     int stages = 0;
@@ -25,7 +27,15 @@ void check_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
       ASSERT_LT(walk.begin, walk.end);
       stages += walk.end - walk.begin;
       for (int stage = walk.begin; stage < walk.end; ++stage) stages_of[walk.tile].insert(stage);
-      if (walk.end - walk.begin < plan.stages) blocks_of[walk.tile].insert(block);
+      // Others wait for what begins within a tile, which is done before what a block waits for.
+      if (walk.begin > 0) {
+        ASSERT_EQ(waits.count(block), 0u);
+        ASSERT_TRUE(parts.insert(block).second);
+      }
+      if (walk.end - walk.begin < plan.stages) {
+        if (walk.begin == 0) waits.insert(block);
+        blocks_of[walk.tile].insert(block);
+      }
     }
     ASSERT_EQ(walk.all_stages(block), stages);
   }
@@ -41,6 +51,7 @@ void check_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
     const int first = plan.block_of(first_stage);
     const int last = plan.block_of(first_stage + plan.stages - 1);
     ASSERT_EQ(*blocks.begin(), first);
+    ASSERT_EQ(waits.count(first), 1u);
     ASSERT_EQ(*blocks.rbegin(), last);
     ASSERT_EQ(static_cast<int>(blocks.size()), last - first + 1);
   }
@@ -51,9 +62,9 @@ TEST(WgmmaPlan, TakesEveryStageOnce) {
     for (const int64_t n : {1, 520, 4096, 14336}) {
       for (const int64_t k : {64, 192, 1024}) {
         for (const int64_t m : {9, 300, 2048}) {
-          check_plan<WgmmaShape<16, 4, 2, 6, true>>(m, n, k, multiprocessors);
-          check_plan<WgmmaShape<64, 2, 2, 5, true>>(m, n, k, multiprocessors);
-          check_plan<WgmmaShape<256, 2, 1, 4, false>>(m, n, k, multiprocessors);
+          check_plan<WgmmaShape<16, 4, 4, 3, true>>(m, n, k, multiprocessors);
+          check_plan<WgmmaShape<64, 2, 4, 3, true>>(m, n, k, multiprocessors);
+          check_plan<WgmmaShape<256, 2, 1, 4, false, 2>>(m, n, k, multiprocessors);
         }
       }
     }
