@@ -112,6 +112,24 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const TensorMap& ma
   tensor_copy(shared, map, column, row, barrier.at());
 }
 
+// Starts a copy of a tile from shared memory to the matrix: what of it lies outside is left out.
+// What this thread starts between two calls of end_stores() is a group.
+__device__ __forceinline__ void tensor_store(const TensorMap& map, int column, int row,
+                                             uint32_t shared) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map),
+      "r"(column), "r"(row), "r"(shared)
+      : "memory");
+}
+__device__ __forceinline__ void end_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Waits until all but the last `open` groups have read shared memory.
+template <int kOpen>
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kOpen) : "memory");
+}
+
 // The same to the same place in every block of the cluster whose bit is set in `blocks`; counts at
 // the barrier of each.
 __device__ __forceinline__ void tensor_copy_to_cluster(uint32_t shared, const TensorMap& map,

@@ -5,94 +5,33 @@
 
 #if BNB_BULK_COPIES
 
-#include <algorithm>
-#include <array>
 #include <atomic>
-#include <limits>
 #include <random>
 
+#include "gpu/gemm/codes4.cuh"
 #include "gpu/gemm/wgmma_dgrad.cuh"
 #include "gpu/runtime/check.h"
 
 namespace bnb::gpu {
 namespace {
 
-// Clusters of the kernel that are resident together on the current device. Looked up once, since
-// the runtime takes long to say it.
-template <class T, class S>
-int resident_clusters() {
-  if (S::kFan == 1) return multiprocessors();
-  constexpr int kDevices = 64;
-  static std::array<std::atomic<int>, kDevices> known{};
-  int device = 0;
-  BNB_GPU_CHECK(cudaGetDevice(&device));
-  if (device < kDevices && known[device] != 0) return known[device];
-  constexpr auto kernel = wgmma_dgrad_kernel<T, S>;
-  allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {S::kFan, 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(S::kFan);
-  config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = S::kBytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int clusters = 0;
-  BNB_GPU_CHECK(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
-  clusters = std::max(clusters, 1);
-  if (device < kDevices) known[device] = clusters;
-  return clusters;
-}
-
-// How a product is cut.
-struct Cut {
-  int splits;         // of the terms of a tile
-  int feature_tiles;  // of a cluster
-  int token_tiles;
-  int clusters;
-
-  int64_t jobs() const { return int64_t{feature_tiles} * token_tiles * splits; }
-};
-
-// With the split of terms that ends first, by an estimate in clock cycles.
-template <class T, class S>
-Cut choose_cut(const Gemm4bitDgrad& args) {
-  constexpr int kPairCycles = std::max(8 * S::kTokens * S::kFeatures / 128, 600);
-  constexpr int kTileCycles = 2500 + 4 * S::kTokens;
-  constexpr int kSplitCycles = 2000 + 24 * S::kTokens;
-  constexpr int64_t kMostSplits = 32;
-  const int clusters = resident_clusters<T, S>();
-  const int64_t pairs = ceil_div(args.weight.n, 2 * kTerms);
-  Cut cut{1, static_cast<int>(ceil_div(args.weight.k, S::kFeatures * S::kFan)),
-          static_cast<int>(ceil_div(args.m, S::kTokens)), clusters};
-  const int64_t tiles = cut.jobs();
-  int64_t least = std::numeric_limits<int64_t>::max();
-  for (int splits = 1; splits <= std::min(kMostSplits, pairs); ++splits) {
-    // More would take more workspace and no less time.
-    if (splits > 1 && tiles * splits > 2 * clusters) break;
-    const int64_t cycles =
-        ceil_div(tiles * splits, clusters) *
-        (ceil_div(pairs, splits) * kPairCycles + kTileCycles + (splits > 1 ? kSplitCycles : 0));
-    if (cycles < least) {
-      least = cycles;
-      cut.splits = splits;
-    }
-  }
-  cut.clusters = static_cast<int>(std::min<int64_t>(cut.jobs(), clusters));
-  return cut;
-}
-
-// Of the workspace: sums, then a counter for each tile. Nothing with a single split.
+// How a product is cut. Its rows are features there, and its k is terms.
 template <class S>
-int64_t sums_bytes(const Cut& cut) {
-  if (cut.splits == 1) return 0;
-  return cut.jobs() * S::kFan * S::kFeatures * S::kTokens * int64_t{sizeof(float)};
+WgmmaPlan plan_of(const Gemm4bitDgrad& args) {
+  return WgmmaPlan::make<S>(args.m, args.weight.k, args.weight.n, multiprocessors());
 }
+
+// Whether every block has half of a tile, to be added up by clusters of two.
 template <class S>
-int64_t arrivals_bytes(const Cut& cut) {
-  if (cut.splits == 1) return 0;
-  return cut.jobs() / cut.splits * S::kFan * int64_t{sizeof(unsigned long long)};
+bool is_paired(const WgmmaPlan& plan) {
+  return S::kPairs && plan.whole == 0 && plan.blocks == 2 * plan.split;
+}
+
+// Of the workspace: sums, then counters. Nothing without split tiles.
+template <class S>
+int64_t workspace_bytes(const WgmmaPlan& plan) {
+  if (plan.split == 0 || is_paired<S>(plan)) return 0;
+  return plan.arrivals_at + int64_t{plan.split} * S::kGroups * int64_t{sizeof(unsigned long long)};
 }
 
 // A number that the counters of other launches do not hold, nor, but for a chance of 2^-56, memory
@@ -108,53 +47,48 @@ unsigned long long next_launch() {
 template <class T, class S>
 void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
   constexpr auto kernel = wgmma_dgrad_kernel<T, S>;
+  constexpr int64_t kBytes = sizeof(T);
   const Weight4bit& w = args.weight;
-  const Cut cut = choose_cut<T, S>(args);
-  const TensorMap grad_map =
-      tensor_map(args.grad, args.m, w.n * int64_t{sizeof(T)}, S::kTokens / S::kFan, Swizzle::k128);
-  const TensorMap code_map = tensor_map(w.codes, w.n, w.k / 2, kTerms, S::kCodeSwizzle);
-  const bool nested = w.scales.nested();
-  const bool paired = w.block_size == kGroupWidth && w.k % (2 * kGroupWidth) == 0 &&
-                      (nested ? is_aligned(w.scales.codes, 2) && w.scales.block_size % 2 == 0
-                              : is_aligned(w.scales.absmax, 8));
-  const DgradTask task{
-      w.scales,
-      Levels4(w),
-      args.out,
-      args.m,
-      w.n,
-      w.k,
-      log2_of(w.block_size),
-      paired,
-      cut.splits,
-      cut.feature_tiles,
-      cut.token_tiles,
-      static_cast<float*>(workspace),
-      reinterpret_cast<unsigned long long*>(static_cast<char*>(workspace) + sums_bytes<S>(cut)),
-      next_launch()};
+  const WgmmaPlan plan = plan_of<S>(args);
+  const bool paired = is_paired<S>(plan);
+  const TensorMap grad_map = tensor_map(args.grad, args.m, w.n * kBytes, S::kTokens, Swizzle::k128);
+  const TensorMap code_map = tensor_map(w.codes, w.n, w.k / 2, kTerms, S::Codes::kSwizzle);
+  const TensorMap out_map =
+      tensor_map(args.out, args.m, w.k * kBytes, S::kOutTokens, Swizzle::k128);
+  char* const arrivals = static_cast<char*>(workspace) + plan.arrivals_at;
+  const DgradTask<Codes4> task{Codes4(w),
+                               args.m,
+                               w.n,
+                               w.k,
+                               static_cast<int>(ceil_div(w.k, S::kFeatures)),
+                               plan,
+                               static_cast<float*>(workspace),
+                               reinterpret_cast<unsigned long long*>(arrivals),
+                               next_launch(),
+                               paired};
   allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {S::kFan, 1, 1};
+  attribute.val.clusterDim = {paired ? 2u : 1u, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(cut.clusters * S::kFan));
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = S::kBytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &attribute;
   config.numAttrs = 1;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, grad_map, code_map, task));
+  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, grad_map, code_map, out_map, task));
 }
 
-// Calls visit<T, Shape>(). Few tokens take more features, so that codes come in longer pieces.
+// Calls visit<T, Shape>(). The fewer the tokens, the more warps decode.
 template <class T, class Visitor>
 decltype(auto) with_shape(int64_t m, Visitor&& visit) {
-  //                                                   tokens fan groups
-  if (m <= 16) return visit.template operator()<T, Shape<16, 1, 4>>();
-  if (m <= 32) return visit.template operator()<T, Shape<32, 1, 4>>();
-  if (m <= 64) return visit.template operator()<T, Shape<64, 1, 4>>();
-  if (m <= 128) return visit.template operator()<T, Shape<128, 2, 2>>();
-  return visit.template operator()<T, Shape<256, 2, 2>>();
+  //                                                   tokens decoders
+  if (m <= 16) return visit.template operator()<T, Shape<Codes4, 16, 3, 4>>();
+  if (m <= 32) return visit.template operator()<T, Shape<Codes4, 32, 3, 4>>();
+  if (m <= 64) return visit.template operator()<T, Shape<Codes4, 64, 3, 4>>();
+  if (m <= 128) return visit.template operator()<T, Shape<Codes4, 128, 3, 3>>();
+  return visit.template operator()<T, Shape<Codes4, 256, 2, 3>>();
 }
 
 template <class Visitor>
@@ -182,20 +116,18 @@ bool has_kernels() {
 }  // namespace
 
 bool wgmma_gemm_4bit_dgrad_serves(const Gemm4bitDgrad& args) {
-  // Sizes that the copy engine's coordinates hold, and jobs that the kernel counts.
+  // Sizes that the copy engine's coordinates hold, and tiles and stages that the plan counts.
   constexpr int64_t kMost = int64_t{1} << 30;
   const Weight4bit& w = args.weight;
   return args.dtype != DType::kFloat32 && args.m > 0 && w.n > 0 && w.k > 0 && args.m < kMost &&
-         w.n < kMost && w.k < kMost && ceil_div(args.m, 256) * ceil_div(w.k, 256) < kMost / 64 &&
-         w.n % 8 == 0 && w.k % 64 == 0 && is_aligned(args.grad, 16) && is_aligned(w.codes, 16) &&
-         is_aligned(args.out, 4) && has_kernels();
+         w.n <= kLongest && w.k < kMost &&
+         ceil_div(args.m, 256) * ceil_div(w.k, 256) < kMost / 64 && w.n % 8 == 0 && w.k % 64 == 0 &&
+         is_aligned(args.grad, 16) && is_aligned(w.codes, 16) && is_aligned(args.out, 16) &&
+         has_kernels();
 }
 
 int64_t wgmma_gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad& args) {
-  return with_shape(args, [&]<class T, class S>() {
-    const Cut cut = choose_cut<T, S>(args);
-    return sums_bytes<S>(cut) + arrivals_bytes<S>(cut);
-  });
+  return with_shape(args, [&]<class T, class S>() { return workspace_bytes<S>(plan_of<S>(args)); });
 }
 
 void wgmma_gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
