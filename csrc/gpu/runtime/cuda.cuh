@@ -92,11 +92,15 @@ __device__ __forceinline__ int dot4(int a, int b, int acc) { return __dp4a(a, b,
 
 __device__ __forceinline__ int bits_set(uint32_t x) { return __popc(x); }
 
-// The same pointer, of which the compiler no longer knows what it points to.
+// The same, of which the compiler no longer knows where it comes from.
 template <class T>
 __device__ __forceinline__ const T* hide_origin(const T* p) {
   asm("" : "+l"(p));
   return p;
+}
+__device__ __forceinline__ uint32_t hide_origin(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 __device__ __forceinline__ float approximate_reciprocal(float x) {
@@ -195,10 +199,47 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-__device__ __forceinline__ void sync_threads_of(int part, int threads) {
-  // Barrier 0 is that of __syncthreads().
-  asm volatile("bar.sync %0, %1;" ::"r"(part + 1), "r"(threads) : "memory");
-}
+struct SplitBarrier {
+  uint64_t state;
+
+  __device__ __forceinline__ void init(int arrivals) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address()), "r"(arrivals) : "memory");
+#endif
+  }
+  __device__ __forceinline__ void arrive() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{.reg .b64 token; mbarrier.arrive.shared.b64 token, [%0];}" ::"r"(address())
+                 : "memory");
+#endif
+  }
+  __device__ __forceinline__ void wait(uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+    // Lets other warps run meanwhile.
+    asm volatile(
+        "{.reg .pred over;\n"
+        "again: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n"
+        "@!over bra again;}" ::"r"(address()),
+        "r"(parity)
+        : "memory");
+#elif __CUDA_ARCH__ >= 800
+    uint32_t over;
+    do {
+      asm volatile(
+          "{.reg .pred over; mbarrier.test_wait.parity.shared.b64 over, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, over;}"
+          : "=r"(over)
+          : "r"(address()), "r"(parity)
+          : "memory");
+    } while (over == 0);
+#endif
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t address() const {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(&state));
+  }
+};
 
 __device__ __forceinline__ bool block_all(bool condition) {
   return __syncthreads_and(condition) != 0;
@@ -233,19 +274,6 @@ __device__ __forceinline__ void multiply_add_16x8x16(float (&c)[4], const uint32
 #else
   __trap();  // the host asks has_tensor_products()
 #endif
-}
-
-// Reads what no other thread reads: it need not be kept near the multiprocessor.
-__device__ __forceinline__ uint2 load_once(const uint2* p) {
-  uint2 x;
-#if __CUDA_ARCH__ >= 800
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
-               : "=r"(x.x), "=r"(x.y)
-               : "l"(p));
-#else
-  x = *p;
-#endif
-  return x;
 }
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {

@@ -195,6 +195,18 @@ bool block_all(bool condition) {
   return barrier.all_of_last;
 }
 
+void SplitBarrier::arrive() {
+  ++progress;
+  if (++arrived == arrivals) {
+    arrived = 0;
+    ++phase;
+  }
+}
+
+void SplitBarrier::wait(uint32_t parity) {
+  while (phase % 2 == parity) yield();
+}
+
 void exchange(const void* value, size_t size, void* values) {
   Warp& warp = own_warp();
   char* const buffer = warp.values[warp.meeting.number % 2];

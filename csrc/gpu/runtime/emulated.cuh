@@ -43,15 +43,15 @@ inline void sync_warp() { warp_ballot(true); }
 
 inline bool warp_all(bool condition) { return warp_ballot(!condition) == 0; }
 
-inline void sync_threads_of(int, int) { __syncthreads(); }
+using SplitBarrier = emulated::SplitBarrier;
 
 inline bool block_all(bool condition) { return emulated::block_all(condition); }
 
 inline int bits_set(uint32_t x) { return __builtin_popcount(x); }
 
 template <class T>
-const T* hide_origin(const T* p) {
-  return p;
+T hide_origin(T x) {
+  return x;
 }
 
 inline float approximate_reciprocal(float x) { return 1.0f / x; }
@@ -102,8 +102,6 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
-
-inline uint2 load_once(const uint2* p) { return *p; }
 
 inline float half_to_float(uint16_t bits) { return to_float(Half{bits}); }
 inline uint16_t float_to_half(float x) { return from_float<Half>(x).bits; }

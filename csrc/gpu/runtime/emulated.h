@@ -65,6 +65,21 @@ struct Lanes {
   explicit Lanes(const T& own) { exchange(&own, sizeof(T), values); }
 };
 
+// One barrier of some fibers, whose halves are apart.
+struct SplitBarrier {
+  int arrivals;
+  int arrived;
+  uint32_t phase;
+
+  void init(int count) {
+    arrivals = count;
+    arrived = 0;
+    phase = 0;
+  }
+  void arrive();
+  void wait(uint32_t parity);
+};
+
 inline int lane() { return static_cast<int>(place.thread.x % 32); }
 
 }  // namespace bnb::gpu::emulated

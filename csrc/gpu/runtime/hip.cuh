@@ -93,8 +93,8 @@ __device__ __forceinline__ uint32_t warp_ballot(bool condition) {
 __device__ __forceinline__ int bits_set(uint32_t x) { return __popc(x); }
 
 template <class T>
-__device__ __forceinline__ const T* hide_origin(const T* p) {
-  return p;
+__device__ __forceinline__ T hide_origin(T x) {
+  return x;
 }
 
 __device__ __forceinline__ float approximate_reciprocal(float x) {
@@ -125,9 +125,12 @@ inline bool has_tensor_products() { return false; }
 template <class T>
 __device__ void multiply_add_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                      uint32_t b1);
-__device__ uint2 load_once(const uint2* p);
-__device__ void sync_threads_of(int part, int threads);
 __device__ void sync_warp();
+struct SplitBarrier {
+  __device__ void init(int arrivals);
+  __device__ void arrive();
+  __device__ void wait(uint32_t parity);
+};
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));

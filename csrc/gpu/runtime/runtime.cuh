@@ -15,7 +15,8 @@
 //   absmax_step(most, x)            max(most, |x|) in which NaN wins
 //   max_magnitudes<T>(most, pair)   the larger of both magnitudes, for two 16-bit floats in a word;
 //                                   NaN wins
-//   hide_origin(p)                  p, of which the compiler no longer knows what it points to
+//   hide_origin(x)                  x, a pointer or a number in a register, of which the compiler
+//                                   no longer knows where it comes from
 //   approximate_reciprocal, approximate_sqrt    one instruction, within 2 units in the last place
 //   kTensorProducts                 whether there is what follows
 //   has_tensor_products()           whether the current device has instructions for it
@@ -24,8 +25,6 @@
 //                                   a warp as PTX's mma.m16n8k16 has them: lane 4 g + t has of a
 //                                   rows g and g + 8, columns 2 t + {0, 1} and 2 t + {8, 9}; of b
 //                                   rows of these numbers, column g
-//   load_once(p)                    what no other thread reads
-//   sync_warp()                     a barrier of a warp
 //   prefetch_to_cache(p)            reads the kCacheLine bytes around p into the cache that all
 //                                   multiprocessors share
 //   start_kernel_early(...)         start_kernel(), but the kernel may start before the one before
@@ -33,8 +32,11 @@
 //   let_next_kernel_start()         allows it: as soon as all blocks have called it, or ended
 //   wait_for_previous_kernel()      waits for the end of the kernel before, and for its stores;
 //                                   without an early start there is nothing to wait for
-//   sync_threads_of(part, threads)  a barrier of each of at most 15 equal parts of a block of
-//                                   threads, which all reach it equally often
+//   sync_warp()                     a barrier of the lanes of a warp, all of which reach it
+//   SplitBarrier                    a barrier in shared memory whose halves are apart: after
+//                                   init(n) and a barrier of the block, a phase ends when n have
+//                                   called arrive(); wait(p) waits while the present phase has
+//                                   parity p; phases have parity 0, 1, 0 ...
 //   BNB_GRID_CONSTANT               kernel parameters that are read in place
 //   BNB_LAUNCH_BOUNDS(threads, blocks)   of a block; of blocks that shall fit a multiprocessor
 //   BNB_DYNAMIC_SHARED(name)        declares the shared memory that the launch asked for

@@ -129,6 +129,24 @@ def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dty
     check_both(ops, (n, k), blocksize, kind, nested, dtype, device, rows, loose=gpu_kernels)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize"), [(56, 8448, 64), (24, 16704, 64), (40, 8512, 128)]
+)
+def test_products_of_few_long_rows(device, gpu_kernels, n, k, blocksize, nested, dtype):
+    """Of more elements than a GPU's block of threads holds at once; the same bits every time."""
+    kind = TYPES[n % 3 % 2]
+    rounded = torch.float32 if gpu_kernels else dtype
+    packed, state, weight = make_weight((n, k), blocksize, kind, nested, rounded, device)
+    for m in (1, 8):
+        a = torch.randn(m, k).to(device, dtype)
+        bias = torch.randn(n).to(device, dtype)
+        result = gemm(ops, a, packed, state, bias)
+        assert_product(result, numpy(a), weight.T, bias, gpu_kernels)
+        assert torch.equal(result, gemm(ops, a, packed, state, bias))
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
 def test_products_that_kernels_leave_to_plain_pytorch(device, gpu_kernels, nested):
     # float32 has no tensor cores, and these are more rows than kernels without them are for.
