@@ -5,9 +5,7 @@
 
 #if BNB_BULK_COPIES
 
-#include <atomic>
-#include <random>
-
+#include "gpu/device/launch_number.h"
 #include "gpu/gemm/codes4.cuh"
 #include "gpu/gemm/wgmma_dgrad.cuh"
 #include "gpu/runtime/check.h"
@@ -27,21 +25,17 @@ bool is_paired(const WgmmaPlan& plan) {
   return S::kPairs && plan.whole == 0 && plan.blocks == 2 * plan.split;
 }
 
-// Of the workspace: sums, then counters. Nothing without split tiles.
+// The workspace holds sums of parts of tiles, of which a block has two at most, and then counters.
+template <class S>
+int64_t arrivals_at(const WgmmaPlan& plan) {
+  return int64_t{2} * plan.splitters * S::kRows * S::kTokens * int64_t{sizeof(float)};
+}
+
+// Nothing without split tiles.
 template <class S>
 int64_t workspace_bytes(const WgmmaPlan& plan) {
   if (plan.split == 0 || is_paired<S>(plan)) return 0;
-  return plan.arrivals_at + int64_t{plan.split} * S::kGroups * int64_t{sizeof(unsigned long long)};
-}
-
-// A number that the counters of other launches do not hold, nor, but for a chance of 2^-56, memory
-// that has been something else.
-unsigned long long next_launch() {
-  static std::atomic<unsigned long long> launches = [] {
-    std::random_device random;
-    return (static_cast<unsigned long long>(random()) << 32) | random();
-  }();
-  return ++launches << 8;
+  return arrivals_at<S>(plan) + int64_t{plan.split} * S::kGroups * int64_t{sizeof(uint64_t)};
 }
 
 template <class T, class S>
@@ -55,7 +49,7 @@ void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
   const TensorMap code_map = tensor_map(w.codes, w.n, w.k / 2, kTerms, S::Codes::kSwizzle);
   const TensorMap out_map =
       tensor_map(args.out, args.m, w.k * kBytes, S::kOutTokens, Swizzle::k128);
-  char* const arrivals = static_cast<char*>(workspace) + plan.arrivals_at;
+  char* const arrivals = static_cast<char*>(workspace) + arrivals_at<S>(plan);
   const DgradTask<Codes4> task{Codes4(w),
                                args.m,
                                w.n,
@@ -64,7 +58,7 @@ void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
                                plan,
                                static_cast<float*>(workspace),
                                reinterpret_cast<unsigned long long*>(arrivals),
-                               next_launch(),
+                               next_launch_number(),
                                paired};
   allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
   cudaLaunchAttribute attribute{};
