@@ -62,6 +62,14 @@ def closeness(result, size, terms: int, dtype: str) -> np.ndarray:
     return rounding + size * 2.0**-24 * (2 + 4 * np.sqrt(terms))
 
 
+def sum_rounding(size, dtype: str):
+    """Returns how far a product may be off if its sum is rounded to `dtype` before it is finished.
+
+    As those of torch on a GPU are, to which the bias is added later. `size`: of all magnitudes.
+    """
+    return 0.0 if dtype == "float32" else size * 2.0 ** -SIGNIFICAND[dtype]
+
+
 def weight_rounding(a, b, dtype: str):
     """Returns how far a product may be off for weights of which `dtype` holds a rounding.
 

@@ -28,14 +28,19 @@ def make_weight(shape, blocksize, quant_type, nested=False, dtype=torch.float32,
     return packed, state, weight
 
 
-def assert_product(result, a, b, bias=None, loose=False):
+def assert_product(result, a, b, bias=None, loose=False, by_torch=False):
     """That a result of float32 sums, rounded once, is the product of two matrices.
 
     With `loose`, of one of them somewhat off, as what a kernel of a GPU makes of the weight is.
+    `by_torch`: torch made the sums on a GPU, and may have rounded them before it added the bias.
     """
     bias = None if bias is None else numpy(bias)
-    rounding = reference.weight_rounding(a, b, name_of(result.dtype)) if loose else 0.0
-    assert_close_sums(result, *reference.product(a, b, bias), b.shape[0], rounding)
+    dtype = name_of(result.dtype)
+    want, size = reference.product(a, b, bias)
+    rounding = reference.weight_rounding(a, b, dtype) if loose else 0.0
+    if by_torch:
+        rounding += reference.sum_rounding(size, dtype)
+    assert_close_sums(result, want, size, b.shape[0], rounding)
 
 
 def assert_close_sums(result, want, size, terms, rounding=0.0):

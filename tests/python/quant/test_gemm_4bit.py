@@ -52,7 +52,16 @@ def dgrad(products, grad, packed, state):
 
 
 def check_both(
-    products, shape, blocksize, quant_type, nested, dtype, device, rows=ROWS, loose=False
+    products,
+    shape,
+    blocksize,
+    quant_type,
+    nested,
+    dtype,
+    device,
+    rows=ROWS,
+    loose=False,
+    by_torch=False,
 ):
     n, k = shape
     rounded = torch.float32 if loose else dtype
@@ -63,10 +72,10 @@ def check_both(
         bias = torch.randn(n).to(device, dtype) if m % 2 else None
         result = gemm(products, a, packed, state, bias)
         assert result.shape == (m, n) and result.dtype == dtype and result.device == a.device
-        assert_product(result, numpy(a), weight.T, bias, loose)
+        assert_product(result, numpy(a), weight.T, bias, loose, by_torch)
         result = dgrad(products, grad, packed, state)
         assert result.shape == (m, k) and result.dtype == dtype and result.device == a.device
-        assert_product(result, numpy(grad), weight, None, loose)
+        assert_product(result, numpy(grad), weight, None, loose, by_torch)
 
 
 # --- against the specification ------------------------------------------------------------------
@@ -165,27 +174,15 @@ def test_products_that_kernels_leave_to_plain_pytorch(device, gpu_kernels, neste
             assert torch.equal(result, expected)
 
 
-@pytest.fixture
-def whole_sums():
-    """Keeps torch's products from rounding partial sums to 16 bits."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, False)
-    yield
-    for name, value in zip(names, before, strict=True):
-        setattr(matmul, name, value)
-
-
-@pytest.mark.usefixtures("whole_sums")
 @pytest.mark.parametrize("piece", [1, 500])
 def test_plain_products_in_pieces(device, monkeypatch, piece):
     """As of a weight that is too large to be dequantized at once."""
     monkeypatch.setattr(plain, "PIECE", piece)
+    settings = {"rows": (1, 3), "by_torch": device == "cuda"}
     for dtype in DTYPES:
         for n, k, blocksize in SHAPES[:9]:
-            check_both(plain, (n, k), blocksize, "nf4", n % 2 == 0, dtype, device, (1, 3))
+            nested = n % 2 == 0
+            check_both(plain, (n, k), blocksize, "nf4", nested, dtype, device, **settings)
 
 
 @pytest.mark.parametrize("m", [*range(1, 21), 64, 257])
