@@ -49,7 +49,6 @@ struct Int8Product {
   using Place = typename Tile::Place;
   static constexpr int kTokens = Shape::kTokens;
   static constexpr int kSums = Shape::kSums;
-  static constexpr int kChunk = Tile::kChunk;
 
   const Tile& tile;
 
