@@ -91,11 +91,12 @@ inline Shape product_shape(const Tensor& a, int64_t columns) {
   return shape;
 }
 
-// Whether plain PyTorch makes a product faster than the backend: by the vendor's library.
+// Whether plain PyTorch makes a product of so many rows faster than the backend: by the vendor's
+// library.
 template <class Backend, class Arguments>
-bool plain_is_faster(const Arguments& args) {
+bool plain_is_faster(const Arguments& args, int64_t rows) {
   if constexpr (Backend::kPlainProducts) {
-    return args.m > 0 && !Backend::is_fast(args);
+    return rows > 0 && !Backend::is_fast(args);
   } else {
     return false;
   }
@@ -139,7 +140,7 @@ Tensor gemm_4bit(const Tensor& a, const Tensor& b, const Shape& shape, const Ten
   const Weight4bit pointers = weight.pointers(code, Backend::levels(code));
   const typename Backend::Scope scope(a);
   if (plain_is_faster<Backend>(
-          Gemm4bit{dtype, a.const_data_ptr(), pointers, nullptr, nullptr, rows})) {
+          Gemm4bit{dtype, a.const_data_ptr(), pointers, nullptr, nullptr, rows}, rows)) {
     return call_op("bitsandbytes::_gemm_4bit_plain", a, b, shape, absmax, block_size, quant_type,
                    bias, absmax_8bit, absmax_code, absmax_offset);
   }
@@ -162,8 +163,8 @@ Tensor gemm_4bit_dgrad(const Tensor& grad, const Tensor& b, const Shape& shape,
   weight.set_scales(absmax, absmax_8bit, absmax_code, absmax_offset);
   const Weight4bit pointers = weight.pointers(code, Backend::levels(code));
   const typename Backend::Scope scope(grad);
-  if (plain_is_faster<Backend>(
-          Gemm4bitDgrad{dtype, grad.const_data_ptr(), pointers, nullptr, rows})) {
+  if (plain_is_faster<Backend>(Gemm4bitDgrad{dtype, grad.const_data_ptr(), pointers, nullptr, rows},
+                               rows)) {
     return call_op("bitsandbytes::_gemm_4bit_dgrad_plain", grad, b, shape, absmax, block_size,
                    quant_type, absmax_8bit, absmax_code, absmax_offset);
   }

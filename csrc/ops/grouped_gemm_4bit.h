@@ -32,16 +32,6 @@ class GroupTensor {
   int64_t count_;
 };
 
-// As plain_is_faster().
-template <class Backend, class Arguments>
-bool plain_makes_groups_faster(const Arguments& args) {
-  if constexpr (Backend::kPlainProducts) {
-    return args.groups.rows > 0 && !Backend::is_fast(args);
-  } else {
-    return false;
-  }
-}
-
 inline void check_rows(const char* op, const char* name, const Tensor& a) {
   require(a.dim() == 2, op, ": ", name, " must be 2-D, got shape ", ShapeOf{a});
 }
@@ -78,7 +68,7 @@ Tensor grouped_gemm_4bit(const Tensor& a, const Tensor& b, const Tensor& offs, c
                        nullptr,
                        groups.pointers()};
   const typename Backend::Scope scope(a);
-  if (plain_makes_groups_faster<Backend>(args)) {
+  if (plain_is_faster<Backend>(args, args.groups.rows)) {
     return call_op("bitsandbytes::_grouped_gemm_4bit_plain", a, b, offs, shape, absmax, block_size,
                    quant_type, bias, absmax_8bit, absmax_code, absmax_offset);
   }
@@ -110,7 +100,7 @@ Tensor grouped_gemm_4bit_dgrad(const Tensor& grad, const Tensor& b, const Tensor
                             weight.pointers(code, Backend::levels(code)), nullptr,
                             groups.pointers()};
   const typename Backend::Scope scope(grad);
-  if (plain_makes_groups_faster<Backend>(args)) {
+  if (plain_is_faster<Backend>(args, args.groups.rows)) {
     return call_op("bitsandbytes::_grouped_gemm_4bit_dgrad_plain", grad, b, offs, shape, absmax,
                    block_size, quant_type, absmax_8bit, absmax_code, absmax_offset);
   }

@@ -34,10 +34,4 @@ void run_product(const Tensor& like, const Arguments& args,
   kernel(args, workspace.mutable_data_ptr(), scope);
 }
 
-template <class Backend, class Arguments>
-void run_product(const Tensor& like, const Arguments& args,
-                 void (*kernel)(const Arguments&, void*, const typename Backend::Scope&)) {
-  run_product<Backend, Arguments>(like, args, kernel, typename Backend::Scope(like));
-}
-
 }  // namespace bnb::ops

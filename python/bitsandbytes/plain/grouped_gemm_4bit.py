@@ -6,6 +6,8 @@ torch has a grouped product, it takes all of them at once. Elsewhere they are de
 time; then the host must know where groups end, and waits for a device that does.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional
 from torch import Tensor
@@ -54,6 +56,20 @@ def _ends(op: str, offs: Tensor, rows: int) -> list[int]:
     ascending = all(a <= b for a, b in zip([0, *ends], [*ends, rows], strict=True))
     check(ascending, op, "offs", f"ascending from 0 to at most {rows}", ends)
     return ends
+
+
+def _by_group(
+    op: str, A: Tensor, offs: Tensor, columns: int, product: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """Returns ``product(rows, group)`` of the rows of each group, and zeros for rows of none."""
+    out = A.new_zeros(A.shape[0], columns)
+    first = 0
+    with full_precision(A.device):
+        for group, end in enumerate(_ends(op, offs, A.shape[0])):
+            if end > first:
+                out[first:end] = product(A[first:end], group)
+            first = end
+    return out
 
 
 def _weight(
@@ -132,16 +148,13 @@ def grouped_gemm_4bit(
         if bias is None:
             return out
         return out + bias_of_rows(bias, offs, A.shape[0])
-    out = A.new_zeros(A.shape[0], shapeB[1])
-    first = 0
-    with full_precision(A.device):
-        for group, end in enumerate(_ends(op, offs, A.shape[0])):
-            if end > first:
-                weight = _weight(B, scales, shapeB, blocksize, quant_type, group, A.dtype)
-                shift = None if bias is None else bias[group]
-                out[first:end] = torch.nn.functional.linear(A[first:end], weight, shift)
-            first = end
-    return out
+
+    def product(rows: Tensor, group: int) -> Tensor:
+        weight = _weight(B, scales, shapeB, blocksize, quant_type, group, A.dtype)
+        shift = None if bias is None else bias[group]
+        return torch.nn.functional.linear(rows, weight, shift)
+
+    return _by_group(op, A, offs, shapeB[1], product)
 
 
 @register_kernel("_grouped_gemm_4bit_dgrad_plain", "default")
@@ -166,12 +179,9 @@ def grouped_gemm_4bit_dgrad(
     if _torch_takes(grad, shapeB) and shapeB[0]:
         weights = _weights(B, scales, shapeB, blocksize, quant_type, grad.dtype)
         return _grouped_mm(grad, weights, offs)
-    out = grad.new_zeros(grad.shape[0], shapeB[2])
-    first = 0
-    with full_precision(grad.device):
-        for group, end in enumerate(_ends(op, offs, grad.shape[0])):
-            if end > first:
-                weight = _weight(B, scales, shapeB, blocksize, quant_type, group, grad.dtype)
-                out[first:end] = product_float32(grad[first:end], weight)
-            first = end
-    return out
+
+    def product(rows: Tensor, group: int) -> Tensor:
+        weight = _weight(B, scales, shapeB, blocksize, quant_type, group, grad.dtype)
+        return product_float32(rows, weight)
+
+    return _by_group(op, grad, offs, shapeB[2], product)
