@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import FLOATS, check, check_dtype, check_numel
-from .._codes4 import BLOCKSIZES
+from ..quant.four_bit import check_state_4bit
 from ..quant.state import QuantState
 
 __all__ = [
@@ -21,9 +20,6 @@ __all__ = [
     "stored_as",
     "target_of",
 ]
-
-LEVELS = 16  # of a 4-bit code
-NESTED_LEVELS = 256  # of the code of scales
 
 TENSORS = ("absmax", "code", "offset")
 SETTINGS = ("shape", "dtype", "blocksize", "quant_type", "nested")
@@ -55,7 +51,7 @@ def read_state(entries: dict[str, Any], device: torch.device | str | int) -> Qua
         # Compat: what bitsandbytes 0.49 and 0.50 save after inference on a CPU with bfloat16
         # instructions: scales [blocks per row, rows].
         state.absmax = state.absmax.t().reshape(-1).float()
-    _check_sizes(state)
+    check_state_4bit("Params4bit", state)
     # A checkpoint whose numbers were all cast to 16 bits.
     for part in (state, state.state2) if state.nested else (state,):
         if part.absmax.is_floating_point() and part.absmax.dtype != torch.float32:
@@ -63,27 +59,6 @@ def read_state(entries: dict[str, Any], device: torch.device | str | int) -> Qua
         if part.levels().dtype != torch.float32:
             part.code = part.levels().float()
     return state
-
-
-def _check_sizes(state: QuantState) -> None:
-    """Raises ValueError unless the state has as many scales and levels as its shape asks for."""
-    name = "Params4bit"
-    check(state.shape is not None, name, "shape", "that of the weight", None)
-    check(state.blocksize in BLOCKSIZES, name, "blocksize", f"one of {BLOCKSIZES}", state.blocksize)
-    _check_floats("quant_map", state.levels(), LEVELS)
-    blocks = -(-state.shape.numel() // state.blocksize)
-    if not state.nested:
-        return _check_floats("absmax", state.absmax, blocks)
-    check_dtype(name, "absmax", state.absmax, torch.uint8)
-    check_numel(name, "absmax", state.absmax, blocks, "the blocks")
-    second = state.state2
-    _check_floats("nested_quant_map", second.levels(), NESTED_LEVELS)
-    _check_floats("nested_absmax", second.absmax, -(-blocks // second.blocksize))
-
-
-def _check_floats(entry: str, tensor: Tensor, count: int) -> None:
-    check_dtype("Params4bit", entry, tensor, *FLOATS)
-    check_numel("Params4bit", entry, tensor, count, "numbers")
 
 
 def move_state(state: QuantState, device: torch.device) -> QuantState:
