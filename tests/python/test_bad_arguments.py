@@ -155,12 +155,17 @@ def test_products_stay_within_their_operands(m, n, k, blocksize):
     weight = torch.randn(n, k)
     packed, state = quantize_4bit(weight, blocksize=blocksize, quant_type="nf4")
     codes, stats, _ = int8_vectorwise_quant(weight)
+    packed_2, state_2 = quantize_4bit(torch.randn(2, n, k), blocksize=blocksize, quant_type="nf4")
+    rest_2 = [2, n, k], state_2.absmax, blocksize, "nf4"
+    offs = torch.tensor([m // 2, m])
     for dtype in (torch.float32, torch.bfloat16):
         a, grad, bias = (torch.randn(*shape).to(dtype) for shape in ((m, k), (m, n), (n,)))
         weight_4bit = (packed, [n, k], state.absmax, blocksize, "nf4")
         for op, arguments in (
             (torch.ops.bitsandbytes.gemm_4bit, (a, *weight_4bit, bias)),
             (torch.ops.bitsandbytes.gemm_4bit_dgrad, (grad, *weight_4bit)),
+            (torch.ops.bitsandbytes.grouped_gemm_4bit, (a, packed_2, offs, *rest_2)),
+            (torch.ops.bitsandbytes.grouped_gemm_4bit_dgrad, (grad, packed_2, offs, *rest_2)),
             (torch.ops.bitsandbytes.int8_linear, (a, codes, stats, bias, 0.0)),
             (torch.ops.bitsandbytes.int8_linear, (a, codes, stats, bias, 2.0)),
         ):
