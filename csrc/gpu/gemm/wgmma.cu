@@ -150,11 +150,10 @@ using Wide32 = WgmmaShape<32, 4, 3>;
 using Narrow16 = WgmmaShape<16, 2, 5>;
 using Narrow32 = WgmmaShape<32, 2, 4>;
 using Narrow64 = WgmmaShape<64, 2, 3>;
-//                          tokens high blocks slots
-using Wide128 = ManyShape<128, 2, 2, 3>;
-using Narrow128 = ManyShape<128, 1, 2, 3>;
-using Tokens192 = ManyShape<192, 1, 1, 5>;
-using Tokens256 = ManyShape<256, 1, 1, 4>;
+//                         tokens, blocks and slots of them, products together
+using Tokens128 = ManyShape<128, 2, 3, 2>;
+using Tokens192 = ManyShape<192, 1, 5, 2>;
+using Tokens256 = ManyShape<256, 1, 4, 1>;
 
 template <class Shape>
 constexpr bool kMany = Shape::kTokens > 64;
@@ -173,11 +172,12 @@ decltype(auto) with_shape(const Gemm4bit& args, int multiprocessors, Visitor&& v
   if (args.m <= 64) return visit.template operator()<Narrow64>();
   // Measured times of tiles relate like these numbers.
   const int64_t of_128 = ceil_div(args.m, 128) * 72;
-  const int64_t of_192 = ceil_div(args.m, 192) * 86;
-  const int64_t of_256 = ceil_div(args.m, 256) * 100;
+  const int64_t of_192 = ceil_div(args.m, 192) * 84;
+  // Of few tiles, those of 256 tokens are cut in too many parts.
+  const int64_t tiles = ceil_div(args.m, 256) * ceil_div(args.weight.n, Tokens256::kRows);
+  const int64_t of_256 = ceil_div(args.m, 256) * (4 * tiles <= multiprocessors ? 150 : 100);
   if (of_128 < std::min(of_192, of_256)) {
-    if (wide) return visit.template operator()<Wide128>();
-    return visit.template operator()<Narrow128>();
+    return visit.template operator()<Tokens128>();
   }
   if (of_192 < of_256) return visit.template operator()<Tokens192>();
   return visit.template operator()<Tokens256>();
@@ -218,12 +218,18 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
                  log2_of(weight.block_size));
   };
   if constexpr (kMany<Shape>) {
-    const float multiple = level_multiple<Half>(weight.code);
-    if (weight.scales.codes != nullptr) {
-      launch(&wgmma_gemm_4bit_many_kernel<T, Shape, true>, multiple);
-    } else {
-      launch(&wgmma_gemm_4bit_many_kernel<T, Shape, false>, multiple);
+    const auto launch_for = [&]<class Level>() {
+      const float multiple = level_multiple<Level>(weight.code);
+      if (weight.scales.codes != nullptr) {
+        launch(&wgmma_gemm_4bit_many_kernel<T, Shape, Level, true>, multiple);
+      } else {
+        launch(&wgmma_gemm_4bit_many_kernel<T, Shape, Level, false>, multiple);
+      }
+    };
+    if constexpr (std::is_same_v<T, Half>) {
+      if (weight.code != Code4::kCount) return launch_for.template operator()<IntegerLevel>();
     }
+    launch_for.template operator()<Half>();
   } else {
     launch(&wgmma_gemm_4bit_kernel<T, Shape>, level_multiple<T>(weight.code));
   }

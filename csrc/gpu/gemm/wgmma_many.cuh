@@ -15,12 +15,12 @@
 namespace bnb::gpu {
 namespace {
 
-template <int tokens, int high, int token_blocks, int token_slots>
+template <int tokens, int token_blocks, int token_slots, int together>
 struct ManyShape {
-  static constexpr int kTokens = tokens;  // of a tile
-  static constexpr int kGroups = 2;       // warpgroups that multiply
-  static constexpr int kHigh = high;      // times 64 rows of the weight for each of them
-  static constexpr int kRows = 64 * kGroups * kHigh;
+  static constexpr int kTokens = tokens;      // of a tile
+  static constexpr int kGroups = 2;           // warpgroups that multiply
+  static constexpr int kTogether = together;  // products whose weights are scaled at a time
+  static constexpr int kRows = 64 * kGroups;
   static constexpr int kWarps = 4 * kGroups;  // that multiply
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kMultiplyRegisters = 224;
@@ -139,7 +139,6 @@ __device__ __forceinline__ void many_copies(const WgmmaPlan& plan, ManyCodeCopie
 template <class Shape, bool kNested>
 class ManyScales {
   using Reader = ScaleReader<kNested>;
-  static constexpr int kHigh = Shape::kHigh;
 
  public:
   // row: the first of the lane's.
@@ -157,11 +156,10 @@ class ManyScales {
     if (walk_.next()) begin();
   }
 
-  // Calls visit(high, i, scale) for rows row + 64 high + 8 i, and asks for the next.
-  template <class Visitor>
-  __device__ __forceinline__ void take(Visitor&& visit) {
+  // Gives those of rows `row` and `row` + 8 of a stage, and asks for the next.
+  __device__ __forceinline__ void take(float (&scales)[2]) {
 #pragma unroll
-    for (int i = 0; i < 2 * kHigh; ++i) visit(i / 2, i % 2, reader_.value(stored_[i]));
+    for (int i = 0; i < 2; ++i) scales[i] = reader_.value(stored_[i]);
     if (++stage_ < walk_.end) return load();
     if (walk_.next()) begin();
   }
@@ -174,16 +172,14 @@ class ManyScales {
     const int last = static_cast<int>(min(int64_t{Shape::kRows}, n_ - first)) - 1;
     first_ = first * columns_;
 #pragma unroll
-    for (int i = 0; i < 2 * kHigh; ++i) {
-      at_[i] = min(row_ + i / 2 * 64 + i % 2 * 8, last) * columns_;
-    }
+    for (int i = 0; i < 2; ++i) at_[i] = min(row_ + 8 * i, last) * columns_;
     load();
   }
   __device__ __forceinline__ void load() {
     // Beyond the last column that one, which meets tokens of zeros.
     const int column = min(Shape::kBlocks * stage_ + block_, columns_ - 1);
 #pragma unroll
-    for (int i = 0; i < 2 * kHigh; ++i) {
+    for (int i = 0; i < 2; ++i) {
       stored_[i] = reader_.load((first_ + (at_[i] + column)) >> log2_blocks_);
     }
   }
@@ -198,13 +194,15 @@ class ManyScales {
   WgmmaWalk walk_;
   int stage_ = 0;
   int64_t first_ = 0;  // block of scales of the tile
-  int at_[2 * kHigh];
-  typename Reader::Stored stored_[2 * kHigh];
+  int at_[2];
+  typename Reader::Stored stored_[2];
 };
 
-template <class T, class Shape, bool kNested>
+// Level: how the table holds levels.
+template <class T, class Shape, class Level, bool kNested>
 struct ManyMultiplier {
-  static constexpr int kHigh = Shape::kHigh;
+  static constexpr int kTogether = Shape::kTogether;
+  static constexpr int kSteps = 4 / kTogether;  // of 64 k; so many are under way or prepared
   using Out = WgmmaSums<T, Shape>;
 
   const Out out;
@@ -212,32 +210,30 @@ struct ManyMultiplier {
   float unit;  // 1 / multiple of the levels
   uint32_t lane;
 
-  typename Out::Sums sums[kHigh];
-  uint32_t weights[4][4];  // of four products, three of which are under way
+  typename Out::Sums sums;
+  uint32_t weights[kSteps][kTogether][4];
   TokenRing<Shape> tokens;
   CodeRing<Shape> coded;
 
-  __device__ __forceinline__ static int unit_of(uint32_t warp, int high) {
-    return static_cast<int>(warp / 4 * (4 * kHigh) + 4 * high + warp % 4);
+  __device__ __forceinline__ static uint32_t row_of(uint32_t warp, uint32_t lane) {
+    return 16 * warp + wgmma_row_of(lane / 4);
   }
 
   __device__ __forceinline__ static uint32_t scaled(uint32_t pair, float scale) {
-    const float low = half_to_float(static_cast<uint16_t>(pair & 0xffffu));
-    const float high = half_to_float(static_cast<uint16_t>(pair >> 16));
-    return pack_pair<T>(__fmul_rn(low, scale), __fmul_rn(high, scale));
+    const float2 levels = widen_pair<Level>(pair);
+    return pack_pair<T>(__fmul_rn(levels.x, scale), __fmul_rn(levels.y, scale));
   }
 
-  __device__ __forceinline__ void read_codes(int block, uint2 (&to)[kHigh][2]) const {
-    const uint32_t from = Shape::kCodesAt + coded.slot * Shape::kCodeBytes;
-#pragma unroll
-    for (int high = 0; high < kHigh; ++high) {
-      read_pair_codes(from, 16 * unit_of(out.warp, high) + wgmma_row_of(lane / 4), block, lane,
-                      to[high]);
-    }
+  __device__ __forceinline__ void read_codes(int block, uint2 (&to)[2]) const {
+    read_pair_codes(Shape::kCodesAt + coded.slot * Shape::kCodeBytes, row_of(out.warp, lane), block,
+                    lane, to);
   }
-  __device__ __forceinline__ void look_up(const uint2 (&codes)[kHigh][2], int i,
-                                          uint32_t (&pairs)[4]) const {
-    look_up_product<Shape::kTableAt>(codes[i % kHigh], i / kHigh, lane, pairs);
+  __device__ __forceinline__ void look_up(const uint2 (&codes)[2], int step,
+                                          uint32_t (&pairs)[kTogether][4]) const {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      look_up_product<Shape::kTableAt>(codes, step * kTogether + i, lane, pairs[i]);
+    }
   }
   // The slot before the present one has been read.
   __device__ __forceinline__ void release() const {
@@ -250,8 +246,8 @@ struct ManyMultiplier {
     WgmmaWalk walk(out.plan, wgmma_walker());
     bool more = walk.next();
     if (!more) return;
-    uint2 codes[kHigh][2];
-    uint32_t pairs[4];
+    uint2 codes[2];
+    uint32_t pairs[kTogether][4];
     coded.wait_full();
     read_codes(0, codes);
     look_up(codes, 0, pairs);
@@ -264,66 +260,66 @@ struct ManyMultiplier {
         multiply(stage == begin, more || stage + 1 < end, codes, pairs);
       }
       wgmma_wait<0>();
-#pragma unroll
-      for (int high = 0; high < kHigh; ++high) wgmma_hold(sums[high]);
+      wgmma_hold(sums);
       release();
-#pragma unroll
-      for (int high = 0; high < kHigh; ++high) {
-        const int unit = unit_of(out.warp, high);
-        if (begin > 0) {
-          out.leave_part(unit, sums[high]);
-          out.tell(unit);
-        } else {
-          if (end < out.plan.stages) out.add_parts(tile, unit, sums[high]);
-          out.store(tile, unit, sums[high], 1.0f);
-        }
+      const auto unit_of_tile = static_cast<int>(out.warp);
+      if (begin > 0) {
+        out.leave_part(unit_of_tile, sums);
+        out.tell(unit_of_tile);
+      } else {
+        if (end < out.plan.stages) out.add_parts(tile, unit_of_tile, sums);
+        out.store(tile, unit_of_tile, sums, 1.0f);
       }
     }
   }
 
-  // 256 k. `pairs` are those of the first product; the next stage's will be, if there is one.
-  __device__ __forceinline__ void multiply(bool first, bool more, uint2 (&codes)[kHigh][2],
-                                           uint32_t (&pairs)[4]) {
-    float own[kHigh][2];  // scales of block lane % 4
-    scales.take([&](int high, int i, float scale) { own[high][i] = __fmul_rn(scale, unit); });
+  // 256 k. `pairs` are those of the first step; the next stage's will be, if there is one.
+  __device__ __forceinline__ void multiply(bool first, bool more, uint2 (&codes)[2],
+                                           uint32_t (&pairs)[kTogether][4]) {
+    float own[2];  // scales of block lane % 4
+    scales.take(own);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) own[i] = __fmul_rn(own[i], unit);
 #pragma unroll
     for (int block = 0; block < Shape::kBlocks; ++block) {
-      float scale[kHigh][2];
+      float scale[2];
 #pragma unroll
-      for (int i = 0; i < 2 * kHigh; ++i) {
-        scale[i / 2][i % 2] =
-            __shfl_sync(~0u, own[i / 2][i % 2], static_cast<int>(lane / 4 * 4) + block);
+      for (int i = 0; i < 2; ++i) {
+        scale[i] = __shfl_sync(~0u, own[i], static_cast<int>(lane / 4 * 4) + block);
       }
-      uint2 next[kHigh][2];
+      uint2 next[2];
       if (block + 1 < Shape::kBlocks) read_codes(block + 1, next);
       if (block % Shape::kTokenBlocks == 0) tokens.wait_full();
       const uint64_t b = swizzled_descriptor(Shape::kTokensAt + tokens.slot * Shape::kTokenBytes +
                                              block % Shape::kTokenBlocks * (Shape::kTokens * 128));
 #pragma unroll
-      for (int i = 0; i < 4 * kHigh; ++i) {
-        const int high = i % kHigh;
-        uint32_t (&a)[4] = weights[i % 4];
-        wgmma_wait<3>();
-        if (i == 3 && block % Shape::kTokenBlocks == 0 && !(first && block == 0)) release();
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t (&a)[kTogether][4] = weights[step];
+        wgmma_wait<kSteps - 1>();
+        if (step == kSteps - 1 && block % Shape::kTokenBlocks == 0 && !(first && block == 0)) {
+          release();
+        }
 #pragma unroll
-        for (int j = 0; j < 4; ++j) a[j] = scaled(pairs[j], scale[high][j % 2]);
-        if (i + 1 < 4 * kHigh) {
-          look_up(codes, i + 1, pairs);
+        for (int i = 0; i < 4 * kTogether; ++i) {
+          a[i / 4][i % 4] = scaled(pairs[i / 4][i % 4], scale[i % 2]);
+        }
+        if (step + 1 < kSteps) {
+          look_up(codes, step + 1, pairs);
         } else if (block + 1 < Shape::kBlocks) {
           look_up(next, 0, pairs);
         }
         wgmma_fence();
-        Wgmma<T, Shape::kTokens>::run(sums[high], a, advance_k(b, i / kHigh),
-                                      !first || block > 0 || i >= kHigh);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          Wgmma<T, Shape::kTokens>::run(sums, a[i], advance_k(b, step * kTogether + i),
+                                        !first || block > 0 || step > 0 || i > 0);
+        }
         wgmma_commit();
       }
       if ((block + 1) % Shape::kTokenBlocks == 0) tokens.advance();
       if (block + 1 < Shape::kBlocks) {
-#pragma unroll
-        for (int high = 0; high < kHigh; ++high) {
-          codes[high][0] = next[high][0];
-          codes[high][1] = next[high][1];
-        }
+        codes[0] = next[0];
+        codes[1] = next[1];
       }
       if (block + 2 == Shape::kBlocks) {  // the codes of the last block have been read
         __syncwarp();
@@ -340,7 +336,7 @@ struct ManyMultiplier {
 
 #endif  // BNB_HOPPER
 
-template <class T, class Shape, bool kNested>
+template <class T, class Shape, class Level, bool kNested>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_many_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                                 BNB_GRID_CONSTANT const Levels4 levels,
@@ -367,14 +363,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   auto* const nested = reinterpret_cast<float*>(dynamic + Shape::kNestedAt - kSharedStart);
   if constexpr (kNested) ScaleReader<true>::fill_code(args.weight.scales, nested);
   if (warp < Shape::kWarps) {
-    fill_pair_table<Half>(Shape::kTableAt, levels, multiple, thread, Shape::kWarps * kWarp);
+    fill_pair_table<Level>(Shape::kTableAt, levels, multiple, thread, Shape::kWarps * kWarp);
   }
   __syncthreads();
   if (warp < Shape::kWarps) {
     take_registers<Shape::kMultiplyRegisters>();
-    using Multiplier = ManyMultiplier<T, Shape, kNested>;
+    using Multiplier = ManyMultiplier<T, Shape, Level, kNested>;
     const auto lane = static_cast<uint32_t>(thread % kWarp);
-    const uint32_t row = 16 * Multiplier::unit_of(warp, 0) + wgmma_row_of(lane / 4);
+    const uint32_t row = Multiplier::row_of(static_cast<uint32_t>(warp), lane);
     Multiplier multiplier{{args, plan, workspace, number, static_cast<uint32_t>(warp), lane},
                           {args, plan, log2_block - 6, nested, row, lane},
                           1.0f / multiple,
