@@ -54,14 +54,14 @@ __device__ __forceinline__ uint32_t pair_of_float_levels(const Levels4& levels, 
 }
 
 // Levels times a multiple as integers of 16 bits, with kMiddle for zero: for known levels, which
-// are at most 1. The error, on NF4 0.017 in the table above, is small beside that of float16.
+// are at most 1. In the table above, nf4 has 0.017 and fp4 0.
 struct IntegerLevel {
-  static constexpr float kMultiple = 32767.0f;
   static constexpr float kMiddle = 32768.0f;
 };
 template <>
-constexpr float level_multiple<IntegerLevel>(Code4) {
-  return IntegerLevel::kMultiple;
+constexpr float level_multiple<IntegerLevel>(Code4 code) {
+  return code == Code4::kFp4 ? 170.0f * 192.0f  // whose levels are multiples of 1/192
+                             : 32767.0f;
 }
 
 // The two weights of a byte of codes, the first in the lower half of a word.

@@ -19,8 +19,8 @@
 //
 // A table in shared memory decodes a byte to two weights. 16 bits hold its levels, times a multiple
 // of one's choice, more exactly than they hold dequantized weights. For few tokens, scales are
-// applied to sums over 64 k in float. For many, where registers do not suffice for two sets of
-// sums, weights are multiplied by them in float and rounded.
+// applied to sums over 64 k in float. For many (wgmma_many.cuh), where registers do not suffice for
+// two sets of sums, weights are multiplied by them in float and rounded.
 #include "gpu/gemm/wgmma.cuh"
 #include "gpu/runtime/runtime.cuh"
 
@@ -98,11 +98,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (warp < Shape::kWarps) {
     take_registers<Shape::kMultiplyRegisters>();
     const auto lane = static_cast<uint32_t>(thread % kWarp);
-    const auto number_of_warp = static_cast<uint32_t>(warp);
-    WgmmaMultiplier<T, Shape> multiplier{{args, plan, workspace, number, number_of_warp, lane},
-                                         1.0f / multiple,
-                                         number_of_warp,
-                                         lane};
+    WgmmaMultiplier<T, Shape> multiplier{
+        {args, plan, workspace, number, static_cast<uint32_t>(warp), lane}, 1.0f / multiple, lane};
     multiplier.run();
   } else {
     give_registers<Shape::kCopyRegisters>();

@@ -15,7 +15,6 @@ struct WgmmaMultiplier {
 
   const Out out;
   float unit;  // 1 / multiple of the levels
-  uint32_t warp;
   uint32_t lane;
   bool told = true;  // the block that waits for a part
 
@@ -29,7 +28,7 @@ struct WgmmaMultiplier {
   WgmmaSlot<Shape> coded;            // ... and of what is decoded
   WgmmaScaleSlot<Shape> scale_slot;  // with the scales of that
 
-  __device__ __forceinline__ uint32_t row() const { return 16 * warp + wgmma_row_of(lane / 4); }
+  __device__ __forceinline__ uint32_t row() const { return 16 * out.warp + wgmma_row_of(lane / 4); }
 
   // The stage that comes after one, and that one's place.
   struct Next {
@@ -134,7 +133,7 @@ struct WgmmaMultiplier {
     bool more = walk.next();
     if (!more) return;
     begin(walk.begin);
-    const int unit_of_tile = static_cast<int>(warp);
+    const int unit_of_tile = static_cast<int>(out.warp);
     // Others are told of a part a stage after it was left, when that no longer takes time.
     const auto tell = [&] {
       if (!told) out.tell(unit_of_tile);
