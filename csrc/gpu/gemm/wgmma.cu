@@ -148,7 +148,7 @@ using Narrow16 = WgmmaShape<16, 2, 5>;
 using Narrow32 = WgmmaShape<32, 2, 4>;
 using Narrow64 = WgmmaShape<64, 2, 3>;
 //                         tokens, blocks and slots of them, products together
-using Tokens128 = ManyShape<128, 2, 3, 2>;
+using Tokens128 = ManyShape<128, 1, 6, 2>;
 using Tokens192 = ManyShape<192, 1, 5, 2>;
 using Tokens256 = ManyShape<256, 1, 4, 1>;
 
