@@ -19,23 +19,32 @@ WgmmaPlan plan_of(const Gemm4bitDgrad& args) {
   return WgmmaPlan::make<S>(args.m, args.weight.k, args.weight.n, multiprocessors());
 }
 
-// Whether every block has half of a tile, to be added up by clusters of two.
+// DgradTask::parts.
 template <class S>
-bool is_paired(const WgmmaPlan& plan) {
-  return S::kPairs && plan.whole == 0 && plan.blocks == 2 * plan.split;
+int parts_of(const WgmmaPlan& plan) {
+  if (plan.whole > 0 || plan.splitters != plan.blocks) return 0;
+  for (const int parts : {2, 4, 8}) {
+    if (parts <= S::kMostParts && plan.blocks == parts * plan.split) return parts;
+  }
+  return 0;
 }
 
-// The workspace holds sums of parts of tiles, of which a block has two at most, and then counters.
+// The workspace holds sums of parts of tiles, and then counters or flags. A block that exchanges
+// sums has one part, others two at most.
 template <class S>
 int64_t arrivals_at(const WgmmaPlan& plan) {
-  return int64_t{2} * plan.splitters * S::kRows * S::kTokens * int64_t{sizeof(float)};
+  constexpr int64_t kTile = int64_t{S::kFeatures} * S::kTokens * int64_t{sizeof(float)};
+  return plan.splitters * (parts_of<S>(plan) > 0 ? kTile : 2 * kTile);
 }
 
 // Nothing without split tiles.
 template <class S>
 int64_t workspace_bytes(const WgmmaPlan& plan) {
-  if (plan.split == 0 || is_paired<S>(plan)) return 0;
-  return arrivals_at<S>(plan) + int64_t{plan.split} * S::kGroups * int64_t{sizeof(uint64_t)};
+  if (plan.split == 0) return 0;
+  const int parts = parts_of<S>(plan);
+  const int64_t arrivals =
+      parts > 0 ? int64_t{plan.blocks} * parts * S::kWarps : int64_t{plan.split} * S::kGroups;
+  return arrivals_at<S>(plan) + arrivals * int64_t{sizeof(uint64_t)};
 }
 
 template <class T, class S>
@@ -44,7 +53,6 @@ void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
   constexpr int64_t kBytes = sizeof(T);
   const Weight4bit& w = args.weight;
   const WgmmaPlan plan = plan_of<S>(args);
-  const bool paired = is_paired<S>(plan);
   const TensorMap grad_map = tensor_map(args.grad, args.m, w.n * kBytes, S::kTokens, Swizzle::k128);
   const TensorMap code_map = tensor_map(w.codes, w.n, w.k / 2, kTerms, S::Codes::kSwizzle);
   const TensorMap out_map =
@@ -59,18 +67,13 @@ void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
                                static_cast<float*>(workspace),
                                reinterpret_cast<unsigned long long*>(arrivals),
                                next_launch_number(),
-                               paired};
+                               parts_of<S>(plan)};
   allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {paired ? 2u : 1u, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = S::kBytes;
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, grad_map, code_map, out_map, task));
 }
 

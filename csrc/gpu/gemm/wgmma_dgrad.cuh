@@ -13,10 +13,10 @@
 // grads through another one for all. So nobody who multiplies waits for a weight to be decoded, and
 // a weight is decoded once for all the tokens of a tile. The copy engine brings codes and grads.
 //
-// Tiles are cut as wgmma_plan.cuh says, with terms in the place of k there. A warpgroup that has
-// part of a split tile leaves its sums in the workspace; the one that comes last adds all of them
-// in order. Where every block of threads has half of a tile, two of them are a cluster and exchange
-// sums through shared memory.
+// Tiles are cut as wgmma_plan.cuh says, with terms in the place of k there. Where all blocks have
+// equal parts of tiles, those of a tile exchange sums through the workspace, and each makes the
+// results of some of its tokens. Otherwise a warpgroup leaves its sums in the workspace, and the
+// one that comes last adds all of them in order.
 #pragma once
 
 #include "gpu/device/vector_io.cuh"
@@ -195,10 +195,19 @@ struct Dgrad {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) wgmma_hold(d[i]);
       release(before);
-      if (S::kPairs && task.paired) {
-        const int rank = static_cast<int>(blockIdx.x) % 2;
-        rank == 0 ? add_partner<0>(d) : add_partner<1>(d);
-        store(walk, d, out_map, rank * (kTokens / 2), kTokens / 2);
+      if (task.parts > 1) {
+        const int part = static_cast<int>(blockIdx.x) % task.parts;
+        const auto share = [&]<int kCount>() {
+          exchange<kCount>(d, part);
+          store(walk, d, out_map, part * (kTokens / kCount), kTokens / kCount);
+        };
+        if (task.parts == 2) {
+          if constexpr (S::kMostParts >= 2) share.template operator()<2>();
+        } else if (task.parts == 4) {
+          if constexpr (S::kMostParts >= 4) share.template operator()<4>();
+        } else {
+          if constexpr (S::kMostParts >= 8) share.template operator()<8>();
+        }
       } else if (add_parts(walk, d)) {
         store(walk, d, out_map, 0, kTokens);
       }
@@ -208,31 +217,56 @@ struct Dgrad {
     if (threadIdx.x % kGroup == 0) wait_for_stores<0>();
   }
 
-  // Exchanges sums with the other block of the cluster, which has the other part of the tile: each
-  // gets those of half of the tokens. They pass through the ring, which is no longer needed.
-  template <int kRank>
-  __device__ __forceinline__ void add_partner(Sums& d) const {
-    constexpr int kUnits = kSums / 8;  // of four sums
-    static_assert(kSums / 2 * 4 * S::kGroups * kGroup <= S::kCodes);
-    const uint32_t here = shared_address(shared) + threadIdx.x * 16;
-    const uint32_t there = address_in_block(here, 1 - kRank);
-    constexpr int kPitch = S::kGroups * kGroup * 16;
-    cluster_barrier();  // the other's ring is free
+  // Exchanges sums with the other blocks that have a part of the tile, each of which gets those of
+  // its share of the tokens: the first ones of d then. Warps exchange with their like.
+  template <int kCount>
+  __device__ __forceinline__ void exchange(Sums& d, int part) const {
+    constexpr int kShare = kSums / kCount;
+    constexpr int kUnits = kShare / 4;  // of four sums
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    // Of what block `from` has for block `to`.
+    const auto index = [&](int from, int to) {
+      const int block = static_cast<int>(blockIdx.x) + from - part;
+      return (int64_t{block} * kCount + to) * S::kWarps + warp;
+    };
+    auto* const sums = reinterpret_cast<float4*>(task.sums) + lane;
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int j = 4 * ((1 - kRank) * kUnits + i);
-      const float x[4] = {at(d, j), at(d, j + 1), at(d, j + 2), at(d, j + 3)};
-      store_in_cluster(there + i * kPitch, x);
+    for (int to = 0; to < kCount; ++to) {
+      if (to == part) continue;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        const int j = to * kShare + 4 * i;
+        __stcg(sums + (index(part, to) * kUnits + i) * kWarp,
+               float4{at(d, j), at(d, j + 1), at(d, j + 2), at(d, j + 3)});
+      }
     }
-    cluster_barrier();
+    __syncwarp();
+    if (lane < kCount && lane != part) {
+      set_flag(task.arrivals + index(part, lane), task.launch);
+      unsigned long long* const flag = task.arrivals + index(lane, part);
+      wait_for_flag(flag, task.launch);
+      *flag = 0;  // a launch may be replayed
+    }
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int j = 4 * (kRank * kUnits + i);
-      const uint4 x = load_shared4(here + i * kPitch);
-      at(d, j) = __fadd_rn(at(d, j), bits_float(x.x));
-      at(d, j + 1) = __fadd_rn(at(d, j + 1), bits_float(x.y));
-      at(d, j + 2) = __fadd_rn(at(d, j + 2), bits_float(x.z));
-      at(d, j + 3) = __fadd_rn(at(d, j + 3), bits_float(x.w));
+    for (int i = 0; i < kShare; ++i) {
+#pragma unroll
+      for (int own = 1; own < kCount; ++own) {
+        if (own == part) at(d, i) = at(d, own * kShare + i);
+      }
+    }
+#pragma unroll 1
+    for (int from = 0; from < kCount; ++from) {
+      if (from == part) continue;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        const float4 x = __ldcg(sums + (index(from, part) * kUnits + i) * kWarp);
+        at(d, 4 * i) = __fadd_rn(at(d, 4 * i), x.x);
+        at(d, 4 * i + 1) = __fadd_rn(at(d, 4 * i + 1), x.y);
+        at(d, 4 * i + 2) = __fadd_rn(at(d, 4 * i + 2), x.z);
+        at(d, 4 * i + 3) = __fadd_rn(at(d, 4 * i + 3), x.w);
+      }
     }
   }
 
@@ -308,7 +342,8 @@ struct Dgrad {
     return result;
   }
 
-  // Rounds the sums of some tokens and sends them out, kOutTokens at a time.
+  // Rounds the first `count` tokens' sums, those from token `begin` of the tile on, and sends them
+  // out, kOutTokens at a time.
   __device__ __forceinline__ void store(const Walk<S>& walk, const Sums& d,
                                         const TensorMap& out_map, int begin, int count) const {
     const int group = static_cast<int>(threadIdx.x) / kGroup;
@@ -321,9 +356,8 @@ struct Dgrad {
     const uint32_t to = out + swizzled(row, chunk);
 #pragma unroll
     for (int first = 0; first < kTokens; first += S::kOutTokens) {
-      const int token = walk.token + first;
-      if (token >= task.m) break;
-      if (first < begin || first >= begin + count) continue;
+      const int token = walk.token + begin + first;
+      if (token >= task.m || first >= count) break;
       if (threadIdx.x % kGroup == 0) wait_for_stores<0>();
       named_barrier(1 + group, kGroup);
 #pragma unroll
