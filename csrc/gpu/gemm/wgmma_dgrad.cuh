@@ -13,10 +13,11 @@
 // grads through another one for all. So nobody who multiplies waits for a weight to be decoded, and
 // a weight is decoded once for all the tokens of a tile. The copy engine brings codes and grads.
 //
-// Tiles are cut as wgmma_plan.cuh says, with terms in the place of k there. Where all blocks have
-// equal parts of tiles, those of a tile exchange sums through the workspace, and each makes the
-// results of some of its tokens. Otherwise a warpgroup leaves its sums in the workspace, and the
-// one that comes last adds all of them in order.
+// Tiles are cut as wgmma_plan.cuh says, with terms in the place of k there. A warpgroup that has
+// part of a split tile leaves its sums in the workspace; the one that comes last adds all of them
+// in order. Where all blocks have equal parts of tiles, those of a tile exchange sums, and each
+// makes the results of some of its tokens: two of large tiles are a cluster and do so through
+// shared memory, more of them, or of small tiles, through the workspace.
 #pragma once
 
 #include "gpu/device/vector_io.cuh"
@@ -195,26 +196,61 @@ struct Dgrad {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) wgmma_hold(d[i]);
       release(before);
-      if (task.parts > 1) {
+      if (S::kPairs && task.parts == 2) {
+        const int rank = static_cast<int>(blockIdx.x) % 2;
+        rank == 0 ? add_partner<0>(d) : add_partner<1>(d);
+        store(walk.feature, walk.token, d, out_map, rank * (kTokens / 2), kTokens / 2);
+      } else if (S::kShares && task.parts > 1) {
         const int part = static_cast<int>(blockIdx.x) % task.parts;
         const auto share = [&]<int kCount>() {
-          exchange<kCount>(d, part);
-          store(walk, d, out_map, part * (kTokens / kCount), kTokens / kCount);
+          if constexpr (kCount <= S::kMostParts) {
+            constexpr int kShare = kTokens / kCount;
+            exchange<kCount>(d, part);
+            store(walk.feature, walk.token + part * kShare, d, out_map, 0, kShare);
+          }
         };
         if (task.parts == 2) {
-          if constexpr (S::kMostParts >= 2) share.template operator()<2>();
+          share.template operator()<2>();
         } else if (task.parts == 4) {
-          if constexpr (S::kMostParts >= 4) share.template operator()<4>();
+          share.template operator()<4>();
         } else {
-          if constexpr (S::kMostParts >= 8) share.template operator()<8>();
+          share.template operator()<8>();
         }
       } else if (add_parts(walk, d)) {
-        store(walk, d, out_map, 0, kTokens);
+        store(walk.feature, walk.token, d, out_map, 0, kTokens);
       }
       __syncwarp();
     }
     // What is on its way out must have left shared memory.
     if (threadIdx.x % kGroup == 0) wait_for_stores<0>();
+  }
+
+  // Exchanges sums with the other block of the cluster, which has the other part of the tile: each
+  // gets those of half of the tokens. They pass through the ring, which is no longer needed.
+  template <int kRank>
+  __device__ __forceinline__ void add_partner(Sums& d) const {
+    constexpr int kUnits = kSums / 8;  // of four sums
+    static_assert(kSums / 2 * 4 * S::kGroups * kGroup <= S::kCodes);
+    const uint32_t here = shared_address(shared) + threadIdx.x * 16;
+    const uint32_t there = address_in_block(here, 1 - kRank);
+    constexpr int kPitch = S::kGroups * kGroup * 16;
+    cluster_barrier();  // the other's ring is free
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int j = 4 * ((1 - kRank) * kUnits + i);
+      const float x[4] = {at(d, j), at(d, j + 1), at(d, j + 2), at(d, j + 3)};
+      store_in_cluster(there + i * kPitch, x);
+    }
+    cluster_barrier();
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int j = 4 * (kRank * kUnits + i);
+      const uint4 x = load_shared4(here + i * kPitch);
+      at(d, j) = __fadd_rn(at(d, j), bits_float(x.x));
+      at(d, j + 1) = __fadd_rn(at(d, j + 1), bits_float(x.y));
+      at(d, j + 2) = __fadd_rn(at(d, j + 2), bits_float(x.z));
+      at(d, j + 3) = __fadd_rn(at(d, j + 3), bits_float(x.w));
+    }
   }
 
   // Exchanges sums with the other blocks that have a part of the tile, each of which gets those of
@@ -342,22 +378,23 @@ struct Dgrad {
     return result;
   }
 
-  // Rounds the first `count` tokens' sums, those from token `begin` of the tile on, and sends them
-  // out, kOutTokens at a time.
-  __device__ __forceinline__ void store(const Walk<S>& walk, const Sums& d,
+  // Rounds the sums of `count` tokens from `begin` on and sends them out, kOutTokens at a time.
+  // Sums begin with those of `first_feature` and `first_token`.
+  __device__ __forceinline__ void store(int first_feature, int first_token, const Sums& d,
                                         const TensorMap& out_map, int begin, int count) const {
     const int group = static_cast<int>(threadIdx.x) / kGroup;
     const int warp = static_cast<int>(threadIdx.x) % kGroup / kWarp;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int feature = walk.feature + group * kGroupWidth;
+    const int feature = first_feature + group * kGroupWidth;
     const uint32_t out = shared_address(shared) + S::kOut + group * S::kOutBytes;
     const int row = lane / 16 * 8 + lane % 8;
     const int chunk = 2 * warp + lane / 8 % 2;
     const uint32_t to = out + swizzled(row, chunk);
 #pragma unroll
     for (int first = 0; first < kTokens; first += S::kOutTokens) {
-      const int token = walk.token + begin + first;
-      if (token >= task.m || first >= count) break;
+      const int token = first_token + first;
+      if (token >= task.m) break;
+      if (first < begin || first >= begin + count) continue;
       if (threadIdx.x % kGroup == 0) wait_for_stores<0>();
       named_barrier(1 + group, kGroup);
 #pragma unroll
