@@ -19,23 +19,32 @@ WgmmaPlan plan_of(const Gemm4bitDgrad& args) {
   return WgmmaPlan::make<S>(args.m, args.weight.k, args.weight.n, multiprocessors());
 }
 
-// Whether every block has half of a tile, to be added up by clusters of two.
+// DgradTask::parts.
 template <class S>
-bool is_paired(const WgmmaPlan& plan) {
-  return S::kPairs && plan.whole == 0 && plan.blocks == 2 * plan.split;
+int parts_of(const WgmmaPlan& plan) {
+  if (plan.whole > 0 || plan.splitters != plan.blocks) return 0;
+  for (const int parts : {2, 4, 8}) {
+    if (parts <= S::kMostParts && plan.blocks == parts * plan.split) return parts;
+  }
+  return 0;
 }
 
-// The workspace holds sums of parts of tiles, of which a block has two at most, and then counters.
+// The workspace holds sums of parts of tiles, and then counters or flags. A block that exchanges
+// sums has one part, others two at most.
 template <class S>
 int64_t arrivals_at(const WgmmaPlan& plan) {
-  return int64_t{2} * plan.splitters * S::kRows * S::kTokens * int64_t{sizeof(float)};
+  constexpr int64_t kTile = int64_t{S::kFeatures} * S::kTokens * int64_t{sizeof(float)};
+  return plan.splitters * (parts_of<S>(plan) > 0 ? kTile : 2 * kTile);
 }
 
 // Nothing without split tiles.
 template <class S>
 int64_t workspace_bytes(const WgmmaPlan& plan) {
-  if (plan.split == 0 || is_paired<S>(plan)) return 0;
-  return arrivals_at<S>(plan) + int64_t{plan.split} * S::kGroups * int64_t{sizeof(uint64_t)};
+  const int parts = parts_of<S>(plan);
+  if (plan.split == 0 || (S::kPairs && parts > 0)) return 0;
+  const int64_t arrivals =
+      parts > 0 ? int64_t{plan.blocks} * parts * S::kWarps : int64_t{plan.split} * S::kGroups;
+  return arrivals_at<S>(plan) + arrivals * int64_t{sizeof(uint64_t)};
 }
 
 template <class T, class S>
@@ -44,7 +53,6 @@ void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
   constexpr int64_t kBytes = sizeof(T);
   const Weight4bit& w = args.weight;
   const WgmmaPlan plan = plan_of<S>(args);
-  const bool paired = is_paired<S>(plan);
   const TensorMap grad_map = tensor_map(args.grad, args.m, w.n * kBytes, S::kTokens, Swizzle::k128);
   const TensorMap code_map = tensor_map(w.codes, w.n, w.k / 2, kTerms, S::Codes::kSwizzle);
   const TensorMap out_map =
@@ -59,11 +67,11 @@ void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
                                static_cast<float*>(workspace),
                                reinterpret_cast<unsigned long long*>(arrivals),
                                next_launch_number(),
-                               paired};
+                               parts_of<S>(plan)};
   allow_shared(reinterpret_cast<const void*>(kernel), S::kBytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {paired ? 2u : 1u, 1, 1};
+  attribute.val.clusterDim = {S::kPairs && task.parts == 2 ? 2u : 1u, 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
   config.blockDim = dim3(S::kThreads);
@@ -74,21 +82,31 @@ void launch_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
   BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, grad_map, code_map, out_map, task));
 }
 
+// Calls visit<T, Shape>() for tiles of many tokens. What it takes to share results costs registers,
+// so only those who share a tile among more than two have it.
+template <class T, int kTokens, int kDecoders, class Visitor>
+decltype(auto) with_large_shape(const Gemm4bitDgrad& args, Visitor&& visit) {
+  using Shared = Shape<Codes4, kTokens, kDecoders, 3, true>;
+  if (parts_of<Shared>(plan_of<Shared>(args)) > 2) return visit.template operator()<T, Shared>();
+  return visit.template operator()<T, Shape<Codes4, kTokens, kDecoders, 3, false>>();
+}
+
 // Calls visit<T, Shape>(). The fewer the tokens, the more warps decode.
 template <class T, class Visitor>
-decltype(auto) with_shape(int64_t m, Visitor&& visit) {
+decltype(auto) with_shape(const Gemm4bitDgrad& args, Visitor&& visit) {
+  const int64_t m = args.m;
   //                                                   tokens decoders
-  if (m <= 16) return visit.template operator()<T, Shape<Codes4, 16, 3, 4>>();
-  if (m <= 32) return visit.template operator()<T, Shape<Codes4, 32, 3, 4>>();
-  if (m <= 64) return visit.template operator()<T, Shape<Codes4, 64, 3, 4>>();
-  if (m <= 128) return visit.template operator()<T, Shape<Codes4, 128, 3, 3>>();
-  return visit.template operator()<T, Shape<Codes4, 256, 2, 3>>();
+  if (m <= 16) return visit.template operator()<T, Shape<Codes4, 16, 3, 4, true>>();
+  if (m <= 32) return visit.template operator()<T, Shape<Codes4, 32, 3, 4, true>>();
+  if (m <= 64) return visit.template operator()<T, Shape<Codes4, 64, 3, 4, true>>();
+  if (m <= 128) return with_large_shape<T, 128, 3>(args, visit);
+  return with_large_shape<T, 256, 2>(args, visit);
 }
 
 template <class Visitor>
-decltype(auto) with_shape(const Gemm4bitDgrad& args, Visitor&& visit) {
-  return args.dtype == DType::kBFloat16 ? with_shape<BFloat16>(args.m, visit)
-                                        : with_shape<Half>(args.m, visit);
+decltype(auto) with_type_and_shape(const Gemm4bitDgrad& args, Visitor&& visit) {
+  return args.dtype == DType::kBFloat16 ? with_shape<BFloat16>(args, visit)
+                                        : with_shape<Half>(args, visit);
 }
 
 // Tells by its shared memory whether this target has the kernels: others have empty ones.
@@ -121,11 +139,13 @@ bool wgmma_gemm_4bit_dgrad_serves(const Gemm4bitDgrad& args) {
 }
 
 int64_t wgmma_gemm_4bit_dgrad_workspace_bytes(const Gemm4bitDgrad& args) {
-  return with_shape(args, [&]<class T, class S>() { return workspace_bytes<S>(plan_of<S>(args)); });
+  return with_type_and_shape(
+      args, [&]<class T, class S>() { return workspace_bytes<S>(plan_of<S>(args)); });
 }
 
 void wgmma_gemm_4bit_dgrad(const Gemm4bitDgrad& args, void* workspace, Stream stream) {
-  with_shape(args, [&]<class T, class S>() { launch_dgrad<T, S>(args, workspace, stream); });
+  with_type_and_shape(args,
+                      [&]<class T, class S>() { launch_dgrad<T, S>(args, workspace, stream); });
 }
 
 }  // namespace bnb::gpu

@@ -15,8 +15,9 @@
 //
 // Tiles are cut as wgmma_plan.cuh says, with terms in the place of k there. A warpgroup that has
 // part of a split tile leaves its sums in the workspace; the one that comes last adds all of them
-// in order. Where every block of threads has half of a tile, two of them are a cluster and exchange
-// sums through shared memory.
+// in order. Where all blocks have equal parts of tiles, those of a tile exchange sums, and each
+// makes the results of some of its tokens: two of large tiles are a cluster and do so through
+// shared memory, more of them, or of small tiles, through the workspace.
 #pragma once
 
 #include "gpu/device/vector_io.cuh"
@@ -195,12 +196,28 @@ struct Dgrad {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) wgmma_hold(d[i]);
       release(before);
-      if (S::kPairs && task.paired) {
+      if (S::kPairs && task.parts == 2) {
         const int rank = static_cast<int>(blockIdx.x) % 2;
         rank == 0 ? add_partner<0>(d) : add_partner<1>(d);
-        store(walk, d, out_map, rank * (kTokens / 2), kTokens / 2);
+        store(walk.feature, walk.token, d, out_map, rank * (kTokens / 2), kTokens / 2);
+      } else if (S::kShares && task.parts > 1) {
+        const int part = static_cast<int>(blockIdx.x) % task.parts;
+        const auto share = [&]<int kCount>() {
+          if constexpr (kCount <= S::kMostParts) {
+            constexpr int kShare = kTokens / kCount;
+            exchange<kCount>(d, part);
+            store(walk.feature, walk.token + part * kShare, d, out_map, 0, kShare);
+          }
+        };
+        if (task.parts == 2) {
+          share.template operator()<2>();
+        } else if (task.parts == 4) {
+          share.template operator()<4>();
+        } else {
+          share.template operator()<8>();
+        }
       } else if (add_parts(walk, d)) {
-        store(walk, d, out_map, 0, kTokens);
+        store(walk.feature, walk.token, d, out_map, 0, kTokens);
       }
       __syncwarp();
     }
@@ -233,6 +250,59 @@ struct Dgrad {
       at(d, j + 1) = __fadd_rn(at(d, j + 1), bits_float(x.y));
       at(d, j + 2) = __fadd_rn(at(d, j + 2), bits_float(x.z));
       at(d, j + 3) = __fadd_rn(at(d, j + 3), bits_float(x.w));
+    }
+  }
+
+  // Exchanges sums with the other blocks that have a part of the tile, each of which gets those of
+  // its share of the tokens: the first ones of d then. Warps exchange with their like.
+  template <int kCount>
+  __device__ __forceinline__ void exchange(Sums& d, int part) const {
+    constexpr int kShare = kSums / kCount;
+    constexpr int kUnits = kShare / 4;  // of four sums
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    // Of what block `from` has for block `to`.
+    const auto index = [&](int from, int to) {
+      const int block = static_cast<int>(blockIdx.x) + from - part;
+      return (int64_t{block} * kCount + to) * S::kWarps + warp;
+    };
+    auto* const sums = reinterpret_cast<float4*>(task.sums) + lane;
+#pragma unroll
+    for (int to = 0; to < kCount; ++to) {
+      if (to == part) continue;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        const int j = to * kShare + 4 * i;
+        __stcg(sums + (index(part, to) * kUnits + i) * kWarp,
+               float4{at(d, j), at(d, j + 1), at(d, j + 2), at(d, j + 3)});
+      }
+    }
+    __syncwarp();
+    if (lane < kCount && lane != part) {
+      set_flag(task.arrivals + index(part, lane), task.launch);
+      unsigned long long* const flag = task.arrivals + index(lane, part);
+      wait_for_flag(flag, task.launch);
+      *flag = 0;  // a launch may be replayed
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+#pragma unroll
+      for (int own = 1; own < kCount; ++own) {
+        if (own == part) at(d, i) = at(d, own * kShare + i);
+      }
+    }
+#pragma unroll 1
+    for (int from = 0; from < kCount; ++from) {
+      if (from == part) continue;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        const float4 x = __ldcg(sums + (index(from, part) * kUnits + i) * kWarp);
+        at(d, 4 * i) = __fadd_rn(at(d, 4 * i), x.x);
+        at(d, 4 * i + 1) = __fadd_rn(at(d, 4 * i + 1), x.y);
+        at(d, 4 * i + 2) = __fadd_rn(at(d, 4 * i + 2), x.z);
+        at(d, 4 * i + 3) = __fadd_rn(at(d, 4 * i + 3), x.w);
+      }
     }
   }
 
@@ -308,20 +378,21 @@ struct Dgrad {
     return result;
   }
 
-  // Rounds the sums of some tokens and sends them out, kOutTokens at a time.
-  __device__ __forceinline__ void store(const Walk<S>& walk, const Sums& d,
+  // Rounds the sums of `count` tokens from `begin` on and sends them out, kOutTokens at a time.
+  // Sums begin with those of `first_feature` and `first_token`.
+  __device__ __forceinline__ void store(int first_feature, int first_token, const Sums& d,
                                         const TensorMap& out_map, int begin, int count) const {
     const int group = static_cast<int>(threadIdx.x) / kGroup;
     const int warp = static_cast<int>(threadIdx.x) % kGroup / kWarp;
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int feature = walk.feature + group * kGroupWidth;
+    const int feature = first_feature + group * kGroupWidth;
     const uint32_t out = shared_address(shared) + S::kOut + group * S::kOutBytes;
     const int row = lane / 16 * 8 + lane % 8;
     const int chunk = 2 * warp + lane / 8 % 2;
     const uint32_t to = out + swizzled(row, chunk);
 #pragma unroll
     for (int first = 0; first < kTokens; first += S::kOutTokens) {
-      const int token = walk.token + first;
+      const int token = first_token + first;
       if (token >= task.m) break;
       if (first < begin || first >= begin + count) continue;
       if (threadIdx.x % kGroup == 0) wait_for_stores<0>();

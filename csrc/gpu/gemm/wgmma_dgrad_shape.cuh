@@ -16,20 +16,25 @@ constexpr int kGroup = 128;      // threads of a warpgroup
 constexpr int kGroupWidth = 64;  // features of a warpgroup that multiplies
 
 // Codes: how the weight is stored, see Codes4.
-template <class Codes_, int kTokens_, int kDecoders_, int kCodeStages_>
+template <class Codes_, int kTokens_, int kDecoders_, int kCodeStages_, bool kShares_>
 struct Shape {
   using Codes = Codes_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kDecoders = kDecoders_;
   static constexpr int kCodeStages = kCodeStages_;
+  // Blocks that have parts of a tile exchange sums through the workspace.
+  static constexpr bool kShares = kShares_;
   static constexpr int kGroups = 2;
   static constexpr int kFeatures = kGroups * kGroupWidth;
   static constexpr int kWarps = kGroups * kGroup / kWarp;  // that multiply
   static constexpr int kThreads = (kGroups + kDecoders) * kGroup;
   // Where sums take many registers, those who decode give some of theirs.
   static constexpr bool kMovesRegisters = kTokens >= 128;
-  static constexpr int kMultiplyRegisters = kTokens == 256 ? (kDecoders == 2 ? 168 : 200) : 120;
-  static constexpr int kDecodeRegisters = kTokens == 256 ? (kDecoders == 2 ? 88 : 104) : 80;
+  static constexpr int kPairRegisters = kShares ? 176 : 168;  // of those beside two who decode
+  static constexpr int kMultiplyRegisters =
+      kTokens == 256 ? (kDecoders == 2 ? kPairRegisters : 200) : 120;
+  static constexpr int kDecodeRegisters =
+      kTokens == 256 ? (kDecoders == 2 ? 256 - kPairRegisters : 104) : 80;
 
   // For WgmmaPlan: rows are features, k is terms.
   static constexpr int kRows = kFeatures;
@@ -38,18 +43,19 @@ struct Shape {
   static constexpr int kBlocks = 1;
   static constexpr int kTokenStage = 0;
 
-  // Two parts of a tile may be added up within a cluster.
-  static constexpr bool kPairs = kTokens >= 128;
-
   // Shared memory: rings, results on their way out, what decoders share, barriers, flags.
   static constexpr int kGradBytes = kTokens * kRowBytes;  // of a stage
   static constexpr int kGroupBytes = kTerms * kRowBytes;  // and weights of a warpgroup
   static constexpr int kStageBytes = kGradBytes + kGroups * kGroupBytes;
   static constexpr int kCodeRow = kGroups * Codes::kCodeBytes;
   static constexpr int kCodeBytes = kTerms * kCodeRow;
-  static constexpr int kOutTokens = kTokens < 32 ? kTokens : 32;  // of a copy of results
-  static constexpr int kOutBytes = kOutTokens * kRowBytes;        // of a warpgroup
-  static constexpr int kBarrierBytes = 16;                        // of a stage in either ring
+  static constexpr int kOutTokens = kTokens < 128 ? 16 : 32;  // of a copy of results
+  static constexpr int kOutBytes = kOutTokens * kRowBytes;    // of a warpgroup
+  static constexpr int kBarrierBytes = 16;                    // of a stage in either ring
+  // Two blocks that have a tile may exchange sums within a cluster.
+  static constexpr bool kPairs = !kShares && kTokens >= 128;
+  // How many blocks may exchange sums.
+  static constexpr int kMostParts = kShares ? kTokens / kOutTokens : kPairs ? 2 : 1;
   static constexpr int kMostBytes = 227 * 1024;
   static constexpr int kOtherBytes = kDecoders * kCodeStages * (kCodeBytes + kBarrierBytes) +
                                      kGroups * kOutBytes + Codes::kSharedBytes + 16;
@@ -73,11 +79,12 @@ struct DgradTask {
   int64_t k;
   int feature_tiles;
   WgmmaPlan plan;
-  float* sums;                   // of parts of tiles
-  unsigned long long* arrivals;  // [split tile][kGroups]
-  unsigned long long launch;     // a number of its own, times 256
-  // Whether every tile has two parts, whose blocks are a cluster. Then no workspace is used.
-  bool paired;
+  float* sums;  // of parts of tiles
+  // [split tile][kGroups], or where sums are exchanged [block][parts][kWarps].
+  unsigned long long* arrivals;
+  unsigned long long launch;  // a number of its own, times 256
+  // Parts of every tile, if all blocks have one and exchange sums; otherwise 0.
+  int parts;
 };
 
 #if BNB_HOPPER

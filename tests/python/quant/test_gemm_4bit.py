@@ -102,6 +102,9 @@ def test_products(device, gpu_kernels, n, k, blocksize, nested, dtype):
         (264, 448, 256, (33, 257)),
         (136, 384, 64, (128,)),
         (776, 128, 4096, (16, 20)),
+        # Tiles that two, four and eight blocks of threads of 132 share evenly.
+        (264, 4096, 64, (50, 100, 256, 500)),
+        (520, 2048, 128, (200,)),
     ],
 )
 def test_backward_products_in_tiles(device, gpu_kernels, n, k, blocksize, rows, nested, dtype):
