@@ -10,17 +10,18 @@
 //
 //     warpgroups      multiply 64 features each, scale the sums and store them
 //     one warp        starts the copies of weights [kFeatures, 128] and tokens [kTokens, 128]
-//     other warps     make stages of outlier columns, 64 to each
+//     other warps     in large tiles, make stages of outlier columns, 64 to each
 //
 // For many tokens, tiles are large, blocks stay for several, and two neighbours in a cluster, which
 // make tiles of the same tokens, copy half of those each to both. For few tokens, tiles are small,
 // several blocks share a multiprocessor, and the blocks of a cluster share the terms of a tile;
 // they add their sums, which are exact, through each other's shared memory.
 //
-// Outlier columns are further stages, of 16-bit numbers. Weights are codes, which 16 bits hold
-// exactly, and the values are those of the input (a float is split in three bfloat16), so products
-// are exact and added in float. In large tiles they are added to the sums of the codes, which have
-// become floats by then; where terms are shared, they have sums of their own.
+// Outlier columns are products of 16-bit numbers. Weights are codes, which 16 bits hold exactly,
+// and the values are those of the input (a float is split in three bfloat16), so products are exact
+// and added in float. In large tiles they are further stages, added to the sums of the codes, which
+// have become floats by then; where terms are shared, each block has sums of its own for the
+// columns among its terms.
 #include "gpu/int8/wgmma.h"
 #include "gpu/runtime/runtime.cuh"
 
@@ -58,7 +59,7 @@ struct Int8Product {
   // are older than that.
   __device__ __forceinline__ void copy(const Int8Maps& maps) const {
     int early = tile.task.weights_are_older ? Shape::kStages : 0;
-    int slabs = 0;
+    int slabs = 0;  // stages of outlier columns
     bool waited = false;
     Place place;
     tile.for_each_tile([&](const Int8Job& job) {
@@ -72,7 +73,7 @@ struct Int8Product {
       if (!waited) {
         for (int i = 0; i < early; ++i) copy_weights(i, job.first_stage + i);
         wait_for_previous_kernel();
-        slabs = tile.slab_count(tile.outlier_count());
+        if constexpr (!Shape::kSplits) slabs = tile.slab_count(tile.outlier_count());
         waited = true;
       }
       for (int s = job.first_stage; s < job.last_stage; ++s) {
@@ -85,7 +86,6 @@ struct Int8Product {
         tile.copy_tokens(place.slot, maps.tokens, s, job.token);
         place.advance();
       }
-      if (job.split > 0) return;
       for (int s = 0; s < slabs; ++s) {
         // Only who starts all copies knows which use of the place it waits for.
         tile.barriers[place.slot].empty.wait(place.phase ^ 1);
@@ -109,8 +109,10 @@ struct Int8Product {
     }
   }
 
+  // `visit`: looks at each stage as it passes.
+  template <class Visit>
   __device__ __forceinline__ void multiply(const Int8Job& job, const Int8Position& at, Place& place,
-                                           int (&d)[kSums]) const {
+                                           int (&d)[kSums], const Visit& visit) const {
     int before = 0;
     for (int s = job.first_stage; s < job.last_stage; ++s) {
       tile.barriers[place.slot].full.wait(place.phase);
@@ -123,6 +125,7 @@ struct Int8Product {
         WgmmaInt8<kTokens>::run(d, weights + 2 * i, tokens + 2 * i, i > 0 || s > job.first_stage);
       }
       wgmma_commit();
+      visit(s, place.slot);
       wgmma_wait<1>();
       if (s > job.first_stage) release(before);
       before = place.slot;
@@ -133,10 +136,9 @@ struct Int8Product {
     release(before);
   }
 
-  // Adds the products of the outlier columns to the floats d, or begins with them.
-  template <class Sum>
+  // Adds the products of the outlier columns to d, the bits of floats.
   __device__ __forceinline__ void multiply_outliers(int outliers, const Int8Position& at,
-                                                    Place& place, bool add, Sum (&d)[kSums]) const {
+                                                    Place& place, int (&d)[kSums]) const {
     for (int first = 0; first < outliers; first += Tile::Terms::kColumns) {
       tile.barriers[place.slot].full.wait(place.phase);
       const uint32_t from = shared_address(tile.stage(place.slot));
@@ -145,8 +147,8 @@ struct Int8Product {
       const int steps = Tile::Terms::steps(outliers - first);
       for (int i = 0; i < steps; ++i) {
         wgmma_fence();
-        WgmmaShared<typename Tile::Terms::Term, kTokens>::run(
-            d, advance_k(weights, i), advance_k(tokens, i), add || first > 0 || i > 0);
+        WgmmaShared<typename Tile::Terms::Term, kTokens>::run(d, advance_k(weights, i),
+                                                              advance_k(tokens, i), true);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(d);
@@ -166,10 +168,28 @@ struct Int8Product {
     tile.for_each_tile([&](const Int8Job& job) {
       int d[kSums];
       if constexpr (Shape::kSplits) {
-        multiply(job, at, place, d);
-        float added[kSums];
-        if (job.split == 0) multiply_outliers(outliers, at, place, false, added);
-        results.exchange(job, at, d, added, outliers > 0);
+        const typename Results::Share share = results.share(job, maker);
+        if constexpr (Shape::kOutliers) {
+          Int8OutlierProducts<T, Shape> products{tile, job, at, maker};
+          products.find();
+          typename Int8OutlierProducts<T, Shape>::Values values;
+          if (products.count > 0) products.load(0, values);
+          auto collector = products.collector(0);
+          multiply(job, at, place, d,
+                   [&](int stage, int slot) { products.collect(stage, slot, collector); });
+          named_barrier(Tile::kGroupBarrier, Shape::kMakers);  // the stages are no longer read
+          results.keep(at, d, 0);
+          if (outliers > 0) {
+            float added[kSums];
+            products.add_all(values, added);
+            results.keep(at, added, Results::kAddedAt);
+          }
+        } else {
+          multiply(job, at, place, d, [](int, int) {});
+          named_barrier(Tile::kGroupBarrier, Shape::kMakers);
+          results.keep(at, d, 0);
+        }
+        results.exchange(job, share, outliers > 0);
       } else {
         // Read long before they are needed.
         constexpr int kOwn = ceil_div(kTokens, kWarpgroup);
@@ -187,7 +207,7 @@ struct Int8Product {
           features[h] = feature < args.n ? args.col_stats[feature] : 0.0f;
           biases[h] = feature < args.n ? bias_at(args.bias, args.bias_dtype, feature) : 0.0f;
         }
-        multiply(job, at, place, d);
+        multiply(job, at, place, d, [](int, int) {});
         float* const scales =
             reinterpret_cast<float*>(tile.shared + Shape::kScalesAt + at.group * Shape::kScales);
         const float unit = outliers > 0 ? 1.0f / kInt8Max : kInt8Product;
@@ -202,7 +222,7 @@ struct Int8Product {
           results.template store<false>(job, at, finish, d);
         } else {
           results.scale_tokens(at, finish, d);
-          multiply_outliers(outliers, at, place, true, d);
+          multiply_outliers(outliers, at, place, d);
           results.template store<true>(job, at, finish, d);
         }
       }
@@ -240,7 +260,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   if (thread >= Shape::kMakers) {
     if constexpr (!Shape::kSplits) give_registers<72>();
     if (thread >= Shape::kMakers + kWarp) {
-      Int8OutlierGatherer<T, Shape>{tile, maps.packed_tokens}.run(thread - Shape::kMakers - kWarp);
+      if constexpr (!Shape::kSplits) {
+        Int8OutlierGatherer<T, Shape>{tile, maps.packed_tokens}.run(thread - Shape::kMakers -
+                                                                    kWarp);
+      }
     } else if (thread == Shape::kMakers) {
       product.copy(maps);
     }
@@ -257,9 +280,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 
 // ---- On the host -------------------------------------------------------------------------------
 
-using Tokens16 = Int8Shape<16, 1, 2, 5, 4, true>;
-using Tokens32 = Int8Shape<32, 1, 2, 4, 4, true>;
-using Tokens64 = Int8Shape<64, 1, 2, 4, 3, true>;
+using Tokens16 = Int8Shape<16, 1, 1, 5, 4, true>;
+using Tokens32 = Int8Shape<32, 1, 1, 4, 4, true>;
+using Tokens64 = Int8Shape<64, 1, 1, 4, 3, true>;
+using FewTiles128 = Int8Shape<128, 2, 1, 6, 1, true>;
 using Tokens128 = Int8Shape<128, 2, 4, 6, 1, false>;
 using Tokens256 = Int8Shape<256, 2, 4, 4, 1, false>;
 
@@ -275,7 +299,9 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
   maps.tokens = map_of(args.a, args.m, args.k, kTokenRows);
   maps.weights = map_of(args.b, args.n, args.k, Shape::kFeatures);
   if (task.packed_tokens) {
-    maps.packed_tokens = map_of(args.outlier_terms, args.m, kInt8Terms, kTokenRows);
+    if (!Shape::kSplits) {
+      maps.packed_tokens = map_of(args.outlier_terms, args.m, kInt8Terms, kTokenRows);
+    }
   }
   allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
   cudaLaunchAttribute attributes[2]{};
@@ -304,7 +330,8 @@ void run(const Int8ScaledMatmul& args, Stream stream) {
                 args.follows_quantization};
   const int tiles = task.feature_tiles * task.token_tiles;
   if constexpr (Shape::kSplits) {
-    constexpr int kMostSplits = 4;
+    // The exchange of many sums takes longer than their terms do.
+    constexpr int kMostSplits = Shape::kTokens > 64 ? 2 : 4;
     constexpr int kLeastStages = 2;  // of a part
     const int stages = static_cast<int>(ceil_div(args.k, kInt8Terms));
     while (task.splits < kMostSplits && stages >= 2 * kLeastStages * task.splits &&
@@ -333,6 +360,13 @@ bool prefers_small_tiles(const Int8ScaledMatmul& args) {
   return small * 58 < large * 100;
 }
 
+// Whether tiles of 128 tokens are so few that blocks do better to share their terms.
+bool splits_128(const Int8ScaledMatmul& args) {
+  const int64_t tiles =
+      ceil_div(args.n, FewTiles128::kFeatures) * ceil_div(args.m, FewTiles128::kTokens);
+  return 2 * tiles <= multiprocessors();
+}
+
 bool has_kernels() {
   if (!is_hopper()) return false;
   static const bool built =
@@ -357,6 +391,7 @@ void wgmma_int8(const Int8ScaledMatmul& args, Stream stream) {
   if (args.m <= 16) return run<Tokens16>(args, stream);
   if (args.m <= 32) return run<Tokens32>(args, stream);
   if (args.m <= 64) return run<Tokens64>(args, stream);
+  if (args.outliers == nullptr && splits_128(args)) return run<FewTiles128>(args, stream);
   if (prefers_small_tiles(args)) return run<Tokens128>(args, stream);
   return run<Tokens256>(args, stream);
 }
