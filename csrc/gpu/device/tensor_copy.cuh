@@ -163,11 +163,6 @@ __device__ __forceinline__ uint4 load_in_cluster(uint32_t address) {
                : "memory");
   return x;
 }
-__device__ __forceinline__ uint32_t load_word_in_cluster(uint32_t address) {
-  uint32_t x;
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
-}
 __device__ __forceinline__ void store_word_in_cluster(uint32_t address, uint32_t x) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }

@@ -438,6 +438,12 @@ __device__ __forceinline__ void cluster_barrier() {
   cluster_arrive();
   cluster_wait();
 }
+// The same without order of memory, so that nobody waits for stores: blocks only stay until all
+// have come.
+__device__ __forceinline__ void cluster_stay() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
+                   : "memory");
+}
 
 // ---- Conversions ------------------------------------------------------------------------------
 

@@ -249,7 +249,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     prefetch_map(maps.tokens);
     for (RingBarriers& place : barriers) {
       place.full.init(1);
-      place.empty.init(Shape::kMakers / kWarp * Shape::kFan);
+      // Warps that multiply, and the one that watches for outlier columns.
+      const int readers = Shape::kMakers / kWarp + (task.watches ? 1 : 0);
+      place.empty.init(readers * Shape::kFan);
     }
     for (TransactionBarrier& place : granted) place.init(1);
     fence_barrier_init();
@@ -274,7 +276,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     product.make(thread);
   }
   // Others may still arrive at this block's barriers, or read its sums.
-  cluster_barrier();
+  cluster_stay();
 #endif
 }
 
@@ -283,6 +285,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 using Tokens16 = Int8Shape<16, 1, 1, 5, 4, true>;
 using Tokens32 = Int8Shape<32, 1, 1, 4, 4, true>;
 using Tokens64 = Int8Shape<64, 1, 1, 4, 3, true>;
+// Where tiles are so few that not all multiprocessors would have one: larger tiles, and more
+// stages.
+using FewTiles32 = Int8Shape<32, 2, 1, 8, 1, true>;
+using FewTiles64 = Int8Shape<64, 2, 1, 8, 1, true>;
 using FewTiles128 = Int8Shape<128, 2, 1, 6, 1, true>;
 using Tokens128 = Int8Shape<128, 2, 4, 6, 1, false>;
 using Tokens256 = Int8Shape<256, 2, 4, 4, 1, false>;
@@ -319,6 +325,15 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
   BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, maps, task));
 }
 
+// Whether the weight is larger than the cache of the processor.
+bool exceeds_cache(const Int8ScaledMatmul& args) {
+  int device = 0;
+  int bytes = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
+  return args.n * args.k > bytes;
+}
+
 template <class T, class Shape>
 void run(const Int8ScaledMatmul& args, Stream stream) {
   Int8Task task{args,
@@ -327,11 +342,12 @@ void run(const Int8ScaledMatmul& args, Stream stream) {
                 1,
                 args.outlier_terms != nullptr,
                 args.n % kPackSize<T> == 0 && is_aligned(args.out, 16),
-                args.follows_quantization};
+                args.follows_quantization,
+                !Shape::kSplits && args.outliers != nullptr && exceeds_cache(args)};
   const int tiles = task.feature_tiles * task.token_tiles;
   if constexpr (Shape::kSplits) {
-    // The exchange of many sums takes longer than their terms do.
-    constexpr int kMostSplits = Shape::kTokens > 64 ? 2 : 4;
+    // Clusters of four blocks, one on a multiprocessor, leave some of these without any.
+    constexpr int kMostSplits = Shape::kResident == 1 ? 2 : 4;
     constexpr int kLeastStages = 2;  // of a part
     const int stages = static_cast<int>(ceil_div(args.k, kInt8Terms));
     while (task.splits < kMostSplits && stages >= 2 * kLeastStages * task.splits &&
@@ -360,11 +376,14 @@ bool prefers_small_tiles(const Int8ScaledMatmul& args) {
   return small * 58 < large * 100;
 }
 
-// Whether tiles of 128 tokens are so few that blocks do better to share their terms.
-bool splits_128(const Int8ScaledMatmul& args) {
+// Whether two blocks can share each of these tiles, and there are too many features for smaller
+// tiles, of which four blocks share one.
+template <class Shape>
+bool has_few_tiles(const Int8ScaledMatmul& args) {
   const int64_t tiles =
-      ceil_div(args.n, FewTiles128::kFeatures) * ceil_div(args.m, FewTiles128::kTokens);
-  return 2 * tiles <= multiprocessors();
+      ceil_div(args.n, int64_t{Shape::kFeatures}) * ceil_div(args.m, int64_t{Shape::kTokens});
+  const int64_t most = multiprocessors();
+  return 2 * tiles <= most && (8 * tiles > most || Shape::kTokens > 64);
 }
 
 bool has_kernels() {
@@ -389,9 +408,17 @@ int64_t wgmma_int8_outlier_terms_bytes(const Int8ScaledMatmul& args) {
 
 void wgmma_int8(const Int8ScaledMatmul& args, Stream stream) {
   if (args.m <= 16) return run<Tokens16>(args, stream);
-  if (args.m <= 32) return run<Tokens32>(args, stream);
-  if (args.m <= 64) return run<Tokens64>(args, stream);
-  if (args.outliers == nullptr && splits_128(args)) return run<FewTiles128>(args, stream);
+  if (args.m <= 32) {
+    return has_few_tiles<FewTiles32>(args) ? run<FewTiles32>(args, stream)
+                                           : run<Tokens32>(args, stream);
+  }
+  if (args.m <= 64) {
+    return has_few_tiles<FewTiles64>(args) ? run<FewTiles64>(args, stream)
+                                           : run<Tokens64>(args, stream);
+  }
+  if (args.outliers == nullptr && has_few_tiles<FewTiles128>(args)) {
+    return run<FewTiles128>(args, stream);
+  }
   if (prefers_small_tiles(args)) return run<Tokens128>(args, stream);
   return run<Tokens256>(args, stream);
 }

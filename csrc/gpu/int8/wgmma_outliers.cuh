@@ -12,7 +12,9 @@ namespace bnb::gpu {
 
 // The warps beside the one that starts the copies. Stages of outlier columns are theirs: they
 // gather the codes of the weights and, unless those of the first stage have been packed before, the
-// values of the tokens.
+// values of the tokens. A column lies in as many places of memory as there are features: where the
+// weight is larger than the cache, the first of these warps takes the codes of the first columns
+// from the stages that pass. Otherwise that would only keep the stages longer.
 template <class T, class Shape>
 struct Int8OutlierGatherer {
   using Tile = Int8Tile<T, Shape>;
@@ -43,14 +45,21 @@ struct Int8OutlierGatherer {
     typename Tile::Place place;
     uint32_t grants = 0;  // parities, by stage
     tile.for_each_tile([&](const Int8Job& job) {
-      place.advance(job.last_stage - job.first_stage);
+      if (listed != 0) list(0);
+      listed = 0;
+      if (tile.task.watches && thread < kWarp) {
+        watch(job, columns, min(Terms::kColumns, outliers), thread, place);
+      } else {
+        place.advance(job.last_stage - job.first_stage);
+      }
+      if (tile.task.watches) named_barrier(Tile::kCopyBarrier, kGatherers);
       for (int first = 0; first < outliers; first += Terms::kColumns) {
         if (listed != first) list(first);
         listed = first;
         const int count = min(Terms::kColumns, outliers - first);
         const bool packed = first == 0 && tile.task.packed_tokens;
         // The codes are read while the tensor cores are busy with the tile.
-        hold_codes(job, columns, count, thread);
+        if (first > 0 || !tile.task.watches) hold_codes(job, columns, count, thread);
         tile.granted[place.slot].wait(grants >> place.slot & 1u);
         grants ^= 1u << place.slot;
         __syncwarp();
@@ -66,10 +75,35 @@ struct Int8OutlierGatherer {
           } else {
             full.arrive();
           }
+          if (tile.task.watches) release(place.slot);
         }
         place.advance();
       }
     });
+  }
+
+  // One warp: holds the codes of listed columns.
+  __device__ __forceinline__ void watch(const Int8Job& job, const int* columns, int count, int lane,
+                                        typename Tile::Place& place) const {
+    int next = 0;
+    for (int s = job.first_stage; s < job.last_stage; ++s) {
+      tile.barriers[place.slot].full.wait(place.phase);
+      for (; next < count && columns[next] < (s + 1) * kInt8Terms; ++next) {
+        const int term = columns[next] % kInt8Terms;
+        for (int line = lane; line < kFeatures; line += kWarp) {
+          reinterpret_cast<char*>(held())[4 * (next / 4 * kFeatures + line) + next % 4] =
+              tile.stage(place.slot)[swizzled(line, term / 16) + term % 16];
+        }
+      }
+      __syncwarp();
+      if (lane == 0) release(place.slot);
+      place.advance();
+    }
+  }
+
+  __device__ __forceinline__ void release(int slot) const {
+#pragma unroll
+    for (int f = 0; f < Shape::kFan; ++f) tile.barriers[slot].empty.arrive_at(f);
   }
 
   __device__ __forceinline__ uint32_t* held() const {  // [features, 64 columns] of codes
@@ -171,7 +205,7 @@ struct Int8OutlierProducts {
   static constexpr int kGroups = Shape::kTokens / 8;
   static constexpr int kOwn = 4;           // terms of a thread in a step: 2 t, + 1, + 8 and + 9
   static constexpr int kHeldColumns = 64;  // more are read from memory
-  static_assert(kFeatures <= Shape::kMakers);
+  static_assert(kFeatures <= Shape::kMakers && kHeldColumns <= Shape::kMakers);
 
   const Tile& tile;
   const Int8Job& job;
@@ -195,6 +229,12 @@ struct Int8OutlierProducts {
     // Not for the number of columns to be read first: there is room for as many as there are.
     const int own = args.outliers[1 + min(int64_t{maker}, args.k - 1)];
     const int outliers = args.outliers[0];
+    if (tile.task.splits == 1) {
+      count = outliers;
+      if (maker < min(count, kHeldColumns)) columns()[maker] = own;
+      named_barrier(Tile::kGroupBarrier, Shape::kMakers);
+      return;
+    }
     int* const bounds = columns() + kHeldColumns;
     const auto each = [&](const auto& visit) {
       for (int i = maker; i < outliers; i += Shape::kMakers) {
@@ -270,7 +310,7 @@ struct Int8OutlierProducts {
   __device__ __forceinline__ uint32_t code(int step, int h, int e) const {
     if (term(step, e) >= terms()) return 0;
     const int place = term(step, e) / Terms::kParts;
-    const int line = 16 * at.warp + at.g + 8 * h;
+    const int line = 64 * at.group + 16 * at.warp + at.g + 8 * h;
     if (place < kHeldColumns) return Terms::of_code(held()[place * kFeatures + line]).bits;
     const Int8ScaledMatmul& args = tile.task.args;
     const int64_t row = min(int64_t{job.feature} + line, args.n - 1);

@@ -61,6 +61,7 @@ struct Int8Task {
   bool packed_tokens;      // those of the first stage of outlier columns
   bool aligned;            // results can be stored 16 bytes at a time
   bool weights_are_older;  // than the kernel before this one
+  bool watches;            // for outlier columns in stages that pass
 };
 
 // Where copies come from.
