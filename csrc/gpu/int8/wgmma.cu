@@ -28,6 +28,7 @@
 #if BNB_BULK_COPIES
 
 #include <algorithm>
+#include <array>
 
 #include "bitsandbytes/blocks.h"
 #include "gpu/device/dtype.cuh"
@@ -285,16 +286,36 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 using Tokens16 = Int8Shape<16, 1, 1, 5, 4, true>;
 using Tokens32 = Int8Shape<32, 1, 1, 4, 4, true>;
 using Tokens64 = Int8Shape<64, 1, 1, 4, 3, true>;
-// Where tiles are so few that not all multiprocessors would have one: larger tiles, and more
-// stages.
+// Where tiles are so few that memory is not busy, stages are many, and most tiles larger.
+using FewTiles16 = Int8Shape<16, 1, 1, 7, 2, true>;
 using FewTiles32 = Int8Shape<32, 2, 1, 8, 1, true>;
 using FewTiles64 = Int8Shape<64, 2, 1, 8, 1, true>;
 using FewTiles128 = Int8Shape<128, 2, 1, 6, 1, true>;
 using Tokens128 = Int8Shape<128, 2, 4, 6, 1, false>;
 using Tokens256 = Int8Shape<256, 2, 4, 4, 1, false>;
 
+// A launch in clusters of blocks.
+template <class Shape>
+struct ClusterLaunch {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int clusters, int blocks) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+    config.blockDim = dim3(Shape::kThreads);
+    config.dynamicSmemBytes = Shape::kShared;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
 template <class T, class Shape>
-void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
+void start(const Int8Task& task, int clusters, int blocks, Stream stream) {
   constexpr auto kernel = wgmma_int8_kernel<T, Shape>;
   const Int8ScaledMatmul& args = task.args;
   const auto map_of = [](const void* matrix, int64_t rows, int64_t row_bytes, int tile_rows) {
@@ -305,24 +326,31 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
   maps.tokens = map_of(args.a, args.m, args.k, kTokenRows);
   maps.weights = map_of(args.b, args.n, args.k, Shape::kFeatures);
   if (task.packed_tokens) {
-    if (!Shape::kSplits) {
-      maps.packed_tokens = map_of(args.outlier_terms, args.m, kInt8Terms, kTokenRows);
-    }
+    maps.packed_tokens = map_of(args.outlier_terms, args.m, kInt8Terms, kTokenRows);
   }
   allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = Shape::kShared;
-  config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, maps, task));
+  ClusterLaunch<Shape> launch(clusters, blocks);
+  launch.config.stream = static_cast<cudaStream_t>(stream.handle);
+  BNB_GPU_CHECK(cudaLaunchKernelEx(&launch.config, kernel, maps, task));
+}
+
+constexpr int kMostSplits = 4;
+
+// Clusters of so many blocks that run at a time. They are fewer than multiprocessors have room for:
+// a cluster lies in a part of the processor, of which some are left over.
+template <class Shape>
+int clusters_at_a_time(int blocks) {
+  static const std::array<int, kMostSplits> counts = [] {
+    constexpr auto kernel = wgmma_int8_kernel<BFloat16, Shape>;
+    allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
+    std::array<int, kMostSplits> clusters{};
+    for (int i = 0; i < kMostSplits; ++i) {
+      const ClusterLaunch<Shape> launch(1, i + 1);
+      BNB_GPU_CHECK(cudaOccupancyMaxActiveClusters(&clusters[i], kernel, &launch.config));
+    }
+    return clusters;
+  }();
+  return counts[blocks - 1];
 }
 
 // Whether the weight is larger than the cache of the processor.
@@ -340,24 +368,23 @@ void run(const Int8ScaledMatmul& args, Stream stream) {
                 static_cast<int>(ceil_div(args.n, Shape::kFeatures * Shape::kFan)),
                 static_cast<int>(ceil_div(args.m, Shape::kTokens)),
                 1,
-                args.outlier_terms != nullptr,
+                !Shape::kSplits && args.outlier_terms != nullptr,
                 args.n % kPackSize<T> == 0 && is_aligned(args.out, 16),
                 args.follows_quantization,
                 !Shape::kSplits && args.outliers != nullptr && exceeds_cache(args)};
   const int tiles = task.feature_tiles * task.token_tiles;
   if constexpr (Shape::kSplits) {
-    // Clusters of four blocks, one on a multiprocessor, leave some of these without any.
-    constexpr int kMostSplits = Shape::kResident == 1 ? 2 : 4;
     constexpr int kLeastStages = 2;  // of a part
     const int stages = static_cast<int>(ceil_div(args.k, kInt8Terms));
-    while (task.splits < kMostSplits && stages >= 2 * kLeastStages * task.splits &&
-           2 * tiles * task.splits <= Shape::kResident * multiprocessors()) {
-      task.splits *= 2;
+    task.splits = Shape::kResident == 1 ? 2 : kMostSplits;  // blocks of their own have much to do
+    while (task.splits > 1 && (stages < kLeastStages * task.splits ||
+                               tiles > clusters_at_a_time<Shape>(task.splits))) {
+      --task.splits;
     }
-    start<T, Shape>(task, tiles * task.splits, task.splits, stream);
+    start<T, Shape>(task, tiles, task.splits, stream);
   } else {
     const int clusters = std::min(tiles, multiprocessors() / Shape::kFan);
-    start<T, Shape>(task, clusters * Shape::kFan, Shape::kFan, stream);
+    start<T, Shape>(task, clusters, Shape::kFan, stream);
   }
 }
 
@@ -376,14 +403,21 @@ bool prefers_small_tiles(const Int8ScaledMatmul& args) {
   return small * 58 < large * 100;
 }
 
-// Whether two blocks can share each of these tiles, and there are too many features for smaller
-// tiles, of which four blocks share one.
+// Whether `splits` blocks can share each of these tiles.
 template <class Shape>
-bool has_few_tiles(const Int8ScaledMatmul& args) {
+bool can_split(const Int8ScaledMatmul& args, int splits) {
   const int64_t tiles =
       ceil_div(args.n, int64_t{Shape::kFeatures}) * ceil_div(args.m, int64_t{Shape::kTokens});
-  const int64_t most = multiprocessors();
-  return 2 * tiles <= most && (8 * tiles > most || Shape::kTokens > 64);
+  return tiles <= clusters_at_a_time<Shape>(splits);
+}
+
+// Whether tiles are so few that these are the better ones: two blocks can share each, and there are
+// too many features for all blocks of smaller tiles to have a multiprocessor of their own.
+template <class Shape>
+bool has_few_tiles(const Int8ScaledMatmul& args) {
+  const int64_t smaller = ceil_div(args.n, int64_t{64});
+  return can_split<Shape>(args, 2) &&
+         (Shape::kTokens > 64 || smaller * kMostSplits > multiprocessors());
 }
 
 bool has_kernels() {
@@ -407,7 +441,10 @@ int64_t wgmma_int8_outlier_terms_bytes(const Int8ScaledMatmul& args) {
 }
 
 void wgmma_int8(const Int8ScaledMatmul& args, Stream stream) {
-  if (args.m <= 16) return run<Tokens16>(args, stream);
+  if (args.m <= 16) {
+    return can_split<FewTiles16>(args, 3) ? run<FewTiles16>(args, stream)
+                                          : run<Tokens16>(args, stream);
+  }
   if (args.m <= 32) {
     return has_few_tiles<FewTiles32>(args) ? run<FewTiles32>(args, stream)
                                            : run<Tokens32>(args, stream);
