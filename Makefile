@@ -74,7 +74,7 @@ integration-test: build
 	BNB_REQUIRE=integration $(PY) -m pytest tests/python/integration
 
 # Modules whose tests the kernels of the GPU must pass on any machine.
-EMULATED = $(addprefix tests/python/,quant autograd/test_matmul4.py \
+EMULATED = $(addprefix tests/python/,quant test_bad_arguments.py test_native_symbols.py autograd/test_matmul4.py \
   autograd/test_grouped4.py optim/test_bounds.py optim/test_one_state.py optim/test_plan.py optim/test_rules.py optim/test_settings.py \
   optim/test_stochastic_rounding.py optim/test_tensorwise.py optim/test_optim_numerics.py)
 

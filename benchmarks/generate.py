@@ -6,13 +6,14 @@
 
 The weights are random, 1.2 billion of them in the shapes of Llama 3.2 1B; speed does not depend on
 their values. Each sequence is continued greedily over a cache of fixed size.
+The peak of memory is that of weights, cache and activations.
 """
 
 import argparse
 import copy
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -92,6 +93,12 @@ class Generation:
         self.position += 1
 
 
+def ways_to_run(step: Callable[[], None], on_gpu: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield "eager", step
+    if on_gpu:
+        yield "graph", captured(step)
+
+
 def seconds(step: Callable[[], None], steps: int, device: str) -> float:
     """Returns the time of one step, from `steps` of them in a row."""
     step()
@@ -121,16 +128,18 @@ def main() -> None:
         dense = LlamaForCausalLM(config).eval()
     record = Record(args.device)
     reference = {}
+    on_gpu = args.device == "cuda"
+    others = 0  # bytes on the device that the measured model does not need
     for name in ("bf16", "nf4", "nf4 nested"):
         model = dense if name == "bf16" else packed(dense, args.device, nested="nested" in name)
         size = sum(t.nbytes for t in model.state_dict().values() if isinstance(t, Tensor))
         for batch in map(int, args.batches.split(",")):
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             generation = Generation(model, batch, PROMPT + 4 * args.steps + 8)
-            modes = {"eager": generation.step}
-            if args.device == "cuda":
-                modes["graph"] = captured(generation.step)
-            for mode, step in modes.items():
+            for mode, step in ways_to_run(generation.step, on_gpu):
                 each = seconds(step, args.steps, args.device)
+                peak = torch.cuda.max_memory_allocated() - others if on_gpu else 0
                 base = reference.setdefault((batch, mode), each)
                 record.add(
                     f"generate/{args.size}/{name}/batch{batch}/{mode}",
@@ -138,10 +147,12 @@ def main() -> None:
                     tokens_per_s=batch / each,
                     times_bf16=base / each,
                     model_mb=size / 1e6,
+                    **({"peak_mb": peak / 1e6} if on_gpu else {}),
                 )
-            del generation, modes
-        if model is not dense:
-            del model
+            del generation, step
+        if model is dense:
+            others = sum(t.nbytes for t in dense.parameters())
+        del model
         gc.collect()
     record.write(args.out)
 

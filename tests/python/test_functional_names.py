@@ -187,8 +187,8 @@ def test_copy(device):
 
 def test_symbols_exist_and_say_what_to_do_when_called():
     # Programs collect C symbols when they are imported, and may never call them.
-    for symbol in (F.lib.cdequantize_blockwise_fp32, F.lib["cdequantize_blockwise_fp32"]):
-        with pytest.raises(RuntimeError, match=r"cdequantize_blockwise_fp32.*bitsandbytes"):
+    for symbol in (F.lib.cadam32bit_grad_fp32, F.lib["cadam32bit_grad_fp32"]):
+        with pytest.raises(RuntimeError, match=r"cadam32bit_grad_fp32.*bitsandbytes"):
             symbol(1, 2, x=3)
     assert F.lib is cextension.lib
     assert F.lib.compiled_with_cuda == bnb._library.libraries["_cuda"].loaded

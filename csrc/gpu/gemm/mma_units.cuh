@@ -196,8 +196,10 @@ class MmaCopier {
     } else {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const bool inside = (place_.lane % 2 * 2 + j) * kMmaBlock < left;
-        stored_[j] = scale_of_.load((scale_ + (inside ? j * kMmaBlock : 0)) >> shape_.log2_block);
+        // For a block behind the row's end: that of the unit's first one, which is there.
+        const int block = place_.lane % 2 * 2;
+        const int from = (block + j) * kMmaBlock < left ? j : -block;
+        stored_[j] = scale_of_.load((scale_ + from * kMmaBlock) >> shape_.log2_block);
       }
     }
   }

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .._checks import check
+from .._checks import check, check_numel
 from ..autograd.matmul import MatmulLtState
 from ..utils import (
     INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING as FORMAT_NAMES,
@@ -207,6 +207,7 @@ def _check_format(layer: str, value: Tensor | int | str) -> None:
     if isinstance(value, Tensor):
         if value.is_meta:
             return
+        check_numel(layer, "weight_format", value, 1, "a format")
         value = int(value.item())
     name = FORMAT_NAMES.get(value, value) if isinstance(value, int) else value
     check(name == "row", layer, "weight_format", "row", name)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..quant.four_bit import check_state_4bit
 from ..quant.state import QuantState
 
 __all__ = [
@@ -35,8 +36,10 @@ def read_state(entries: dict[str, Any], device: torch.device | str | int) -> Qua
         The state, with scales in the order of the blocks.
 
     Raises:
-        ValueError: There is not exactly one packed entry of a known type.
+        ValueError: There is not exactly one packed entry of a known type, or the entries do not
+            fit each other.
         AssertionError: An entry is unknown.
+        KeyError: An entry is missing.
     """
     state = QuantState.from_dict(dict(entries), device)
     if state.quant_type not in state.valid_quant_types:
@@ -48,6 +51,13 @@ def read_state(entries: dict[str, Any], device: torch.device | str | int) -> Qua
         # Compat: what bitsandbytes 0.49 and 0.50 save after inference on a CPU with bfloat16
         # instructions: scales [blocks per row, rows].
         state.absmax = state.absmax.t().reshape(-1).float()
+    check_state_4bit("Params4bit", state)
+    # A checkpoint whose numbers were all cast to 16 bits.
+    for part in (state, state.state2) if state.nested else (state,):
+        if part.absmax.is_floating_point() and part.absmax.dtype != torch.float32:
+            part.absmax = part.absmax.float()
+        if part.levels().dtype != torch.float32:
+            part.code = part.levels().float()
     return state
 
 

@@ -29,6 +29,7 @@ from .buckets import NORM_HISTORY
 __all__ = ["QUANT_STATE_KEYS", "WRAPPER", "StateReader", "nested", "read_state_dict"]
 
 LEGACY_BLOCK = 2048
+MOST_STEPS = 2**62  # which ops count in 64 bits
 WRAPPER = "__bnb_optimizer_quant_state__"
 QUANT_STATE_KEYS = frozenset(
     {
@@ -203,8 +204,8 @@ class StateReader:
         step = state.get("step")
         if isinstance(step, Tensor) and step.numel() == 1:  # as torch's own optimizers keep it
             state["step"] = step = int(step.item())
-        if not isinstance(step, int):
-            raise ValueError(f"{where}: step must be an int, got {step!r}")
+        if not isinstance(step, int) or not 0 <= step < MOST_STEPS:
+            raise ValueError(f"{where}: step must be an int from 0 to 2^62, got {step!r}")
         two = len(self._rows) == 2
         if ("state2" in state) != two:
             raise ValueError(f"{where}: state2 must {'' if two else 'not '}be there")

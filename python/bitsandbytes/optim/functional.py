@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .._checks import check
 from ..plain.update import single_step_options
 from .buckets import learning_rate
 
@@ -41,6 +42,7 @@ def is_on_gpu(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _options(
+    op: str,
     p: Tensor,
     step: int,
     lr: float | Tensor,
@@ -57,6 +59,7 @@ def _options(
         gnorm_scales = gnorm_scale.to(p.device, torch.float32).reshape(1)
         gnorm_scale = 1.0
     return single_step_options(
+        op,
         p,
         step,
         (number, *decays, weight_decay, gnorm_scale),
@@ -116,6 +119,7 @@ def optimizer_update_32bit(
         skip_zeros: Leave elements alone whose gradient is zero.
 
     Raises:
+        ValueError: `step` is below 1.
         RuntimeError: The tensors lie on several devices, or one does not fit.
 
     Example:
@@ -127,6 +131,7 @@ def optimizer_update_32bit(
     torch.ops.bitsandbytes.optimizer_step_32bit(
         *_lists(optimizer_name, g, p, state1, state2),
         *_options(
+            "optimizer_update_32bit",
             *(p, step, lr, decays, weight_decay, gnorm_scale, skip_zeros),
             *(max_unorm, unorm_vec),
         ),
@@ -182,6 +187,7 @@ def optimizer_update_8bit_blockwise(
 
     Raises:
         TypeError: One of eps, step, lr, qmap1 and absmax1 is missing.
+        ValueError: `step` is below 1.
         RuntimeError: The tensors lie on several devices, or one does not fit.
     """
     required = {"eps": eps, "step": step, "lr": lr, "qmap1": qmap1, "absmax1": absmax1}
@@ -193,7 +199,10 @@ def optimizer_update_8bit_blockwise(
     torch.ops.bitsandbytes.optimizer_step_8bit_blockwise(
         *_lists(optimizer_name, g, p, state1, state2),
         *([absmax1], [] if absmax2 is None else [absmax2], qmap1, qmap2),
-        *_options(p, step, lr, decays, weight_decay, gnorm_scale, skip_zeros),
+        *_options(
+            "optimizer_update_8bit_blockwise",
+            *(p, step, lr, decays, weight_decay, gnorm_scale, skip_zeros),
+        ),
     )
 
 
@@ -248,6 +257,7 @@ def optimizer_update_8bit(
         max_unorm: Bound on the norm of the update relative to p's; 0: none.
 
     Raises:
+        ValueError: `step` is below 1.
         RuntimeError: The tensors lie on several devices, or one does not fit.
     """
     is_on_gpu([g, p, state1, state2, qmap1, qmap2, max1, max2, new_max1, new_max2, unorm_vec])
@@ -256,7 +266,11 @@ def optimizer_update_8bit(
     torch.ops.bitsandbytes.optimizer_step_8bit(
         *_lists(optimizer_name, g, p, state1, state2),
         *(max1, second[0], new_max1, second[1], qmap1, second[2]),
-        *_options(p, step, lr, decays, weight_decay, gnorm_scale, False, max_unorm, unorm_vec),
+        *_options(
+            "optimizer_update_8bit",
+            *(p, step, lr, decays, weight_decay, gnorm_scale, False),
+            *(max_unorm, unorm_vec),
+        ),
     )
 
 
@@ -278,6 +292,7 @@ def percentile_clipping(
         float32 tensors without dimensions. The gradient itself is not changed.
 
     Raises:
+        ValueError: `step` is below 1.
         RuntimeError: A tensor does not fit, or `percentile` is out of its range.
 
     Example:
@@ -287,6 +302,7 @@ def percentile_clipping(
         (4.0, 1.0)
     """
     is_on_gpu([grad, gnorm_vec])
+    check(step >= 1, "percentile_clipping", "step", "1 or more", step)
     taken = torch.full((), step - 1, dtype=torch.int64, device=grad.device)
     ops = torch.ops.bitsandbytes
     norm, clip, scale = ops.percentile_clipping_step([grad], [gnorm_vec], taken, percentile)

@@ -7,12 +7,14 @@ Their schemas mark more as written than is: gradients and tables of levels are o
 import torch
 from torch import Tensor
 
+from .._checks import check
 from .._ops import register_kernel
 
 __all__ = ["single_step_options"]
 
 
 def single_step_options(
+    op: str,
     p: Tensor,
     step: int,
     hyper: tuple,
@@ -26,6 +28,7 @@ def single_step_options(
     """Returns the last arguments of a list op for one parameter.
 
     Args:
+        op: The function that was called.
         p: The parameter.
         step: The number of this step, from 1.
         hyper: lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale.
@@ -34,7 +37,11 @@ def single_step_options(
         unorm: Where the square of the update's norm goes, float32 [1].
         lr_tensor: The learning rate, if it lies on the device.
         gnorm_scales: The factor on the gradient, if it lies on the device, float32 [1].
+
+    Raises:
+        ValueError: If `step` is below 1: corrections of bias would divide by zero.
     """
+    check(step >= 1, op, "step", "1 or more", step)
     taken = torch.full((), step - 1, dtype=torch.int64, device=p.device)
     bounded = unorm if max_unorm > 0.0 else None
     schedules = (0.0, 0.0)  # callers pass alpha and beta3 of this step
@@ -71,7 +78,12 @@ def optimizer_update_32bit(
     skip_zeros: bool = False,
 ) -> None:
     hyper = (lr, beta1, beta2, beta3, alpha, eps, weight_decay, gnorm_scale)
-    options = single_step_options(p, step, hyper, skip_zeros, max_unorm=max_unorm, unorm=unorm_vec)
+    options = single_step_options(
+        "optimizer_update_32bit",
+        *(p, step, hyper, skip_zeros),
+        max_unorm=max_unorm,
+        unorm=unorm_vec,
+    )
     torch.ops.bitsandbytes.optimizer_step_32bit(
         optimizer_name, [p], [g], [state1], _listed(state2), *options
     )
@@ -104,5 +116,5 @@ def optimizer_update_8bit_blockwise(
     torch.ops.bitsandbytes.optimizer_step_8bit_blockwise(
         *(optimizer_name, [p], [g], [state1], _listed(state2)),
         *([absmax1], _listed(absmax2), qmap1, qmap2),
-        *single_step_options(p, step, hyper, skip_zeros),
+        *single_step_options("optimizer_update_8bit_blockwise", p, step, hyper, skip_zeros),
     )

@@ -4,12 +4,13 @@
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS
+from .._checks import FLOATS, check, check_dtype, check_numel
 from .._codes4 import BLOCKSIZES, LEVELS, QUANT_TYPES, STORAGES, levels
 from .scales import NESTED_BLOCKSIZE, nested_arguments, quantize_scales, weight_arguments
 from .state import QuantState
 
 __all__ = [
+    "check_state_4bit",
     "dequantize_4bit",
     "dequantize_fp4",
     "dequantize_nf4",
@@ -324,3 +325,23 @@ def _check(name: str, blocksize: int, quant_type: str, what: str, dtype: torch.d
         raise ValueError(f"{name}: quant_type must be one of {QUANT_TYPES}, got {quant_type!r}")
     if dtype not in FLOATS:
         raise ValueError(f"{name}: {what} must be float32, float16 or bfloat16, got {dtype}")
+
+
+def check_state_4bit(name: str, state: QuantState) -> None:
+    """Raises ValueError unless the state has as many scales and levels as its shape asks for."""
+
+    def check_floats(entry: str, tensor: Tensor, count: int, what: str) -> None:
+        check_dtype(name, entry, tensor, *FLOATS)
+        check_numel(name, entry, tensor, count, what)
+
+    check(state.shape is not None, name, "shape", "that of the weight", None)
+    check(state.blocksize in BLOCKSIZES, name, "blocksize", f"one of {BLOCKSIZES}", state.blocksize)
+    check_floats("quant_map", state.levels(), 16, "levels")
+    blocks = -(-state.shape.numel() // state.blocksize)
+    if not state.nested:
+        return check_floats("absmax", state.absmax, blocks, "scales")
+    check_dtype(name, "absmax", state.absmax, torch.uint8)
+    check_numel(name, "absmax", state.absmax, blocks, "codes of scales")
+    second = state.state2
+    check_floats("nested_quant_map", second.levels(), 256, "levels")
+    check_floats("nested_absmax", second.absmax, -(-blocks // second.blocksize), "scales")

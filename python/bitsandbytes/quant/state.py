@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check
 from ..utils import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = ["QuantState"]
@@ -191,6 +192,7 @@ class QuantState:
             ValueError: There is not exactly one packed entry of a known type, or an entry has a
                 value that no state can have.
             AssertionError: An entry is unknown.
+            KeyError: An entry is missing.
         """
         packed_keys = [
             key
@@ -210,28 +212,28 @@ class QuantState:
                     f"one of {cls.valid_qs_type_keys}, got {packed_keys}"
                 )
         if len(packed_keys) == 1:
-            qs_dict.update(unpack_tensor_to_dict(qs_dict.pop(packed_keys[0])))
+            qs_dict.update(_unpacked(packed_keys[0], qs_dict.pop(packed_keys[0])))
         fields = {key.split(".")[-1]: value for key, value in qs_dict.items()}
         unknown = set(fields) - set(cls.valid_qs_keys)
         assert not unknown, f"QuantState.from_dict: unknown entries {sorted(unknown)} in qs_dict"
 
+        read = _Entries(fields)
         offset = state2 = None
         if "nested_absmax" in fields:
-            offset = torch.tensor(float(fields["nested_offset"])).to(device)
+            offset = torch.tensor(read.number("nested_offset")).to(device)
             state2 = cls(
-                absmax=fields["nested_absmax"].to(device),
-                blocksize=fields["nested_blocksize"],
-                code=fields["nested_quant_map"].to(device),
-                dtype=_dtype_of(fields["nested_dtype"]),
+                absmax=read.tensor("nested_absmax").to(device),
+                blocksize=read.size("nested_blocksize"),
+                code=read.tensor("nested_quant_map").to(device),
+                dtype=read.dtype("nested_dtype"),
             )
-        shape = fields["shape"]
         return cls(
-            quant_type=fields["quant_type"],
-            absmax=fields["absmax"].to(device),
-            blocksize=fields["blocksize"],
-            code=fields["quant_map"].to(device),
-            dtype=_dtype_of(fields["dtype"]),
-            shape=torch.Size(shape) if shape is not None else None,
+            quant_type=read["quant_type"],
+            absmax=read.tensor("absmax").to(device),
+            blocksize=read.size("blocksize"),
+            code=read.tensor("quant_map").to(device),
+            dtype=read.dtype("dtype"),
+            shape=read.shape("shape"),
             offset=offset,
             state2=state2,
         )
@@ -297,14 +299,76 @@ class QuantState:
     __hash__ = None  # compares by value and can be changed in place
 
 
-def _dtype_of(name: str) -> torch.dtype | None:
-    if name == "None":
-        return None
-    if name not in DTYPES:
+def _unpacked(key: str, packed: Tensor) -> dict[str, Any]:
+    """Returns the content of a packed entry."""
+    try:
+        content = unpack_tensor_to_dict(packed)
+    except (TypeError, ValueError) as error:  # not bytes, not UTF-8, not JSON
         raise ValueError(
-            f"QuantState.from_dict: dtype must be one of {sorted(DTYPES)}, got {name!r}"
-        )
-    return DTYPES[name]
+            f"QuantState.from_dict: {key} must be JSON in bytes, got {packed.numel()} elements of "
+            f"{packed.dtype} ({error})"
+        ) from error
+    check(isinstance(content, dict), "QuantState.from_dict", key, "a dictionary in JSON", content)
+    return content
+
+
+class _MissingEntry(KeyError):
+    """A key that is missing, with a sentence about it."""
+
+    __str__ = Exception.__str__  # that of KeyError puts quotes around
+
+
+class _Entries:
+    """Reads entries of a checkpoint, which may hold anything."""
+
+    def __init__(self, fields: dict[str, Any]):
+        self._fields = fields
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._fields:
+            raise _MissingEntry(
+                f"QuantState.from_dict: qs_dict must hold '{key}', got keys {sorted(self._fields)}"
+            )
+        return self._fields[key]
+
+    def _check(self, condition: bool, key: str, expected: str) -> None:
+        if not condition:
+            check(False, "QuantState.from_dict", key, expected, repr(self._fields[key]))
+
+    def tensor(self, key: str) -> Tensor:
+        value = self[key]
+        self._check(isinstance(value, Tensor), key, "a tensor")
+        return value
+
+    def number(self, key: str) -> float:
+        value = self[key]
+        one = value.numel() == 1 if isinstance(value, Tensor) else _is_number(value)
+        self._check(one, key, "a number")
+        return float(value)
+
+    def size(self, key: str) -> int:
+        value = self[key]
+        self._check(type(value) is int and value > 0, key, "a whole number above 0")
+        return value
+
+    def shape(self, key: str) -> torch.Size | None:
+        value = self[key]
+        if value is None:
+            return None
+        sizes = isinstance(value, (list, tuple)) and all(type(n) is int and n >= 0 for n in value)
+        self._check(sizes, key, "a list of sizes")
+        return torch.Size(value)
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        name = self[key]
+        if name == "None":
+            return None
+        self._check(isinstance(name, str) and name in DTYPES, key, f"one of {sorted(DTYPES)}")
+        return DTYPES[name]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _close(a: Tensor | None, b: Tensor | None) -> bool:

@@ -221,7 +221,7 @@ def test_what_does_not_fit(device):
     before = model.up.clone()
     wrong = dict(state)
     del wrong["up.quant_map"]
-    with pytest.raises(RuntimeError, match="up: 'quant_map'"):
+    with pytest.raises(RuntimeError, match=r"up: .*must hold 'quant_map'"):
         model.load_state_dict(wrong)
     module = nn.Module()
     module.up = nn.Parameter(torch.randn(4, 64, 31, device=device))

@@ -266,6 +266,15 @@ def test_a_float_checkpoint_is_quantized_as_the_layer_is(device):
     assert torch.equal(layer.weight.data, want)
 
 
+def test_a_checkpoint_cast_to_16_bits(device):
+    layer = quantized(device)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in layer.state_dict().items()}
+    x, want = torch.randn(3, 64, device=device), values(layer)
+    layer.load_state_dict(state)
+    torch.testing.assert_close(values(layer), want, rtol=2e-3, atol=0)
+    assert layer(x).isfinite().all()
+
+
 # --- what does not fit --------------------------------------------------------------------------
 
 
@@ -277,12 +286,31 @@ def test_what_does_not_fit_changes_nothing(device, strict):
         (LinearNF4(64, 95).to(device).state_dict(), r"of shape \[96, 64\].*\[95, 64\]"),
         (good | {"weight": good["weight"][:-1]}, "3072 bytes"),
         (good | {"weight": torch.randn(96, 64)}, "3072 bytes"),
-        (good | {"weight.absmax": good["weight.absmax"][:5]}, "96 scales, got 5"),
+        (good | {"weight.absmax": good["weight.absmax"][:5]}, r"of 96 elements.*got shape \[5\]"),
         ({k: v for k, v in good.items() if k != packed}, "quant_type"),
         ({k: v for k, v in good.items() if k != "weight.quant_map"}, "quant_map"),
         ({k: v for k, v in good.items() if k != "weight"}, "without its codes"),
         ({k: v for k, v in good.items() if "." not in k}, "packed codes with their state"),
         ({"weight": torch.randn(95, 64), "bias": good["bias"]}, r"\[95, 64\]"),
+    ]
+    facts = bnb.functional.unpack_tensor_to_dict(good[packed])
+    for entry, value, message in [
+        ("blocksize", 0, "blocksize must be a whole number above 0, got 0"),
+        ("blocksize", 2**40, r"blocksize must be one of \(32, "),
+        ("nested_blocksize", None, "nested_blocksize must be a whole number"),
+        ("nested_offset", [], "nested_offset must be a number"),
+        ("shape", [96, "64"], "shape must be a list of sizes"),
+        ("dtype", 7, "dtype must be one of"),
+    ]:
+        changed = bnb.functional.pack_dict_to_tensor(facts | {entry: value})
+        cases.append((good | {packed: changed}, message))
+    cases += [
+        (good | {packed: good[packed][:-1]}, f"{packed[7:]} must be JSON in bytes"),
+        (good | {packed: good[packed].float()}, "must be JSON in bytes"),
+        (good | {"weight.absmax": good["weight.absmax"].float()}, "absmax must be uint8"),
+        (good | {"weight.quant_map": good["weight.quant_map"][:15]}, "quant_map must be of 16"),
+        (good | {"weight.nested_absmax": torch.ones(2)}, "nested_absmax must be of 1 elements"),
+        (good | {"weight.nested_quant_map": torch.ones(16)}, "nested_quant_map must be of 256"),
     ]
     for state, message in cases:
         layer = quantized(device)

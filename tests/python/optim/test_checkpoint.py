@@ -247,6 +247,18 @@ def test_number_of_the_step_as_a_tensor():
     assert_continues_alike(opt, params, other, others)
 
 
+@pytest.mark.parametrize("number", [-1, 2**63, 1.5, None, float("nan"), "3", []])
+def test_what_is_no_number_of_steps(number):
+    opt, params = trained()
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][1]["step"] = number
+    before = [copy.deepcopy(opt.state[p]) for p in params]
+    with pytest.raises(ValueError, match=r"state of parameter 1: step must be an int from 0"):
+        opt.load_state_dict(saved)
+    for p, state in zip(params, before, strict=True):
+        assert_same_state(opt.state[p], state)
+
+
 def test_other_entries_keep_their_type():
     opt, params = trained(bits=32)
     saved = copy.deepcopy(opt.state_dict())

@@ -272,6 +272,26 @@ def test_tensors_lie_on_one_device():
             call(torch.ones(2, device="meta"))
 
 
+@pytest.mark.parametrize("step", [0, -1, -(2**63)])
+def test_steps_before_the_first(step):
+    p, g, m, v = (torch.ones(8) for _ in range(4))
+    codes, levels, scale = torch.zeros(8, dtype=torch.uint8), torch.ones(256), torch.ones(1)
+    numbers = {"eps": 1e-8, "step": step, "lr": 0.1}
+    two = {"qmap1": levels, "qmap2": levels, "beta1": 0.9, "beta2": 0.9, **numbers}
+    maxima = {"max1": scale, "max2": scale, "new_max1": scale, "new_max2": scale}
+    with pytest.raises(ValueError, match=r"optimizer_update_32bit: step must be 1 or more"):
+        F.optimizer_update_32bit("adam", g, p, m, 0.9, state2=v, **numbers)
+    with pytest.raises(ValueError, match=r"optimizer_update_8bit_blockwise: step must be"):
+        F.optimizer_update_8bit_blockwise(
+            *("adam", g, p, codes, codes), absmax1=scale, absmax2=scale, **two
+        )
+    with pytest.raises(ValueError, match=r"optimizer_update_8bit: step must be 1 or more"):
+        F.optimizer_update_8bit("adam", g, p, codes, codes, **two, **maxima)
+    with pytest.raises(ValueError, match=r"percentile_clipping: step must be 1 or more"):
+        F.percentile_clipping(g, torch.zeros(100), step)
+    assert torch.equal(p, torch.ones(8))
+
+
 # --- percentile clipping -------------------------------------------------------------------------
 
 
