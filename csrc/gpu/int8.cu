@@ -33,8 +33,10 @@ __global__ void __launch_bounds__(kThreads)
   using Row = Words<T, kPack>;
   __shared__ uint32_t warp_most[2][kWarps];
   int turn = 0;
-  // With a mask, the kernel before has waited for those that make the rows, and clears the mask.
-  if (outlier_mask == nullptr) wait_for_previous_kernel();
+  if (outlier_mask == nullptr) {
+    wait_for_previous_kernel();
+    let_next_kernel_start();
+  }  // else the kernel before has waited for those that make the rows, and clears the mask
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T* const from = a + row * cols;
     const auto load = [&](int64_t col) {
@@ -62,8 +64,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t col = first + kHeld * kStep; col < cols; col += kStep) {
       most = max(most, largest(load(col), col));
     }
-    // What the next kernel reads ahead would be in the way of these loads.
-    let_next_kernel_start();
+    // What the next kernel reads ahead would be in the way of these loads, which have to wait for
+    // more than the rows.
+    if (outlier_mask != nullptr) let_next_kernel_start();
     most = warp_max(most);
     if (threadIdx.x % kWarp == 0) warp_most[turn][threadIdx.x / kWarp] = most;
     __syncthreads();

@@ -376,10 +376,11 @@ void int8_linear_matmul(const Int8Matmul& args, Stream stream) {
 }
 
 void int8_scaled_matmul(const Int8ScaledMatmul& args, Stream stream) {
-  // For so few rows vectors are no slower than tensor cores, which take longer to begin, and longer
-  // still with outlier columns.
-  const int64_t few = args.outliers != nullptr ? 4 : 2;
-  if (args.m > few && wgmma_int8_serves(args)) return wgmma_int8(args, stream);
+  // With outlier columns of a small weight, tensor cores take longer to begin.
+  constexpr int64_t kFew = 2;
+  constexpr int64_t kSmall = 32 << 20;
+  const bool few = args.m <= kFew && args.outliers != nullptr && args.n * args.k <= kSmall;
+  if (!few && wgmma_int8_serves(args)) return wgmma_int8(args, stream);
   by_dtype(args.dtype, [&]<class T>() {
     matmul(args.a, args.b, args.k, args.follows_quantization, ScaleSums<T>(args), stream);
   });

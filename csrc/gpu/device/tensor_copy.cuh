@@ -163,10 +163,12 @@ __device__ __forceinline__ uint4 load_in_cluster(uint32_t address) {
                : "memory");
   return x;
 }
-__device__ __forceinline__ uint32_t load_word_in_cluster(uint32_t address) {
-  uint32_t x;
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
+__device__ __forceinline__ void store_word_in_cluster(uint32_t address, uint32_t x) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void add_in_cluster(uint32_t address, uint32_t x) {
+  asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(x)
+               : "memory");
 }
 __device__ __forceinline__ void store_in_cluster(uint32_t address, const float (&x)[4]) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]),

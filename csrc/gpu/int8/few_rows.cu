@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: MIT
 //
 // The blocks of a cluster share the columns: each has some neighbouring ones of all rows. So a
-// block knows on its own which of its columns hold outliers, and what the blocks have to tell each
-// other, through shared memory, is the largest magnitude of every row and how many outlier columns
-// there are.
+// block knows on its own which of its columns hold outliers, and what it has to tell the others is
+// the largest magnitude of every row and how many outlier columns there are. It writes that into
+// the shared memory of each, so that they wait for each other once.
 #include "gpu/int8/few_rows.h"
 #include "gpu/runtime/runtime.cuh"
 
@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ uint32_t marks[kMostColumns / kWordColumns];
   __shared__ uint32_t row_most[kMostRows];
   __shared__ float stats[kMostRows];
-  __shared__ int marked;
+  __shared__ uint32_t all_most[kCluster][kMostRows];  // of every block
+  __shared__ uint32_t all_marked[kCluster];
+  static_assert(kCluster * kMostRows <= kThreads);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(kThreads)
   const int words = static_cast<int>(ceil_div(width, kWordColumns));
   for (int i = thread; i < words; i += kThreads) marks[i] = 0;
   if (thread < rows) row_most[thread] = 0;
-  if (thread == 0) marked = 0;
+  if (thread < kCluster) all_marked[thread] = 0;
+  cluster_arrive();
   wait_for_previous_kernel();
   __syncthreads();
 
@@ -109,25 +112,32 @@ __global__ void __launch_bounds__(kThreads)
     advance(at);
   }
   __syncthreads();
+  cluster_wait();  // all blocks are there
+  if (thread % kMostRows < rows && thread < kCluster * kMostRows) {
+    const uint32_t* const to = &all_most[rank][thread % kMostRows];
+    store_word_in_cluster(address_in_block(shared_address(to), thread / kMostRows),
+                          row_most[thread % kMostRows]);
+  }
   for (int i = thread; i < words; i += kThreads) {
-    if (marks[i] != 0) atomicAdd(&marked, bits_set(marks[i]));
+    if (marks[i] == 0) continue;
+    for (int b = 0; b < kCluster; ++b) {
+      add_in_cluster(address_in_block(shared_address(&all_marked[rank]), b), bits_set(marks[i]));
+    }
   }
   cluster_barrier();
 
-  // From all blocks at once.
   int before = 0;
   int total = 0;
-  uint32_t most = 0;
-  const uint32_t row_at = shared_address(&row_most[min(thread, rows - 1)]);
 #pragma unroll
   for (int b = 0; b < kCluster; ++b) {
-    most = max(most, load_word_in_cluster(address_in_block(row_at, b)));
-    const int count =
-        static_cast<int>(load_word_in_cluster(address_in_block(shared_address(&marked), b)));
+    const int count = static_cast<int>(all_marked[b]);
     before += b < rank ? count : 0;
     total += count;
   }
   if (thread < rows) {
+    uint32_t most = 0;
+#pragma unroll
+    for (int b = 0; b < kCluster; ++b) most = max(most, all_most[b][thread]);
     stats[thread] = absmax_from_bits(most);
     if (rank == 0) row_stats[thread] = stats[thread];
   }
@@ -172,7 +182,6 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
   }
-  cluster_barrier();  // others may still read what is shared
 #endif
 }
 

@@ -10,23 +10,25 @@
 //
 //     warpgroups      multiply 64 features each, scale the sums and store them
 //     one warp        starts the copies of weights [kFeatures, 128] and tokens [kTokens, 128]
-//     other warps     make stages of outlier columns, 64 to each
+//     other warps     in large tiles, make stages of outlier columns, 64 to each
 //
 // For many tokens, tiles are large, blocks stay for several, and two neighbours in a cluster, which
 // make tiles of the same tokens, copy half of those each to both. For few tokens, tiles are small,
 // several blocks share a multiprocessor, and the blocks of a cluster share the terms of a tile;
 // they add their sums, which are exact, through each other's shared memory.
 //
-// Outlier columns are further stages, of 16-bit numbers. Weights are codes, which 16 bits hold
-// exactly, and the values are those of the input (a float is split in three bfloat16), so products
-// are exact and added in float. In large tiles they are added to the sums of the codes, which have
-// become floats by then; where terms are shared, they have sums of their own.
+// Outlier columns are products of 16-bit numbers. Weights are codes, which 16 bits hold exactly,
+// and the values are those of the input (a float is split in three bfloat16), so products are exact
+// and added in float. In large tiles they are further stages, added to the sums of the codes, which
+// have become floats by then; where terms are shared, each block has sums of its own for the
+// columns among its terms.
 #include "gpu/int8/wgmma.h"
 #include "gpu/runtime/runtime.cuh"
 
 #if BNB_BULK_COPIES
 
 #include <algorithm>
+#include <array>
 
 #include "bitsandbytes/blocks.h"
 #include "gpu/device/dtype.cuh"
@@ -58,7 +60,7 @@ struct Int8Product {
   // are older than that.
   __device__ __forceinline__ void copy(const Int8Maps& maps) const {
     int early = tile.task.weights_are_older ? Shape::kStages : 0;
-    int slabs = 0;
+    int slabs = 0;  // stages of outlier columns
     bool waited = false;
     Place place;
     tile.for_each_tile([&](const Int8Job& job) {
@@ -72,7 +74,7 @@ struct Int8Product {
       if (!waited) {
         for (int i = 0; i < early; ++i) copy_weights(i, job.first_stage + i);
         wait_for_previous_kernel();
-        slabs = tile.slab_count(tile.outlier_count());
+        if constexpr (!Shape::kSplits) slabs = tile.slab_count(tile.outlier_count());
         waited = true;
       }
       for (int s = job.first_stage; s < job.last_stage; ++s) {
@@ -85,7 +87,6 @@ struct Int8Product {
         tile.copy_tokens(place.slot, maps.tokens, s, job.token);
         place.advance();
       }
-      if (job.split > 0) return;
       for (int s = 0; s < slabs; ++s) {
         // Only who starts all copies knows which use of the place it waits for.
         tile.barriers[place.slot].empty.wait(place.phase ^ 1);
@@ -109,8 +110,10 @@ struct Int8Product {
     }
   }
 
+  // `visit`: looks at each stage as it passes.
+  template <class Visit>
   __device__ __forceinline__ void multiply(const Int8Job& job, const Int8Position& at, Place& place,
-                                           int (&d)[kSums]) const {
+                                           int (&d)[kSums], const Visit& visit) const {
     int before = 0;
     for (int s = job.first_stage; s < job.last_stage; ++s) {
       tile.barriers[place.slot].full.wait(place.phase);
@@ -123,6 +126,7 @@ struct Int8Product {
         WgmmaInt8<kTokens>::run(d, weights + 2 * i, tokens + 2 * i, i > 0 || s > job.first_stage);
       }
       wgmma_commit();
+      visit(s, place.slot);
       wgmma_wait<1>();
       if (s > job.first_stage) release(before);
       before = place.slot;
@@ -133,10 +137,9 @@ struct Int8Product {
     release(before);
   }
 
-  // Adds the products of the outlier columns to the floats d, or begins with them.
-  template <class Sum>
+  // Adds the products of the outlier columns to d, the bits of floats.
   __device__ __forceinline__ void multiply_outliers(int outliers, const Int8Position& at,
-                                                    Place& place, bool add, Sum (&d)[kSums]) const {
+                                                    Place& place, int (&d)[kSums]) const {
     for (int first = 0; first < outliers; first += Tile::Terms::kColumns) {
       tile.barriers[place.slot].full.wait(place.phase);
       const uint32_t from = shared_address(tile.stage(place.slot));
@@ -145,8 +148,8 @@ struct Int8Product {
       const int steps = Tile::Terms::steps(outliers - first);
       for (int i = 0; i < steps; ++i) {
         wgmma_fence();
-        WgmmaShared<typename Tile::Terms::Term, kTokens>::run(
-            d, advance_k(weights, i), advance_k(tokens, i), add || first > 0 || i > 0);
+        WgmmaShared<typename Tile::Terms::Term, kTokens>::run(d, advance_k(weights, i),
+                                                              advance_k(tokens, i), true);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_hold(d);
@@ -166,10 +169,28 @@ struct Int8Product {
     tile.for_each_tile([&](const Int8Job& job) {
       int d[kSums];
       if constexpr (Shape::kSplits) {
-        multiply(job, at, place, d);
-        float added[kSums];
-        if (job.split == 0) multiply_outliers(outliers, at, place, false, added);
-        results.exchange(job, at, d, added, outliers > 0);
+        const typename Results::Share share = results.share(job, maker);
+        if constexpr (Shape::kOutliers) {
+          Int8OutlierProducts<T, Shape> products{tile, job, at, maker};
+          products.find();
+          typename Int8OutlierProducts<T, Shape>::Values values;
+          if (products.count > 0) products.load(0, values);
+          auto collector = products.collector(0);
+          multiply(job, at, place, d,
+                   [&](int stage, int slot) { products.collect(stage, slot, collector); });
+          named_barrier(Tile::kGroupBarrier, Shape::kMakers);  // the stages are no longer read
+          results.keep(at, d, 0);
+          if (outliers > 0) {
+            float added[kSums];
+            products.add_all(values, added);
+            results.keep(at, added, Results::kAddedAt);
+          }
+        } else {
+          multiply(job, at, place, d, [](int, int) {});
+          named_barrier(Tile::kGroupBarrier, Shape::kMakers);
+          results.keep(at, d, 0);
+        }
+        results.exchange(job, share, outliers > 0);
       } else {
         // Read long before they are needed.
         constexpr int kOwn = ceil_div(kTokens, kWarpgroup);
@@ -187,7 +208,7 @@ struct Int8Product {
           features[h] = feature < args.n ? args.col_stats[feature] : 0.0f;
           biases[h] = feature < args.n ? bias_at(args.bias, args.bias_dtype, feature) : 0.0f;
         }
-        multiply(job, at, place, d);
+        multiply(job, at, place, d, [](int, int) {});
         float* const scales =
             reinterpret_cast<float*>(tile.shared + Shape::kScalesAt + at.group * Shape::kScales);
         const float unit = outliers > 0 ? 1.0f / kInt8Max : kInt8Product;
@@ -202,7 +223,7 @@ struct Int8Product {
           results.template store<false>(job, at, finish, d);
         } else {
           results.scale_tokens(at, finish, d);
-          multiply_outliers(outliers, at, place, true, d);
+          multiply_outliers(outliers, at, place, d);
           results.template store<true>(job, at, finish, d);
         }
       }
@@ -229,7 +250,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     prefetch_map(maps.tokens);
     for (RingBarriers& place : barriers) {
       place.full.init(1);
-      place.empty.init(Shape::kMakers / kWarp * Shape::kFan);
+      // Warps that multiply, and the one that watches for outlier columns.
+      const int readers = Shape::kMakers / kWarp + (task.watches ? 1 : 0);
+      place.empty.init(readers * Shape::kFan);
     }
     for (TransactionBarrier& place : granted) place.init(1);
     fence_barrier_init();
@@ -240,7 +263,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   if (thread >= Shape::kMakers) {
     if constexpr (!Shape::kSplits) give_registers<72>();
     if (thread >= Shape::kMakers + kWarp) {
-      Int8OutlierGatherer<T, Shape>{tile, maps.packed_tokens}.run(thread - Shape::kMakers - kWarp);
+      if constexpr (!Shape::kSplits) {
+        Int8OutlierGatherer<T, Shape>{tile, maps.packed_tokens}.run(thread - Shape::kMakers -
+                                                                    kWarp);
+      }
     } else if (thread == Shape::kMakers) {
       product.copy(maps);
     }
@@ -251,20 +277,45 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     product.make(thread);
   }
   // Others may still arrive at this block's barriers, or read its sums.
-  cluster_barrier();
+  cluster_stay();
 #endif
 }
 
 // ---- On the host -------------------------------------------------------------------------------
 
-using Tokens16 = Int8Shape<16, 1, 2, 5, 4, true>;
-using Tokens32 = Int8Shape<32, 1, 2, 4, 4, true>;
-using Tokens64 = Int8Shape<64, 1, 2, 4, 3, true>;
+using Tokens16 = Int8Shape<16, 1, 1, 5, 4, true>;
+using Tokens32 = Int8Shape<32, 1, 1, 4, 4, true>;
+using Tokens64 = Int8Shape<64, 1, 1, 4, 3, true>;
+// Where tiles are so few that memory is not busy, stages are many, and most tiles larger.
+using FewTiles16 = Int8Shape<16, 1, 1, 7, 2, true>;
+using FewTiles32 = Int8Shape<32, 2, 1, 8, 1, true>;
+using FewTiles64 = Int8Shape<64, 2, 1, 8, 1, true>;
+using FewTiles128 = Int8Shape<128, 2, 1, 6, 1, true>;
 using Tokens128 = Int8Shape<128, 2, 4, 6, 1, false>;
 using Tokens256 = Int8Shape<256, 2, 4, 4, 1, false>;
 
+// A launch in clusters of blocks.
+template <class Shape>
+struct ClusterLaunch {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(int clusters, int blocks) {
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3(static_cast<unsigned>(clusters * blocks));
+    config.blockDim = dim3(Shape::kThreads);
+    config.dynamicSmemBytes = Shape::kShared;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
+
 template <class T, class Shape>
-void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
+void start(const Int8Task& task, int clusters, int blocks, Stream stream) {
   constexpr auto kernel = wgmma_int8_kernel<T, Shape>;
   const Int8ScaledMatmul& args = task.args;
   const auto map_of = [](const void* matrix, int64_t rows, int64_t row_bytes, int tile_rows) {
@@ -278,19 +329,37 @@ void start(const Int8Task& task, int blocks, int cluster, Stream stream) {
     maps.packed_tokens = map_of(args.outlier_terms, args.m, kInt8Terms, kTokenRows);
   }
   allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(Shape::kThreads);
-  config.dynamicSmemBytes = Shape::kShared;
-  config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, maps, task));
+  ClusterLaunch<Shape> launch(clusters, blocks);
+  launch.config.stream = static_cast<cudaStream_t>(stream.handle);
+  BNB_GPU_CHECK(cudaLaunchKernelEx(&launch.config, kernel, maps, task));
+}
+
+constexpr int kMostSplits = 4;
+
+// Clusters of so many blocks that run at a time. They are fewer than multiprocessors have room for:
+// a cluster lies in a part of the processor, of which some are left over.
+template <class Shape>
+int clusters_at_a_time(int blocks) {
+  static const std::array<int, kMostSplits> counts = [] {
+    constexpr auto kernel = wgmma_int8_kernel<BFloat16, Shape>;
+    allow_shared(reinterpret_cast<const void*>(kernel), Shape::kShared);
+    std::array<int, kMostSplits> clusters{};
+    for (int i = 0; i < kMostSplits; ++i) {
+      const ClusterLaunch<Shape> launch(1, i + 1);
+      BNB_GPU_CHECK(cudaOccupancyMaxActiveClusters(&clusters[i], kernel, &launch.config));
+    }
+    return clusters;
+  }();
+  return counts[blocks - 1];
+}
+
+// Whether the weight is larger than the cache of the processor.
+bool exceeds_cache(const Int8ScaledMatmul& args) {
+  int device = 0;
+  int bytes = 0;
+  BNB_GPU_CHECK(cudaGetDevice(&device));
+  BNB_GPU_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device));
+  return args.n * args.k > bytes;
 }
 
 template <class T, class Shape>
@@ -299,22 +368,23 @@ void run(const Int8ScaledMatmul& args, Stream stream) {
                 static_cast<int>(ceil_div(args.n, Shape::kFeatures * Shape::kFan)),
                 static_cast<int>(ceil_div(args.m, Shape::kTokens)),
                 1,
-                args.outlier_terms != nullptr,
+                !Shape::kSplits && args.outlier_terms != nullptr,
                 args.n % kPackSize<T> == 0 && is_aligned(args.out, 16),
-                args.follows_quantization};
+                args.follows_quantization,
+                !Shape::kSplits && args.outliers != nullptr && exceeds_cache(args)};
   const int tiles = task.feature_tiles * task.token_tiles;
   if constexpr (Shape::kSplits) {
-    constexpr int kMostSplits = 4;
     constexpr int kLeastStages = 2;  // of a part
     const int stages = static_cast<int>(ceil_div(args.k, kInt8Terms));
-    while (task.splits < kMostSplits && stages >= 2 * kLeastStages * task.splits &&
-           2 * tiles * task.splits <= Shape::kResident * multiprocessors()) {
-      task.splits *= 2;
+    task.splits = Shape::kResident == 1 ? 2 : kMostSplits;  // blocks of their own have much to do
+    while (task.splits > 1 && (stages < kLeastStages * task.splits ||
+                               tiles > clusters_at_a_time<Shape>(task.splits))) {
+      --task.splits;
     }
-    start<T, Shape>(task, tiles * task.splits, task.splits, stream);
+    start<T, Shape>(task, tiles, task.splits, stream);
   } else {
     const int clusters = std::min(tiles, multiprocessors() / Shape::kFan);
-    start<T, Shape>(task, clusters * Shape::kFan, Shape::kFan, stream);
+    start<T, Shape>(task, clusters, Shape::kFan, stream);
   }
 }
 
@@ -331,6 +401,23 @@ bool prefers_small_tiles(const Int8ScaledMatmul& args) {
   const int64_t small = ceil_div(features * ceil_div(args.m, 128), clusters);
   const int64_t large = ceil_div(features * ceil_div(args.m, 256), clusters);
   return small * 58 < large * 100;
+}
+
+// Whether `splits` blocks can share each of these tiles.
+template <class Shape>
+bool can_split(const Int8ScaledMatmul& args, int splits) {
+  const int64_t tiles =
+      ceil_div(args.n, int64_t{Shape::kFeatures}) * ceil_div(args.m, int64_t{Shape::kTokens});
+  return tiles <= clusters_at_a_time<Shape>(splits);
+}
+
+// Whether tiles are so few that these are the better ones: two blocks can share each, and there are
+// too many features for all blocks of smaller tiles to have a multiprocessor of their own.
+template <class Shape>
+bool has_few_tiles(const Int8ScaledMatmul& args) {
+  const int64_t smaller = ceil_div(args.n, int64_t{64});
+  return can_split<Shape>(args, 2) &&
+         (Shape::kTokens > 64 || smaller * kMostSplits > multiprocessors());
 }
 
 bool has_kernels() {
@@ -354,9 +441,21 @@ int64_t wgmma_int8_outlier_terms_bytes(const Int8ScaledMatmul& args) {
 }
 
 void wgmma_int8(const Int8ScaledMatmul& args, Stream stream) {
-  if (args.m <= 16) return run<Tokens16>(args, stream);
-  if (args.m <= 32) return run<Tokens32>(args, stream);
-  if (args.m <= 64) return run<Tokens64>(args, stream);
+  if (args.m <= 16) {
+    return can_split<FewTiles16>(args, 3) ? run<FewTiles16>(args, stream)
+                                          : run<Tokens16>(args, stream);
+  }
+  if (args.m <= 32) {
+    return has_few_tiles<FewTiles32>(args) ? run<FewTiles32>(args, stream)
+                                           : run<Tokens32>(args, stream);
+  }
+  if (args.m <= 64) {
+    return has_few_tiles<FewTiles64>(args) ? run<FewTiles64>(args, stream)
+                                           : run<Tokens64>(args, stream);
+  }
+  if (args.outliers == nullptr && has_few_tiles<FewTiles128>(args)) {
+    return run<FewTiles128>(args, stream);
+  }
   if (prefers_small_tiles(args)) return run<Tokens128>(args, stream);
   return run<Tokens256>(args, stream);
 }

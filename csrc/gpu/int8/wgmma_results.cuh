@@ -149,42 +149,77 @@ struct Int8Results {
 
   // ---- Results of tiles whose terms are shared -----------------------------------------------
 
-  // Sums, and those of the outlier columns, of the first block, go to shared memory; then every
-  // block adds those of all for its share of the results.
-  __device__ __forceinline__ void exchange(const Int8Job& job, const Int8Position& at,
-                                           const int (&d)[kSums], const float (&added)[kSums],
-                                           bool outliers) const {
-    static_assert(Shape::kGroups == 1);
+  // The share of the results that a thread finishes: units of eight features, always the same, of
+  // one token, every kStep-th.
+  static constexpr int kUnits = Shape::kFeatures / 8;  // of a token
+  struct Share {
+    int first_unit;
+    int64_t feature;
+    float stats[8];
+    float biases[8];
+    float row_stat;  // of the first unit
+  };
+
+  __device__ __forceinline__ float row_stat(const Int8Job& job, int unit) const {
+    const int64_t token = job.token + unit / kUnits;
+    return unit / kUnits < kTokens && token < tile.task.args.m ? tile.task.args.row_stats[token]
+                                                               : 0.0f;
+  }
+
+  // Reads what finishes the thread's share, long before it is needed.
+  __device__ __forceinline__ Share share(const Int8Job& job, int maker) const {
+    static_assert(Shape::kMakers % kUnits == 0);
     const Int8ScaledMatmul& args = tile.task.args;
-    constexpr int kAddedAt = kTokens * Shape::kFeatures;
-    int* const sums = reinterpret_cast<int*>(tile.shared);
-    named_barrier(Tile::kGroupBarrier, kWarpgroup);  // the ring is no longer read
+    Share share;
+    share.first_unit = tile.rank * Shape::kMakers + maker;
+    share.feature = job.feature + share.first_unit % kUnits * 8;
+    share.row_stat = row_stat(job, share.first_unit);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool there = share.feature + i < args.n;
+      share.stats[i] = there ? args.col_stats[share.feature + i] : 0.0f;
+      share.biases[i] = there ? bias_at(args.bias, args.bias_dtype, share.feature + i) : 0.0f;
+    }
+    return share;
+  }
+
+  // Where in shared memory, which holds no stages any more, the sums of a tile lie, and behind them
+  // those of the outlier columns.
+  static constexpr int kAddedAt = kTokens * Shape::kFeatures;
+  __device__ __forceinline__ static int place_of(int token, int feature) {
+    return (feature / 64 * kTokens + token) * 64 + spread(token, feature % 64);
+  }
+
+  template <class Sum>
+  __device__ __forceinline__ void keep(const Int8Position& at, const Sum (&sums)[kSums],
+                                       int first) const {
+    Sum* const to = reinterpret_cast<Sum*>(tile.shared) + first;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      const int token = i / 4 * 8 + 2 * at.t + i % 2;
-      const int place = token * 64 + spread(token, 16 * at.warp + at.g + i % 4 / 2 * 8);
-      sums[place] = d[i];
-      if (outliers && job.split == 0) reinterpret_cast<float*>(sums)[kAddedAt + place] = added[i];
+      to[place_of(i / 4 * 8 + 2 * at.t + i % 2,
+                  64 * at.group + 16 * at.warp + at.g + i % 4 / 2 * 8)] = sums[i];
     }
+  }
+
+  // Every block adds the sums that all have kept, for its share of the results.
+  __device__ __forceinline__ void exchange(const Int8Job& job, const Share& share,
+                                           bool outliers) const {
+    const Int8ScaledMatmul& args = tile.task.args;
     cluster_barrier();
+    if (share.feature >= args.n) return;
     const uint32_t here = shared_address(tile.shared);
-    for (int unit = tile.rank * kWarpgroup + at.thread; unit < kTokens * 8;
-         unit += tile.task.splits * kWarpgroup) {
-      const int row = unit / 8;
+    float next_stat = share.row_stat;
+    const int step = tile.task.splits * Shape::kMakers;
+    for (int unit = share.first_unit; unit < kTokens * kUnits; unit += step) {
+      const int row = unit / kUnits;
       const int64_t token = job.token + row;
-      const int64_t feature = job.feature + unit % 8 * 8;
-      if (token >= args.m || feature >= args.n) continue;
-      const uint32_t place = here + 4 * (row * 64 + spread(row, unit % 8 * 8));
-      // Read while the sums are on their way.
-      const float row_scale = __fmul_rn(args.row_stats[token], kInt8Product);
-      float stats[8];
+      if (token >= args.m) return;
+      const uint32_t place = here + 4 * place_of(row, unit % kUnits * 8);
+      const float row_scale = __fmul_rn(next_stat, kInt8Product);
+      next_stat = row_stat(job, unit + step);
       float results[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const bool there = feature + i < args.n;
-        stats[i] = there ? args.col_stats[feature + i] : 0.0f;
-        results[i] = there ? bias_at(args.bias, args.bias_dtype, feature + i) : 0.0f;
-      }
+      for (int i = 0; i < 8; ++i) results[i] = share.biases[i];
       uint32_t totals[8] = {};
 #pragma unroll 4
       for (int s = 0; s < tile.task.splits; ++s) {
@@ -193,11 +228,19 @@ struct Int8Results {
         for (int i = 0; i < 8; ++i) totals[i] += part.words[i];
       }
       if (outliers) {
-        const EightWords products = load_eight(address_in_block(place + 4 * kAddedAt, 0));
+        float products[8] = {};
+#pragma unroll 4
+        for (int s = 0; s < tile.task.splits; ++s) {
+          const EightWords part = load_eight(address_in_block(place + 4 * kAddedAt, s));
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            products[i] = __fadd_rn(products[i], bits_float(part.words[i]));
+          }
+        }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          results[i] = __fmaf_rn(bits_float(products.words[i]),
-                                 __fmul_rn(stats[i], 1.0f / kInt8Max), results[i]);
+          results[i] =
+              __fmaf_rn(products[i], __fmul_rn(share.stats[i], 1.0f / kInt8Max), results[i]);
         }
       }
       Pack<T, kPackSize<T>> packs[8 / kPackSize<T>];
@@ -205,11 +248,11 @@ struct Int8Results {
       for (int i = 0; i < 8; ++i) {
         packs[i / kPackSize<T>].values[i % kPackSize<T>] =
             narrow<T>(__fmaf_rn(__int2float_rn(static_cast<int>(totals[i])),
-                                __fmul_rn(stats[i], row_scale), results[i]));
+                                __fmul_rn(share.stats[i], row_scale), results[i]));
       }
 #pragma unroll
       for (int p = 0; p < 8 / kPackSize<T>; ++p) {
-        const int64_t from = feature + p * kPackSize<T>;
+        const int64_t from = share.feature + p * kPackSize<T>;
         store_pack(static_cast<T*>(args.out) + token * args.n + from, packs[p], args.n - from,
                    tile.task.aligned);
       }

@@ -25,6 +25,8 @@ struct Int8Shape {
   static constexpr int kResident = resident;  // blocks on a multiprocessor
   // Blocks of a cluster share the terms of a tile; otherwise they share tokens.
   static constexpr bool kSplits = splits;
+  // There are no registers for outlier columns beside the sums of many tokens.
+  static constexpr bool kOutliers = !splits || tokens <= 64;
 
   static constexpr int kFan = splits ? 1 : 2;  // blocks that copy tokens for each other
   static constexpr int kFeatures = 64 * kGroups;
@@ -43,9 +45,9 @@ struct Int8Shape {
   static constexpr int kScalesAt = kStagingAt + kGroups * kStaging;
   static constexpr int kLines = kFeatures + kTokens;                // of a stage
   static constexpr int kColumnsAt = kScalesAt + kGroups * kScales;  // 64 outlier columns
-  static constexpr int kHeldAt = kColumnsAt + 64 * int{sizeof(int)};
-  static constexpr int kHeld = splits ? 0 : kFeatures * 64;  // their codes
-  static constexpr int kShared = kHeldAt + kHeld + 1024;     // to align the start
+  static constexpr int kHeldAt = kColumnsAt + 66 * int{sizeof(int)};
+  static constexpr int kHeld = kOutliers ? kFeatures * 64 : 0;  // their codes
+  static constexpr int kShared = kHeldAt + kHeld + 1024;        // to align the start
   // Sums, as integers and as floats, take the place of the ring.
   static_assert(!splits || 2 * 4 * kFeatures * kTokens <= kStagingAt);
   static_assert(kTokenBytes / kFan % 1024 == 0);
@@ -59,6 +61,7 @@ struct Int8Task {
   bool packed_tokens;      // those of the first stage of outlier columns
   bool aligned;            // results can be stored 16 bytes at a time
   bool weights_are_older;  // than the kernel before this one
+  bool watches;            // for outlier columns in stages that pass
 };
 
 // Where copies come from.

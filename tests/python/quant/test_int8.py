@@ -389,14 +389,33 @@ def test_linear_matches_specification(int8, device, shape, outliers, dtype):
     assert_layer(int8, device, shape, outliers, dtype)
 
 
-# Products for which a GPU has kernels of large tiles, and more of those than it makes at a time.
+# Products for which a GPU has kernels of large tiles, and more of those than it makes at a time, or
+# so few that several blocks of threads share a tile.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outliers", [None, 7, 100])
-@pytest.mark.parametrize("shape", [(150, 520, 1040), (530, 5000, 272)])
+@pytest.mark.parametrize(
+    "shape",
+    [(150, 520, 1040), (530, 5000, 272), (20, 2300, 528), (64, 4001, 272), (101, 2300, 528)],
+)
 def test_linear_of_large_tiles_matches_specification(int8, device, shape, outliers, dtype):
     if device != "cuda":
         pytest.skip("as slow as it is large, and nothing new, without a GPU")
     assert_layer(int8, device, shape, outliers, dtype)
+
+
+@pytest.mark.parametrize("outliers", [3, 100])
+@pytest.mark.parametrize("rows", [8, 40, 150])
+def test_linear_with_a_weight_larger_than_the_cache(int8, device, rows, outliers):
+    if device != "cuda":
+        pytest.skip("as slow as it is large, and nothing new, without a GPU")
+    x = planted(rows, 4096, outliers, device)
+    b, col_stats = codes_and_stats(20000, 4096, device)
+    out, mask = int8.int8_linear(x, b, col_stats, None, 4.0)
+    for part in (slice(0, 300), slice(19700, 20000)):
+        want, want_mask = int8.int8_linear(x, b[part], col_stats[part], None, 4.0)
+        # Another number of blocks adds the products of outlier columns in another order.
+        torch.testing.assert_close(out[:, part], want, rtol=0, atol=1e-5 * want.abs().max().item())
+        assert torch.equal(mask, want_mask)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.0])
