@@ -137,16 +137,20 @@ __global__ void BNB_LAUNCH_BOUNDS(kTileThreads, kResident<T>)
   using Packed = PackedCodes<kPack>;
 
   BNB_DYNAMIC_SHARED(slots);
-  __shared__ Buckets4<Code> buckets;
-  __shared__ typename Elements::Exchange exchange;
-  __shared__ typename RunTile<T, kRun>::Exchange run_exchange;
+  struct alignas(kRunRow) Shared {
+    Buckets4<Code> buckets;
+    typename Elements::Exchange exchange;
+    typename RunTile<T, kRun>::Exchange run_exchange;
+  };
+  __shared__ Shared shared;
+  Buckets4<Code>& buckets = shared.buckets;
   if (threadIdx.x < Buckets4<Code>::kCount) {
     buckets.threshold[threadIdx.x] = kBuckets<Code>.threshold[threadIdx.x];
     buckets.rank[threadIdx.x] = kBuckets<Code>.rank[threadIdx.x];
   }
   __syncthreads();
 
-  for_each_run<kRun>(a, absmax, run_tiles, log2_block, slots, run_exchange,
+  for_each_run<kRun>(a, absmax, run_tiles, log2_block, slots, shared.run_exchange,
                      [&](const Words<T, kRun>& run, uint32_t most, int64_t i) {
                        store_aligned(out + i / 2, encode_run<Code>(buckets, run, most));
                      });
@@ -158,7 +162,7 @@ __global__ void BNB_LAUNCH_BOUNDS(kTileThreads, kResident<T>)
        tile += gridDim.x) {
     Elements elements;
     elements.load(a, n, tile, aligned);
-    elements.reduce(block_size, exchange, buffer);
+    elements.reduce(block_size, shared.exchange, buffer);
 #pragma unroll
     for (int v = 0; v < Elements::kSlices; ++v) {
       const int64_t i = Elements::base_of(tile) + v * Elements::kSlice;

@@ -162,16 +162,20 @@ __global__ void BNB_LAUNCH_BOUNDS(kTileThreads, (kResident<T, kStochastic>))
   constexpr int kPack = Elements::kPack;
 
   BNB_DYNAMIC_SHARED(slots);
-  __shared__ Encode8 levels;
-  __shared__ typename Elements::Exchange exchange;
+  struct alignas(kRunRow) Shared {
+    Encode8 levels;
+    typename Elements::Exchange exchange;
+    typename Runs<T>::Exchange run_exchange;
+  };
+  __shared__ Shared shared;
+  Encode8& levels = shared.levels;
   levels.fill(code);
   __syncthreads();
 
   int64_t done = 0;  // elements
   if (!kStochastic && absmax != nullptr && levels.kind != Buckets8::kNone) {
-    __shared__ typename Runs<T>::Exchange run_exchange;
     const auto each = [&](const auto& body) {
-      for_each_run<kRun>(a, absmax, run_tiles, log2_block, slots, run_exchange, body);
+      for_each_run<kRun>(a, absmax, run_tiles, log2_block, slots, shared.run_exchange, body);
     };
     if (levels.kind == Buckets8::kPlain) {
       each([&](const Words<T, kRun>& run, uint32_t most, int64_t i) {
@@ -200,7 +204,7 @@ __global__ void BNB_LAUNCH_BOUNDS(kTileThreads, (kResident<T, kStochastic>))
   for (; tile * kTileElements < n; tile += gridDim.x) {
     Elements elements;
     elements.load(a, n, tile, aligned);
-    elements.reduce(block_size, exchange, buffer);
+    elements.reduce(block_size, shared.exchange, buffer);
     [[maybe_unused]] int64_t random_at = place;
     if constexpr (kStochastic) place = random.after(place, tile_step);
 #pragma unroll

@@ -19,6 +19,10 @@
 
 namespace bnb::gpu {
 
+// Slots lie behind a kernel's static shared memory, whose size should be a multiple of this, so
+// that no row is in two lines.
+inline constexpr int kRunRow = 128;
+
 // A tile of runs, one for each thread of a block.
 template <class T, int kRun>
 struct RunTile {
