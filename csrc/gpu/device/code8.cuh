@@ -97,16 +97,23 @@ struct Code8 {
     }
     const float inverse = __frcp_rn(absmax);
     if (kind == CodeKind::kTable || !is_regular_block(absmax, inverse)) {
-      uint32_t shifted[kCount];
-      // Unrolled although rare: a run-time index would move the elements to local memory.
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) shifted[i] = search(__fmul_rn(x[i], inverse)) << 16;
-      pack(shifted, words);
+      encode_by_search(x, inverse, words);
     } else if (kind == CodeKind::kSignedDynamic8) {
       encode_dynamic(true, tables, x, inverse, words);
     } else {
       encode_dynamic(false, tables, x, inverse, words);
     }
+  }
+
+  // The same for any table and block.
+  template <int kCount>
+  __device__ __forceinline__ void encode_by_search(const float (&x)[kCount], float inverse,
+                                                   uint32_t (&words)[kCount / 4]) const {
+    uint32_t shifted[kCount];
+    // Unrolled although rare: a run-time index would move the elements to local memory.
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) shifted[i] = search(__fmul_rn(x[i], inverse)) << 16;
+    pack(shifted, words);
   }
 
   // The same where the code is known to be a dynamic map, and which, and the block regular.
