@@ -25,7 +25,7 @@ namespace bnb::gpu {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kUnroll = 4;  // 16-byte loads in flight per thread
+constexpr int kLoads = 4;  // of 16 bytes, in flight per thread
 constexpr int kFirstBits = 13;
 constexpr int kFirstBins = 1 << kFirstBits;
 constexpr uint16_t kNone = 0xffff;
@@ -47,6 +47,7 @@ struct Workspace {
   uint16_t* first_groups;   // [kFirstBins]
   uint16_t* second_groups;  // [kQuantiles, 2^second_bits]
   Found* found;             // [2], after the first and after the second pass
+  int64_t count_bytes;      // of all counts, from the first ones on
   int second_bits;
   int third_bits;  // 0: two passes
 };
@@ -64,39 +65,45 @@ __device__ __forceinline__ uint32_t bits_of(float x) { return float_bits(x); }
 __device__ __forceinline__ uint32_t bits_of(Half x) { return x.bits; }
 __device__ __forceinline__ uint32_t bits_of(BFloat16 x) { return x.bits; }
 
-// Calls body(key) for the thread's share of all elements.
-template <class T, class Body>
+// Calls body(key) for the thread's share of all elements. `kSecond`: in the second pass, which
+// begins with the last element, because the first one has left that in the cache. With 32 bits it
+// loads ahead, because no other block of threads has room beside it.
+template <bool kSecond, int kUnroll = kLoads, class T, class Body>
 __device__ __forceinline__ void for_each_key(const T* __restrict__ a, int64_t n, bool aligned,
                                              const Body& body) {
   constexpr int kPack = kPackSize<T>;
+  struct Turn {
+    Words<T, kPack> words[kUnroll];
+  };
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t packs = aligned ? n / kPack : 0;
-  for (int64_t p = thread; p < packs; p += threads * kUnroll) {
-    Words<T, kPack> words[kUnroll];
+  const auto load = [&](int64_t p) {
+    Turn turn;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t pack = p + u * threads;
-      if (pack < packs) words[u] = load_aligned<Words<T, kPack>>(a + pack * kPack);
+      if (pack >= packs) continue;
+      const int64_t place = kSecond ? packs - 1 - pack : pack;
+      turn.words[u] = load_aligned<Words<T, kPack>>(a + place * kPack);
     }
+    return turn;
+  };
+  constexpr bool kAhead = kSecond && sizeof(T) == 4;
+  Turn next = load(thread);
+  for (int64_t p = thread; p < packs; p += threads * kUnroll) {
+    const Turn turn = next;
+    if constexpr (kAhead) next = load(p + threads * kUnroll);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (p + u * threads >= packs) break;
 #pragma unroll
-      for (int i = 0; i < kPack; ++i) body(key_of<T>(words[u], i));
+      for (int i = 0; i < kPack; ++i) body(key_of<T>(turn.words[u], i));
     }
+    if constexpr (!kAhead) next = load(p + threads * kUnroll);
   }
   for (int64_t i = packs * kPack + thread; i < n; i += threads) {
     body(OrderKey<T>::of_bits(bits_of(a[i])));
-  }
-}
-
-// Called by all threads of all blocks; a later kernel may count there.
-__device__ void clear(Count* counts, int64_t size) {
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < size;
-       i += threads) {
-    counts[i] = 0;
   }
 }
 
@@ -116,9 +123,8 @@ __global__ void __launch_bounds__(kThreads)
                        int64_t n, bool aligned, Workspace w) {
   __shared__ uint32_t bins[kFirstBins];
   clear_shared(bins, kFirstBins);
-  clear(w.second_counts, int64_t{kQuantiles} << w.second_bits);
   __syncthreads();
-  for_each_key<T>(a, n, aligned, [&](uint32_t key) {
+  for_each_key<false>(a, n, aligned, [&](uint32_t key) {
     atomicAdd(&bins[key >> (OrderKey<T>::kBits - kFirstBits)], 1u);
   });
   __syncthreads();
@@ -135,10 +141,9 @@ __global__ void __launch_bounds__(kThreads)
   uint16_t* const groups = reinterpret_cast<uint16_t*>(bins + size);
   clear_shared(bins, size);
   for (int i = threadIdx.x; i < kFirstBins; i += kThreads) groups[i] = w.first_groups[i];
-  if (w.third_bits > 0) clear(w.third_counts, int64_t{kQuantiles} << w.third_bits);
   __syncthreads();
   const uint32_t mask = (1u << w.second_bits) - 1;
-  for_each_key<T>(a, n, aligned, [&](uint32_t key) {
+  for_each_key<true>(a, n, aligned, [&](uint32_t key) {
     const uint32_t group = groups[key >> (OrderKey<T>::kBits - kFirstBits)];
     if (group == kNone) return;
     atomicAdd(&bins[(group << w.second_bits) | ((key >> w.third_bits) & mask)], 1u);
@@ -183,18 +188,30 @@ struct CountCache {
   }
 };
 
-__global__ void __launch_bounds__(kThreads)
+// The few keys that the third pass counts, collected by each thread for itself: a warp would follow
+// every one of them alone.
+struct KeyQueues {
+  static constexpr int kSize = 6;  // in the mean a thread of 16 million numbers has one or two
+  uint32_t keys[kSize][kThreads];
+};
+
+__global__ void BNB_LAUNCH_BOUNDS(kThreads, 2)
     count_third_kernel(const float* __restrict__ a,  // [n]
                        int64_t n, bool aligned, Workspace w) {
   constexpr int kMostBins = kQuantiles << 7;  // of the second pass
-  __shared__ uint16_t groups[kFirstBins];
-  __shared__ uint32_t wanted[kMostBins / 32];  // a bit for each bin of the second pass
-  __shared__ CountCache cache;
-  for (int i = threadIdx.x; i < kFirstBins; i += kThreads) groups[i] = w.first_groups[i];
+  BNB_DYNAMIC_SHARED(shared);                 // CountCache, KeyQueues
+  __shared__ uint16_t groups[kFirstBins];     // kQuantiles where no quantile lies ...
+  // A bit for each bin of the second pass, ... and of that group none.
+  __shared__ uint32_t wanted[kMostBins / 32 + (1 << 7) / 32];
+  CountCache& cache = *reinterpret_cast<CountCache*>(shared);
+  KeyQueues& queues = *reinterpret_cast<KeyQueues*>(shared + sizeof(CountCache));
+  for (int i = threadIdx.x; i < kFirstBins; i += kThreads) {
+    groups[i] = min(w.first_groups[i], static_cast<uint16_t>(kQuantiles));
+  }
   const int words = (kQuantiles << w.second_bits) / 32;
-  for (int i = threadIdx.x; i < words; i += kThreads) {
+  for (int i = threadIdx.x; i < words + (1 << w.second_bits) / 32; i += kThreads) {
     uint32_t word = 0;
-    for (int bit = 0; bit < 32; ++bit) {
+    for (int bit = 0; i < words && bit < 32; ++bit) {
       word |= static_cast<uint32_t>(w.second_groups[32 * i + bit] != kNone) << bit;
     }
     wanted[i] = word;
@@ -203,15 +220,29 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const uint32_t second_mask = (1u << w.second_bits) - 1;
   const uint32_t third_mask = (1u << w.third_bits) - 1;
-  for_each_key<float>(a, n, aligned, [&](uint32_t key) {
-    const uint32_t group = groups[key >> (32 - kFirstBits)];
-    if (group == kNone) return;
-    const uint32_t bin = (group << w.second_bits) | ((key >> w.third_bits) & second_mask);
+  const auto bin_of = [&](uint32_t key) {
+    return (static_cast<uint32_t>(groups[key >> (32 - kFirstBits)]) << w.second_bits) |
+           ((key >> w.third_bits) & second_mask);
+  };
+  const auto count = [&](uint32_t bin, uint32_t key) {
+    cache.add(w.third_counts,
+              (static_cast<uint32_t>(w.second_groups[bin]) << w.third_bits) | (key & third_mask));
+  };
+  int queued = 0;
+  for_each_key<false, 2>(a, n, aligned, [&](uint32_t key) {
+    const uint32_t bin = bin_of(key);
     if ((wanted[bin / 32] >> (bin % 32) & 1u) == 0) return;
-    const uint32_t place =
-        (static_cast<uint32_t>(w.second_groups[bin]) << w.third_bits) | (key & third_mask);
-    cache.add(w.third_counts, place);
+    if (queued < KeyQueues::kSize) {
+      queues.keys[queued][threadIdx.x] = key;
+      ++queued;
+    } else {
+      count(bin, key);
+    }
   });
+  for (int i = 0; i < queued; ++i) {
+    const uint32_t key = queues.keys[i][threadIdx.x];
+    count(bin_of(key), key);
+  }
   __syncthreads();
   cache.flush(w.third_counts);
 }
@@ -223,71 +254,94 @@ struct Located {
   float* out;        // [kQuantiles]
 };
 
-// A block of at most kThreads per group: finds the bin of each of its quantiles. `before` is what
-// was found until now, `ranks` what to begin with in the first pass.
+// The sum of the values of a warp's lanes up to the own one.
+__device__ __forceinline__ uint64_t warp_prefix_sum(uint64_t value) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  uint64_t prefix = value;
+  uint64_t total = value;  // of the lanes whose numbers have the same upper bits
+  for (int bit = 1; bit < kWarp; bit *= 2) {
+    const uint64_t other = shuffle_xor(total, bit);
+    if ((lane & bit) != 0) prefix += other;
+    total += other;
+  }
+  return prefix;
+}
+
+// A block of at most kThreads per group, a power of two and enough for its quantiles: finds the bin
+// of each of them. `before` is what was found until now, `ranks` what to begin with in the first
+// pass.
 template <class T, bool kFirst>
 __global__ void __launch_bounds__(kThreads)
     locate_kernel(const Count* __restrict__ counts,  // [groups, 2^bits]
                   int bits, const BNB_GRID_CONSTANT QuantileRanks ranks,
                   const Found* __restrict__ before, Located located) {
-  __shared__ uint64_t rank[kQuantiles];
+  static_assert(kThreads <= kWarp * kWarp);
   __shared__ uint64_t sums[kThreads];
-  __shared__ int members;
+  __shared__ uint64_t warp_sums[kWarp];
+  __shared__ int bin_of[kQuantiles];
   const int group = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
   if (!kFirst && before->group[group] != group) return;  // the same for the whole block
   const int bins = 1 << bits;
   const int64_t row = static_cast<int64_t>(group) << bits;
 
-  // The members, from `group` on.
-  if (thread == 0) members = 0;
-  __syncthreads();
-  if (thread < kQuantiles - group && (kFirst || before->group[group + thread] == group)) {
-    rank[thread] = kFirst ? ranks.values[thread] : before->rank[group + thread];
-    atomicAdd(&members, 1);
-  }
-
-  // Each thread has a run of bins, and needs the number of elements before it.
-  const int threads = static_cast<int>(blockDim.x);
+  // Each thread has a run of bins: the number of elements up to its end.
   const int run = max(bins / threads, 1);
-  const int first = thread * run;
-  const int last = min(first + run, bins);
   uint64_t sum = 0;
-  for (int bin = first; bin < last; ++bin) sum += counts[row + bin];
-  sums[thread] = sum;
+#pragma unroll 8  // loads in flight
+  for (int bin = thread * run; bin < min((thread + 1) * run, bins); ++bin) sum += counts[row + bin];
+  if (located.groups != nullptr) {
+    for (int bin = thread; bin < bins; bin += threads) located.groups[row + bin] = kNone;
+  }
+  sums[thread] = warp_prefix_sum(sum);
   __syncthreads();
-  for (int distance = 1; distance < threads; distance *= 2) {
-    const uint64_t other = thread >= distance ? sums[thread - distance] : 0;
-    __syncthreads();
-    sums[thread] += other;
-    __syncthreads();
+  if (thread < kWarp) {
+    const int last = thread * kWarp + kWarp - 1;  // of a warp
+    warp_sums[thread] = warp_prefix_sum(last < threads ? sums[last] : 0);
   }
-  uint64_t start = sums[thread] - sum;
+  __syncthreads();
+  if (thread >= kWarp) sums[thread] += warp_sums[thread / kWarp - 1];
+  __syncthreads();
 
-  int k = 0;  // the first member that is not before the bin
-  for (int step = kQuantiles / 2; step > 0; step /= 2) {
-    if (k + step <= members && rank[k + step - 1] < start) k += step;
-  }
-  if (k < members && rank[k] < start) ++k;
-  for (int bin = first; bin < last; ++bin) {
-    const uint64_t end = start + counts[row + bin];
-    const uint16_t leader = static_cast<uint16_t>(group + k);
-    bool taken = false;
-    for (; k < members && rank[k] < end; ++k) {
-      taken = true;
-      const uint32_t digits = kFirst ? 0 : before->key[group + k] << bits;
-      const uint32_t key = digits | static_cast<uint32_t>(bin);
-      if (located.out != nullptr) {
-        located.out[group + k] = OrderKey<T>::to_number(key);
-      } else {
-        located.next->rank[group + k] = rank[k] - start;
-        located.next->key[group + k] = key;
-        located.next->group[group + k] = leader;
-      }
+  // The group's quantiles are its first one and those after it. Each looks for its own bin.
+  const int quantile = group + thread;
+  const bool mine =
+      quantile < kQuantiles && thread < kQuantiles && (kFirst || before->group[quantile] == group);
+  uint64_t rank = 0;
+  int bin = 0;
+  if (mine) {
+    rank = kFirst ? ranks.values[quantile] : before->rank[quantile];
+    int runs = 0;  // that end before it
+    for (int step = threads / 2; step > 0; step /= 2) {
+      if (sums[runs + step - 1] <= rank) runs += step;
     }
-    if (located.groups != nullptr) located.groups[row + bin] = taken ? leader : kNone;
-    start = end;
+    if (runs > 0) rank -= sums[runs - 1];
+    for (bin = runs * run; rank >= counts[row + bin]; ++bin) rank -= counts[row + bin];
+    bin_of[thread] = bin;
   }
+  __syncthreads();
+  if (!mine) return;
+  const uint32_t digits = kFirst ? 0 : before->key[quantile] << bits;
+  const uint32_t key = digits | static_cast<uint32_t>(bin);
+  if (located.out != nullptr) {
+    located.out[quantile] = OrderKey<T>::to_number(key);
+    return;
+  }
+  int first = 0;  // of those in the same bin; bins ascend
+  for (int last = thread; first < last;) {
+    const int middle = (first + last) / 2;
+    if (bin_of[middle] < bin) {
+      first = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  const uint16_t leader = static_cast<uint16_t>(group + first);
+  located.next->rank[quantile] = rank;
+  located.next->key[quantile] = key;
+  located.next->group[quantile] = leader;
+  if (first == thread) located.groups[row + bin] = leader;
 }
 
 // Bytes of shared memory that the second pass takes.
@@ -324,16 +378,17 @@ Workspace lay_out(DType dtype, Cutter& cutter) {
   const int64_t second_bins = int64_t{kQuantiles} << w.second_bits;
   w.first_counts = cutter.take<Count>(kFirstBins);
   w.second_counts = cutter.take<Count>(second_bins);
+  if (w.third_bits > 0) w.third_counts = cutter.take<Count>(int64_t{kQuantiles} << w.third_bits);
+  w.count_bytes = cutter.bytes;
   w.first_groups = cutter.take<uint16_t>(kFirstBins);
   w.second_groups = cutter.take<uint16_t>(second_bins);
   w.found = cutter.take<Found>(2);
-  if (w.third_bits > 0) w.third_counts = cutter.take<Count>(int64_t{kQuantiles} << w.third_bits);
   return w;
 }
 
 // Blocks of threads for a pass over n elements, `resident` on a multiprocessor.
 int grid(int64_t n, int pack, int resident) {
-  const int64_t work = ceil_div(n, int64_t{kThreads} * kUnroll * pack);
+  const int64_t work = ceil_div(n, int64_t{kThreads} * kLoads * pack);
   return static_cast<int>(std::min<int64_t>(work, int64_t{multiprocessors()} * resident));
 }
 
@@ -347,7 +402,7 @@ void estimate(const EstimateQuantiles& args, void* workspace, Stream stream) {
   const int two_blocks = grid(args.n, kPackSize<T>, 2);
   const bool two_passes = w.third_bits == 0;
 
-  BNB_GPU_CHECK(cudaMemsetAsync(w.first_counts, 0, kFirstBins * sizeof(Count),
+  BNB_GPU_CHECK(cudaMemsetAsync(w.first_counts, 0, static_cast<size_t>(w.count_bytes),
                                 static_cast<cudaStream_t>(stream.handle)));
   launch("count_first_kernel", count_first_kernel<T>, two_blocks, kThreads, 0, stream, a, args.n,
          aligned, w);
@@ -367,9 +422,12 @@ void estimate(const EstimateQuantiles& args, void* workspace, Stream stream) {
   if (two_passes) return;
 
   if constexpr (sizeof(T) == 4) {
-    launch("count_third_kernel", count_third_kernel, two_blocks, kThreads, 0, stream, a, args.n,
-           aligned, w);
-    launch("locate_kernel", locate_kernel<T, false>, kQuantiles, kQuantiles, 0, stream,
+    constexpr int kThirdBytes = sizeof(CountCache) + sizeof(KeyQueues);
+    BNB_GPU_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(count_third_kernel),
+                                       cudaFuncAttributeMaxDynamicSharedMemorySize, kThirdBytes));
+    launch("count_third_kernel", count_third_kernel, two_blocks, kThreads, kThirdBytes, stream, a,
+           args.n, aligned, w);
+    launch("locate_kernel", locate_kernel<T, false>, kQuantiles, kThreads, 0, stream,
            w.third_counts, w.third_bits, ranks, w.found + 1, Located{nullptr, nullptr, args.out});
   }
 }

@@ -6,6 +6,7 @@
 #include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/quantize_4bit.h"
 #include "gpu/device/dtype.cuh"
+#include "gpu/device/runs.cuh"
 #include "gpu/device/scales.cuh"
 #include "gpu/device/tile.cuh"
 #include "gpu/runtime/check.h"
@@ -29,6 +30,10 @@ constexpr AllLevels make_all_levels() {
 }
 __device__ const constexpr AllLevels kLevels = make_all_levels();
 
+// Blocks of threads on a multiprocessor whose slots find room in its shared memory.
+template <class T>
+constexpr int kResident = sizeof(T) == 2 ? 4 : 3;
+
 // The packed codes of a pack of elements.
 template <int kPack>
 using PackedCodes = std::conditional_t<kPack == 8, uint32_t, uint16_t>;
@@ -41,19 +46,11 @@ __device__ __forceinline__ float tame(float s) {
   return fminf(fmaxf(s, -1.0f), 1.0f);
 }
 
-// Codes of the elements of one pack, the first in the upper half of the lowest byte.
+// Codes of elements of one pack from s, an element over its block's absmax, which is tame or of a
+// regular block. The first one is in the upper half of the lowest byte.
 template <class Code, int kPack>
-__device__ __forceinline__ PackedCodes<kPack> encode(const Buckets4<Code>& buckets,
-                                                     const float (&x)[kPack], uint32_t most) {
-  const float absmax = absmax_from_bits(most);
-  const float inverse = has_quick_reciprocal(most) ? quick_reciprocal(absmax) : __frcp_rn(absmax);
-  float s[kPack];
-#pragma unroll
-  for (int j = 0; j < kPack; ++j) s[j] = __fmul_rn(x[j], inverse);
-  if (!is_regular_block(absmax, inverse)) {
-#pragma unroll
-    for (int j = 0; j < kPack; ++j) s[j] = tame<Code>(s[j]);
-  }
+__device__ __forceinline__ PackedCodes<kPack> encode_tame(const Buckets4<Code>& buckets,
+                                                          const float (&s)[kPack]) {
   // Nibbles enter from below, so that the first element ends up in the highest.
   uint32_t ranks = 0;
 #pragma unroll
@@ -73,31 +70,99 @@ __device__ __forceinline__ PackedCodes<kPack> encode(const Buckets4<Code>& bucke
   return static_cast<PackedCodes<kPack>>(byte_permute(codes, 0, kPack == 8 ? 0x0123 : 0x3201));
 }
 
-// code(i) = encode(a[i] * (1 / absmax)), a tile of 4096 elements at a time (device/tile.cuh).
+// Codes of the elements of one pack.
+template <class Code, int kPack>
+__device__ __forceinline__ PackedCodes<kPack> encode(const Buckets4<Code>& buckets,
+                                                     const float (&x)[kPack], uint32_t most) {
+  const float absmax = absmax_from_bits(most);
+  const float inverse = has_quick_reciprocal(most) ? quick_reciprocal(absmax) : __frcp_rn(absmax);
+  float s[kPack];
+#pragma unroll
+  for (int j = 0; j < kPack; ++j) s[j] = __fmul_rn(x[j], inverse);
+  if (!is_regular_block(absmax, inverse)) {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) s[j] = tame<Code>(s[j]);
+  }
+  return encode_tame<Code>(buckets, s);
+}
+
+// The same for any block, seldom called.
+template <class Code, class T, int kPack>
+__device__ BNB_NOINLINE PackedCodes<kPack> encode_any(const Buckets4<Code>& buckets,
+                                                      Words<T, kPack> x, uint32_t most) {
+  float values[kPack];
+#pragma unroll
+  for (int j = 0; j < kPack; ++j) values[j] = x.get(j);
+  return encode<Code>(buckets, values, most);
+}
+
+// Codes of a run: one 16-byte pack.
+constexpr int kRun = 32;
+
 template <class Code, class T>
-__global__ void __launch_bounds__(kTileThreads)
+__device__ __forceinline__ Words<uint8_t, kRun / 2> encode_run(const Buckets4<Code>& buckets,
+                                                               const Words<T, kRun>& run,
+                                                               uint32_t most) {
+  constexpr int kPack = 8;  // elements whose codes fill a word
+  Words<uint8_t, kRun / 2> codes;
+  if (most != 0 && has_quick_reciprocal(most)) {
+    const float inverse = quick_reciprocal(absmax_from_bits(most));
+#pragma unroll
+    for (int w = 0; w < kRun / kPack; ++w) {
+      float s[kPack];
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) s[j] = __fmul_rn(run.get(w * kPack + j), inverse);
+      codes.words[w] = encode_tame<Code>(buckets, s);
+    }
+  } else {
+#pragma unroll
+    for (int w = 0; w < kRun / kPack; ++w) {
+      codes.words[w] = encode_any<Code>(buckets, part<kPack>(run, w), most);
+    }
+  }
+  return codes;
+}
+
+// code(i) = encode(a[i] * (1 / absmax)): whole tiles of runs (device/runs.cuh), and then what is
+// left, or everything that is not aligned, a tile of 4096 elements at a time (device/tile.cuh).
+template <class Code, class T>
+__global__ void BNB_LAUNCH_BOUNDS(kTileThreads, kResident<T>)
     quantize_4bit_kernel(const T* __restrict__ a,     // [n]
                          uint8_t* __restrict__ out,   // [ceil(n / 2)]
                          float* __restrict__ absmax,  // [ceil(n / block_size)]
-                         int64_t n, int log2_block, bool aligned) {
+                         int64_t n, int log2_block, bool aligned,
+                         int64_t run_tiles) {  // 0 where something is not aligned
   using Elements = Tile<T>;
   constexpr int kPack = Elements::kPack;
   using Packed = PackedCodes<kPack>;
 
-  __shared__ Buckets4<Code> buckets;
-  __shared__ typename Elements::Exchange exchange;
+  BNB_DYNAMIC_SHARED(slots);
+  struct alignas(kRunRow) Shared {
+    Buckets4<Code> buckets;
+    typename Elements::Exchange exchange;
+    typename RunTile<T, kRun>::Exchange run_exchange;
+  };
+  __shared__ Shared shared;
+  Buckets4<Code>& buckets = shared.buckets;
   if (threadIdx.x < Buckets4<Code>::kCount) {
     buckets.threshold[threadIdx.x] = kBuckets<Code>.threshold[threadIdx.x];
     buckets.rank[threadIdx.x] = kBuckets<Code>.rank[threadIdx.x];
   }
   __syncthreads();
 
+  for_each_run<kRun>(a, absmax, run_tiles, log2_block, slots, shared.run_exchange,
+                     [&](const Words<T, kRun>& run, uint32_t most, int64_t i) {
+                       store_aligned(out + i / 2, encode_run<Code>(buckets, run, most));
+                     });
+  const int64_t done = run_tiles * RunTile<T, kRun>::kElements;
+
   const int block_size = 1 << log2_block;
   int buffer = 0;
-  for (int64_t tile = blockIdx.x; tile * kTileElements < n; tile += gridDim.x) {
+  for (int64_t tile = done / kTileElements + blockIdx.x; tile * kTileElements < n;
+       tile += gridDim.x) {
     Elements elements;
     elements.load(a, n, tile, aligned);
-    elements.reduce(block_size, exchange, buffer);
+    elements.reduce(block_size, shared.exchange, buffer);
 #pragma unroll
     for (int v = 0; v < Elements::kSlices; ++v) {
       const int64_t i = Elements::base_of(tile) + v * Elements::kSlice;
@@ -178,11 +243,17 @@ __global__ void __launch_bounds__(kTileThreads)
 
 template <class Code, class T>
 void launch_quantize(const Quantize4bit& args, Stream stream) {
+  using Runs = RunTile<T, kRun>;
+  static_assert(Runs::kElements % kTileElements == 0);
   const bool aligned = is_aligned(args.a, 16) && is_aligned(args.out, kPackSize<T> / 2);
-  launch("quantize_4bit_kernel", quantize_4bit_kernel<Code, T>,
-         resident_grid(ceil_div(args.n, kTileElements)), kTileThreads, 0, stream,
-         static_cast<const T*>(args.a), args.out, args.absmax, args.n, log2_of(args.block_size),
-         aligned);
+  const auto kernel = quantize_4bit_kernel<Code, T>;
+  const bool runs = args.n >= Runs::kElements && is_aligned(args.a, 16) &&
+                    is_aligned(args.out, kRun / 2) &&
+                    take_shared(reinterpret_cast<const void*>(kernel), Runs::kBytes);
+  launch("quantize_4bit_kernel", kernel,
+         resident_grid(ceil_div(args.n, kTileElements), kResident<T>), kTileThreads,
+         runs ? Runs::kBytes : 0, stream, static_cast<const T*>(args.a), args.out, args.absmax,
+         args.n, log2_of(args.block_size), aligned, runs ? args.n / Runs::kElements : 0);
 }
 
 template <class T>

@@ -3,8 +3,9 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/check.h"
 #include "bitsandbytes/kernels/quantize.h"
-#include "gpu/device/code8.cuh"
 #include "gpu/device/dtype.cuh"
+#include "gpu/device/encode8.cuh"
+#include "gpu/device/runs.cuh"
 #include "gpu/device/scales.cuh"
 #include "gpu/device/tile.cuh"
 #include "gpu/device/vector_io.cuh"
@@ -13,253 +14,222 @@
 namespace bnb::gpu {
 namespace {
 
-// Puts the levels of a table that is not ascending in order, and gives the codes of the ordered
-// table those that the caller knows.
-struct LevelOrder {
-  uint8_t codes[kCodeLevels];
-
-  // Returns whether it had to, the same for the whole block. Called by all of its threads, which
-  // must be synchronised before and after.
-  __device__ bool sort(float* levels) {  // [256], in shared memory
-    static_assert(kTileThreads == kCodeLevels);
-    const int mine = static_cast<int>(threadIdx.x);
-    const float level = levels[mine];
-    if (block_all(mine == 0 || !level_before(level, levels[mine - 1]))) return false;
-    int rank = 0;
-    for (int i = 0; i < kCodeLevels; ++i) {
-      const bool before = level_before(levels[i], level);
-      const bool after = level_before(level, levels[i]);
-      rank += static_cast<int>(before || (!after && i < mine));
-    }
-    __syncthreads();
-    levels[rank] = level;
-    codes[rank] = static_cast<uint8_t>(mine);
-    return true;
-  }
-  template <class W>
-  __device__ __forceinline__ void restore(W& packed) const {
-#pragma unroll
-    for (uint32_t& word : packed.words) {
-      word = codes[word & 0xffu] | codes[(word >> 8) & 0xffu] << 8 |
-             codes[(word >> 16) & 0xffu] << 16 | static_cast<uint32_t>(codes[word >> 24]) << 24;
-    }
-  }
-};
-
 // Random numbers of stochastic rounding: element i takes number (i + offset) mod size.
 struct RandomNumbers {
   const float* values;  // [size]
   int64_t size;
   int64_t offset;
 
-  // Moves codes of the nearest levels of kCount elements from i on to the levels on the other side,
-  // by chance.
+  // The place of element i's number, and that of an element further on by a number of which the
+  // rest is `step`.
+  __device__ __forceinline__ int64_t place(int64_t i) const { return (i + offset) % size; }
+  __device__ __forceinline__ int64_t after(int64_t place, int64_t step) const {
+    return place + step < size ? place + step : place + step - size;
+  }
+
+  // Those of kCount elements, of which the first one's is at `start`.
   template <int kCount>
-  __device__ __forceinline__ void round(const float* levels, const float (&x)[kCount],
-                                        float inverse, int64_t i,
-                                        Words<uint8_t, kCount>& codes) const {
-    const auto level = [levels](int k) { return levels[k]; };
-    int64_t next = (i + offset) % size;
+  __device__ __forceinline__ Words<float, kCount> read(int64_t start) const {
+    constexpr int kPack = kPackSize<float>;
+    using Aligned = Words<float, kPack>;
+    const float* const p = values + start;
+    // Numbers since the last 16-byte boundary: mostly the same for all.
+    const int over = static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(float) % kPack);
+    Words<float, kCount> r;
+    if (start < over || start + kCount + kPack > size) {
+      int64_t next = start;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int shift = 8 * (j % 4);
-      uint32_t& word = codes.words[j / 4];
-      const int nearest = static_cast<int>((word >> shift) & 0xffu);
-      const int code = round_stochastic(level, nearest, __fmul_rn(x[j], inverse), values[next]);
-      word += static_cast<uint32_t>(code - nearest) << shift;  // stays within its byte
-      next = next + 1 == size ? 0 : next + 1;
+      for (uint32_t& word : r.words) {
+        word = float_bits(values[next]);
+        next = after(next, 1);
+      }
+      return r;
     }
+    uint32_t around[kCount + kPack];
+#pragma unroll
+    for (int w = 0; w < kCount / kPack + 1; ++w) {
+      const auto pack = load_aligned<Aligned>(p - over + w * kPack);
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) around[w * kPack + j] = pack.words[j];
+    }
+    // A run-time index would move the numbers to local memory.
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      if (over != k) continue;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) r.words[j] = around[k + j];
+    }
+    return r;
   }
 };
 
-using Code = Code8<false, OneEncodeTable>;
-
-// ---- Whole tiles, dynamic maps
-// --------------------------------------------------------------------
-//
-// The common case. While a warp works on one tile, the next one is on its way to shared memory;
-// every lane reads what it copied itself. A warp has a run of rows of 32 packs of 16 bytes:
-//
-//     row 0: [lane 0][lane 1] ... [lane 31]
-//     row 1: ...
-//
-// A quantization block is a run of lanes, of rows, or of the whole runs of neighbouring warps.
-constexpr int kRows = 4;
-constexpr int kRunBytes = kRows * kWarp * 16;
-constexpr int kSlots = 2;
-constexpr int kWholeResident = 4;  // blocks of threads per multiprocessor
-
-template <class T>
-inline constexpr int kWholeTile = kTileThreads * kRows * kPackSize<T>;
-
-// Codes of a pack whose block is not regular, or of one that is; seldom called.
-template <class T>
-__device__ BNB_NOINLINE Words<uint8_t, kPackSize<T>> encode_any(const Code& code,
-                                                                const OneEncodeTable& tables,
-                                                                Words<T, kPackSize<T>> words,
-                                                                uint32_t most) {
-  float x[kPackSize<T>];
+// What a pack of elements becomes: seldom called.
+template <int kCount>
+__device__ BNB_NOINLINE Words<uint8_t, kCount> round_exactly(const float* levels,
+                                                             Words<float, kCount> s,
+                                                             Words<float, kCount> r,
+                                                             Words<uint8_t, kCount> codes) {
+  const auto level = [levels](int k) { return levels[k]; };
 #pragma unroll
-  for (int j = 0; j < kPackSize<T>; ++j) x[j] = words.get(j);
-  Words<uint8_t, kPackSize<T>> codes;
-  code.encode(tables, x, absmax_from_bits(most), codes.words);
+  for (int j = 0; j < kCount; ++j) {
+    const int shift = 8 * (j % 4);
+    uint32_t& word = codes.words[j / 4];
+    const int nearest = static_cast<int>((word >> shift) & 0xffu);
+    const int code = round_stochastic(level, nearest, s.get(j), r.get(j));
+    word += static_cast<uint32_t>(code - nearest) << shift;  // stays within its byte
+  }
   return codes;
 }
 
-// The absmax of every row's quantization block, from those of a lane's packs. Called by all threads
-// of the block. `warp_most` [warps]: scratch.
+// round_stochastic() for codes of the nearest levels. `levels` [256] lies between two numbers that
+// are too large for any s to move there.
+template <int kCount>
+__device__ __forceinline__ void round_codes(const float* levels, const Words<float, kCount>& s,
+                                            const Words<float, kCount>& r,
+                                            Words<uint8_t, kCount>& codes) {
+  // r is compared with part / whole: as r * whole with part, but very near equality, where it
+  // matters how the quotient is rounded.
+  constexpr float kNear = 0x1p-20f;
+  Words<uint8_t, kCount> moved = codes;
+  bool sure = true;
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+    const int shift = 8 * (j % 4);
+    const int code = static_cast<int>((codes.words[j / 4] >> shift) & 0xffu);
+    const float nearest = levels[code];
+    const float way = __fsub_rn(s.get(j), nearest);
+    const int32_t step = (static_cast<int32_t>(float_bits(way)) >> 31) | 1;
+    const float other = levels[code + step];
+    const float part = __fsub_rn(other, s.get(j));
+    const float over = __fmaf_rn(r.get(j), __fsub_rn(other, nearest), -part);
+    sure = sure && fabsf(over) > kNear * fabsf(part);
+    // Below the nearest level both differences are negative.
+    const int32_t stays = static_cast<int32_t>(float_bits(over) ^ float_bits(way)) >> 31;
+    moved.words[j / 4] += static_cast<uint32_t>(step & ~stays) << shift;  // within its byte
+  }
+  codes = sure ? moved : round_exactly(levels, s, r, codes);
+}
+
+constexpr int kRun = 16;  // elements of a lane's run: their codes are one 16-byte pack
 template <class T>
-__device__ __forceinline__ void reduce_rows(uint32_t (&most)[kRows], int log2_block,
-                                            uint32_t* warp_most) {
-  constexpr int kRow = kWarp * kPackSize<T>;
-  const int block_size = 1 << log2_block;
-  if (block_size < kRow) {
-#pragma unroll
-    for (int v = 0; v < kRows; ++v) {
-      for (int lanes = block_size / kPackSize<T> / 2; lanes > 0; lanes /= 2) {
-        most[v] = max(most[v], shuffle_xor(most[v], lanes));
-      }
-    }
-    return;
-  }
-  if (block_size == kRow) {
-#pragma unroll
-    for (int v = 0; v < kRows; ++v) most[v] = warp_max(most[v]);
-    return;
-  }
-  static_assert(kRows == 4);
-  uint32_t low = max(most[0], most[1]);
-  uint32_t high = max(most[2], most[3]);
-  if (block_size > 2 * kRow) low = high = max(low, high);
-  low = warp_max(low);
-  high = block_size > 2 * kRow ? low : warp_max(high);
-  if (block_size > kRows * kRow) {
-    const int warps = block_size / (kRows * kRow);
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    if (lane == 0) warp_most[warp] = low;
-    __syncthreads();
-    low = high = warp_max(warp_most[(warp & ~(warps - 1)) + (lane & (warps - 1))]);
-  }
-  most[0] = most[1] = low;
-  most[2] = most[3] = high;
-}
-
-template <bool kSigned, class T>
-__device__ __forceinline__ void quantize_whole_tiles(const T* __restrict__ a,
-                                                     uint8_t* __restrict__ out,
-                                                     float* __restrict__ absmax, int64_t tiles,
-                                                     int log2_block, const Code& code,
-                                                     const OneEncodeTable& tables, char* slots,
-                                                     uint32_t (*warp_most)[kTileWarps]) {
-  constexpr int kPack = kPackSize<T>;
-  constexpr int kRow = kWarp * kPack;
-  using Values = Words<T, kPack>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t own = int64_t{warp} * kRows * kRow + lane * kPack;  // in a tile
-  const auto place = [&](int slot, int v) {
-    return slots + (slot * kTileWarps + warp) * kRunBytes + (v * kWarp + lane) * 16;
-  };
-  const auto fetch = [&](int64_t tile, int slot) {
-    if (tile < tiles) {
-      const T* from = a + tile * kWholeTile<T> + own;
-#pragma unroll
-      for (int v = 0; v < kRows; ++v) start_copy<16>(place(slot, v), from + v * kRow);
-    }
-    close_copy_group();
-  };
-  int slot = 0;
-  fetch(blockIdx.x, slot);
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    fetch(tile + gridDim.x, slot ^ 1);
-    wait_copies<1>();
-    Values words[kRows];
-    uint32_t most[kRows];
-#pragma unroll
-    for (int v = 0; v < kRows; ++v) {
-      words[v] = load_aligned<Values>(place(slot, v));
-      most[v] = largest_magnitude(words[v]);
-    }
-    reduce_rows<T>(most, log2_block, warp_most[slot]);
-    const int64_t first = tile * kWholeTile<T> + own;
-#pragma unroll
-    for (int v = 0; v < kRows; ++v) {
-      const int64_t i = first + v * kRow;
-      const float scale = absmax_from_bits(most[v]);
-      if ((static_cast<int>(i) & ((1 << log2_block) - 1)) == 0) absmax[i >> log2_block] = scale;
-      Words<uint8_t, kPack> codes;
-      if (most[v] != 0 && has_quick_reciprocal(most[v])) {
-        float x[kPack];
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) x[j] = words[v].get(j);
-        Code::encode_dynamic(kSigned, tables, x, quick_reciprocal(scale), codes.words);
-      } else {
-        codes = encode_any<T>(code, tables, words[v], most[v]);
-      }
-      store_aligned(out + i, codes);
-    }
-    slot ^= 1;
-  }
-}
-
-// ---- Any tile, any levels
-// -------------------------------------------------------------------------
+using Runs = RunTile<T, kRun>;
+// Blocks of threads on a multiprocessor.
 template <class T, bool kStochastic>
-__global__ void BNB_LAUNCH_BOUNDS(kTileThreads, kWholeResident)
+constexpr int kResident = kStochastic || sizeof(T) == 2 ? 4 : 3;
+
+// Codes of a pack of any block, seldom called.
+template <class T>
+__device__ BNB_NOINLINE Words<uint8_t, kPackSize<T>> encode_any(const Encode8& code,
+                                                                Words<T, kPackSize<T>> pack,
+                                                                uint32_t most) {
+  Words<uint8_t, kPackSize<T>> codes;
+  code.encode(pack, absmax_from_bits(most), codes.words);
+  return codes;
+}
+
+// Stores the codes of a run.
+template <bool kZeroApart, class T>
+__device__ __forceinline__ void quantize_run(const Encode8& code, const Words<T, kRun>& run,
+                                             uint32_t most, uint8_t* out) {
+  Words<uint8_t, kRun> codes;
+  if (most != 0 && has_quick_reciprocal(most)) {
+    code.encode_regular<kZeroApart>(run, quick_reciprocal(absmax_from_bits(most)), codes.words);
+  } else {
+    constexpr int kPack = kPackSize<T>;
+#pragma unroll
+    for (int v = 0; v < kRun / kPack; ++v) {
+      const auto pack = encode_any<T>(code, part<kPack>(run, v), most);
+#pragma unroll
+      for (int w = 0; w < kPack / 4; ++w) codes.words[v * kPack / 4 + w] = pack.words[w];
+    }
+  }
+  if (code.reordered) code.restore(codes);
+  store_aligned(out, codes);
+}
+
+// Whole tiles of runs (device/runs.cuh), and then what is left, or everything where buckets or
+// alignment are missing, a tile of 4096 elements at a time (device/tile.cuh).
+template <class T, bool kStochastic>
+__global__ void BNB_LAUNCH_BOUNDS(kTileThreads, (kResident<T, kStochastic>))
     quantize_blockwise_kernel(const T* __restrict__ a,         // [n]
                               const float* __restrict__ code,  // [256]
                               uint8_t* __restrict__ out,       // [n]
                               float* __restrict__ absmax,      // [ceil(n / block_size)] or null
-                              int64_t n, int log2_block, bool aligned, RandomNumbers random) {
+                              int64_t n, int log2_block, bool aligned,
+                              int64_t run_tiles,  // 0 where something is not aligned
+                              RandomNumbers random) {
   using Elements = Tile<T>;
   constexpr int kPack = Elements::kPack;
 
   BNB_DYNAMIC_SHARED(slots);
-  __shared__ Code levels;
-  __shared__ OneEncodeTable tables;
-  __shared__ typename Elements::Exchange exchange;
-  __shared__ LevelOrder order;
-  levels.fill(code, tables);
-  // The dynamic maps' own encode knows numbers up to 1 only.
-  if (absmax == nullptr && threadIdx.x == 0) levels.kind = CodeKind::kTable;
-  __syncthreads();
-  const bool reordered = levels.kind == CodeKind::kTable && order.sort(levels.levels);
+  struct alignas(kRunRow) Shared {
+    Encode8 levels;
+    typename Elements::Exchange exchange;
+    typename Runs<T>::Exchange run_exchange;
+  };
+  __shared__ Shared shared;
+  Encode8& levels = shared.levels;
+  levels.fill(code);
   __syncthreads();
 
   int64_t done = 0;  // elements
-  if (!kStochastic && aligned && levels.kind != CodeKind::kTable) {
-    static_assert(kSlots <= 2 && kWholeTile<T> % kTileElements == 0);
-    __shared__ uint32_t run_most[kSlots][kTileWarps];
-    const int64_t tiles = n / kWholeTile<T>;
-    if (levels.kind == CodeKind::kSignedDynamic8) {
-      quantize_whole_tiles<true>(a, out, absmax, tiles, log2_block, levels, tables, slots,
-                                 run_most);
+  if (!kStochastic && absmax != nullptr && levels.kind != Buckets8::kNone) {
+    const auto each = [&](const auto& body) {
+      for_each_run<kRun>(a, absmax, run_tiles, log2_block, slots, shared.run_exchange, body);
+    };
+    if (levels.kind == Buckets8::kPlain) {
+      each([&](const Words<T, kRun>& run, uint32_t most, int64_t i) {
+        quantize_run<false>(levels, run, most, out + i);
+      });
     } else {
-      quantize_whole_tiles<false>(a, out, absmax, tiles, log2_block, levels, tables, slots,
-                                  run_most);
+      each([&](const Words<T, kRun>& run, uint32_t most, int64_t i) {
+        quantize_run<true>(levels, run, most, out + i);
+      });
     }
-    done = tiles * kWholeTile<T>;
+    done = run_tiles * Runs<T>::kElements;
   }
 
   const int block_size = 1 << log2_block;
   int buffer = 0;
-  for (int64_t tile = done / kTileElements + blockIdx.x; tile * kTileElements < n;
-       tile += gridDim.x) {
+  int64_t tile = done / kTileElements + blockIdx.x;
+  // Where the random numbers of the thread's next pack are, and how far it is to the one after it.
+  [[maybe_unused]] int64_t place = 0;
+  [[maybe_unused]] int64_t slice_step = 0;
+  [[maybe_unused]] int64_t tile_step = 0;
+  if constexpr (kStochastic) {
+    place = random.place(Elements::base_of(tile));
+    slice_step = Elements::kSlice % random.size;
+    tile_step = int64_t{gridDim.x} * kTileElements % random.size;
+  }
+  for (; tile * kTileElements < n; tile += gridDim.x) {
     Elements elements;
     elements.load(a, n, tile, aligned);
-    elements.reduce(block_size, exchange, buffer);
+    elements.reduce(block_size, shared.exchange, buffer);
+    [[maybe_unused]] int64_t random_at = place;
+    if constexpr (kStochastic) place = random.after(place, tile_step);
 #pragma unroll
     for (int v = 0; v < Elements::kSlices; ++v) {
       const int64_t i = Elements::base_of(tile) + v * Elements::kSlice;
       if (i >= n) break;
-      const float (&x)[kPack] = elements.x[v];
       const float scale = absmax != nullptr ? absmax_from_bits(elements.most[v]) : 1.0f;
       if (absmax != nullptr && (i & (block_size - 1)) == 0) absmax[i >> log2_block] = scale;
+      Words<float, kPack> x;
+      x.set(elements.x[v]);
       Words<uint8_t, kPack> codes;
-      levels.encode(tables, x, scale, codes.words);
-      if constexpr (kStochastic) random.round(levels.levels, x, __frcp_rn(scale), i, codes);
-      if (reordered) order.restore(codes);
+      // Buckets know numbers up to 1 only.
+      if (absmax != nullptr) {
+        levels.encode(x, scale, codes.words);
+      } else {
+        levels.encode_by_search(x, 1.0f, codes.words);
+      }
+      if constexpr (kStochastic) {
+        const float inverse = __frcp_rn(scale);
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) x.words[j] = float_bits(__fmul_rn(x.get(j), inverse));
+        round_codes(levels.levels(), x, random.read<kPack>(random_at), codes);
+        random_at = random.after(random_at, slice_step);
+      }
+      if (levels.reordered) levels.restore(codes);
       if (aligned && n - i >= kPack) {
         store_aligned(out + i, codes);
       } else {
@@ -322,21 +292,25 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
+template <class T, bool kStochastic>
+void launch_quantize(const QuantizeBlockwise& args, Stream stream) {
+  const bool aligned = is_aligned(args.a, 16) && is_aligned(args.out, kPackSize<T>);
+  const auto kernel = quantize_blockwise_kernel<T, kStochastic>;
+  const bool runs = !kStochastic && args.n >= Runs<T>::kElements && is_aligned(args.a, 16) &&
+                    is_aligned(args.out, 16) &&
+                    take_shared(reinterpret_cast<const void*>(kernel), Runs<T>::kBytes);
+  launch("quantize_blockwise_kernel", kernel,
+         resident_grid(ceil_div(args.n, kTileElements), kResident<T, kStochastic>), kTileThreads,
+         runs ? Runs<T>::kBytes : 0, stream, static_cast<const T*>(args.a), args.code, args.out,
+         args.absmax, args.n, log2_of(args.block_size), aligned,
+         runs ? args.n / Runs<T>::kElements : 0,
+         RandomNumbers{args.rand, args.rand_size, args.rand_offset});
+}
+
 template <class T>
 void quantize(const QuantizeBlockwise& args, Stream stream) {
-  const bool aligned = is_aligned(args.a, 16) && is_aligned(args.out, kPackSize<T>);
-  const auto kernel = args.rand != nullptr ? quantize_blockwise_kernel<T, true>
-                                           : quantize_blockwise_kernel<T, false>;
-  // Without whole tiles nothing is copied ahead.
-  const int slots =
-      args.n >= kWholeTile<T> && args.rand == nullptr ? kSlots * kTileWarps * kRunBytes : 0;
-  allow_shared(reinterpret_cast<const void*>(kernel), slots);
-  prefer_shared(reinterpret_cast<const void*>(kernel));
-  launch("quantize_blockwise_kernel", kernel,
-         resident_grid(ceil_div(args.n, kTileElements), kWholeResident), kTileThreads, slots,
-         stream, static_cast<const T*>(args.a), args.code, args.out, args.absmax, args.n,
-         log2_of(args.block_size), aligned,
-         RandomNumbers{args.rand, args.rand_size, args.rand_offset});
+  args.rand != nullptr ? launch_quantize<T, true>(args, stream)
+                       : launch_quantize<T, false>(args, stream);
 }
 
 template <class T, bool kNested>

@@ -51,25 +51,11 @@ __device__ __forceinline__ float level_of(const float* levels,  // [256]
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(levels) + offset);
 }
 
-// The same where there is one code only: in the memory of the larger table.
-struct OneEncodeTable {
-  union {
-    uint32_t signed_buckets[SignedDynamic8::kEntries];
-    uint32_t unsigned_buckets[UnsignedDynamic8::kEntries];
-  };
-
-  __device__ void fill(CodeKind kind) {
-    if (kind == CodeKind::kSignedDynamic8) {
-      copy_table(signed_buckets, kSignedBuckets.values, SignedDynamic8::kEntries);
-    } else if (kind == CodeKind::kUnsignedDynamic8) {
-      copy_table(unsigned_buckets, kUnsignedBuckets.values, UnsignedDynamic8::kEntries);
-    }
-  }
-};
-
-// One code in shared memory. `Tables`: EncodeTables or OneEncodeTable.
-template <bool kKeepSign, class Tables = EncodeTables<kKeepSign>>
+// One code in shared memory.
+template <bool kKeepSign>
 struct Code8 {
+  using Tables = EncodeTables<kKeepSign>;
+
   float levels[kCodeLevels];
   CodeKind kind;
 

@@ -117,6 +117,15 @@ struct alignas(sizeof(T) * kCount) Words {
   }
 };
 
+// Elements kPart i to kPart i + kPart - 1.
+template <int kPart, class T, int kCount>
+__device__ __forceinline__ Words<T, kPart> part(const Words<T, kCount>& whole, int i) {
+  Words<T, kPart> result;
+#pragma unroll
+  for (int w = 0; w < result.kWords; ++w) result.words[w] = whole.words[i * result.kWords + w];
+  return result;
+}
+
 // Reads elements one by one, zeros from `valid` on.
 template <class T, int kCount>
 __device__ __forceinline__ Words<T, kCount> load_words(const T* p, int64_t valid) {
@@ -131,17 +140,29 @@ __device__ __forceinline__ Words<T, kCount> load_words(const T* p, int64_t valid
 // Magnitude bits of the float with the largest magnitude; NaN wins.
 template <class T, int kCount>
 __device__ __forceinline__ uint32_t largest_magnitude(const Words<T, kCount>& words) {
+  constexpr int kWords = Words<T, kCount>::kWords;
+  static_assert(kWords % 2 == 0);
   if constexpr (Words<T, kCount>::kPerWord == 2) {
-    uint32_t pair = 0;
+    // Two chains, so that one need not wait for every step of the other.
+    uint32_t pair = words.words[0];
+    uint32_t other = words.words[1];
 #pragma unroll
-    for (const uint32_t word : words.words) pair = max_magnitudes<T>(pair, word);
-    const uint32_t bits = max(pair & 0xffffu, pair >> 16);
+    for (int w = 2; w < kWords; w += 2) {
+      pair = max_magnitudes<T>(pair, words.words[w]);
+      other = max_magnitudes<T>(other, words.words[w + 1]);
+    }
+    pair = max_magnitudes<T>(pair, other);
+    const uint32_t bits = max(pair & 0x7fffu, pair >> 16 & 0x7fffu);
     return magnitude_bits(widen(T{static_cast<uint16_t>(bits)}));
   } else {
     float largest = 0.0f;
+    float other = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) largest = absmax_step(largest, words.get(j));
-    return magnitude_bits(largest);
+    for (int j = 0; j < kCount; j += 2) {
+      largest = absmax_step(largest, words.get(j));
+      other = absmax_step(other, words.get(j + 1));
+    }
+    return magnitude_bits(absmax_step(largest, other));
   }
 }
 

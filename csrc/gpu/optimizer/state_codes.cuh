@@ -231,8 +231,8 @@ class LaneTables {
       words[w] = byte_permute(byte_permute(shifted[0], shifted[1], top),
                               byte_permute(shifted[2], shifted[3], top), 0x5410);
       if (is_signed_state(R::kStates, k)) {
-        words[w] ^=
-            byte_permute(sign_bytes(bits[0], bits[1]), sign_bytes(bits[2], bits[3]), 0x5410);
+        words[w] ^= byte_permute(byte_signs(bits[0], bits[1], 0x0073),
+                                 byte_signs(bits[2], bits[3], 0x0073), 0x5410);
       }
     }
   }

@@ -85,6 +85,17 @@ inline void prefer_shared(const void* kernel) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, kAllPercent));
 }
 
+// Lets a kernel have so much shared memory beside its static part, and takes it from the cache, if
+// there is as much; returns whether there is.
+inline bool take_shared(const void* kernel, int bytes) {
+  cudaFuncAttributes attributes{};
+  BNB_GPU_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  if (bytes > most_shared_bytes() - static_cast<int>(attributes.sharedSizeBytes)) return false;
+  allow_shared(kernel, bytes);
+  prefer_shared(kernel);
+  return true;
+}
+
 // What a kernel takes of shared memory beside its static part.
 struct SharedNeeds {
   int group;        // threads ...

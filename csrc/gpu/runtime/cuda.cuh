@@ -14,7 +14,12 @@
 
 #define BNB_GRID_CONSTANT __grid_constant__
 // Threads of a block, and blocks that shall fit a multiprocessor.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+// A multiprocessor of Turing has room for 1024 threads: blocks are not counted on.
+#define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads)
+#else
 #define BNB_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#endif
 // What CUDA 12.1 and later take from compute capability 7.0 on.
 #define BNB_KERNEL_ARGUMENT_BYTES 32764
 #define BNB_NOINLINE __noinline__
@@ -89,9 +94,9 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_
   return __byte_perm(a, b, selector);
 }
 
-__device__ __forceinline__ uint32_t sign_bytes(uint32_t a, uint32_t b) {
+__device__ __forceinline__ uint32_t byte_signs(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t y;
-  asm("prmt.b32 %0, %1, %2, 0xfb;" : "=r"(y) : "r"(a), "r"(b));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector | 0x8888u));
   return y;
 }
 
@@ -154,7 +159,15 @@ __device__ __forceinline__ float absmax_step(float most, float x) {
 
 template <class T>
 __device__ __forceinline__ uint32_t max_magnitudes(uint32_t most, uint32_t pair) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 860
+  uint32_t y;  // with a sign
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(most), "r"(pair));
+  } else {
+    asm("max.NaN.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(y) : "r"(most), "r"(pair));
+  }
+  return y;
+#elif __CUDA_ARCH__ >= 800
   uint32_t y;
   if constexpr (std::is_same_v<T, BFloat16>) {
     asm("{.reg .b32 m; abs.bf16x2 m, %2; max.NaN.bf16x2 %0, %1, m;}"
@@ -167,7 +180,7 @@ __device__ __forceinline__ uint32_t max_magnitudes(uint32_t most, uint32_t pair)
   }
   return y;
 #else
-  return max_halves(most, pair & 0x7fff7fffu);
+  return max_halves(most & 0x7fff7fffu, pair & 0x7fff7fffu);
 #endif
 }
 

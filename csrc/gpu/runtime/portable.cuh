@@ -17,8 +17,8 @@ BNB_HD uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 }
 
-BNB_HD uint32_t sign_bytes(uint32_t a, uint32_t b) {
-  return ((a >> 31) * 0xffu) | ((b >> 31) * 0xff00u);
+BNB_HD uint32_t byte_signs(uint32_t a, uint32_t b, uint32_t selector) {
+  return (byte_permute(a, b, selector) >> 7 & 0x01010101u) * 0xffu;
 }
 
 using SharedPointer = const char*;
@@ -41,7 +41,7 @@ BNB_HD int dot4(int a, int b, int acc) {
 
 template <class T>
 BNB_HD uint32_t max_magnitudes(uint32_t most, uint32_t pair) {
-  return max_halves(most, pair & 0x7fff7fffu);
+  return max_halves(most & 0x7fff7fffu, pair & 0x7fff7fffu);
 }
 
 BNB_HD float absmax_step(float most, float x) { return absmax_of(most, x); }

@@ -13,8 +13,6 @@
 //   wait_copies<n>()                waits for all closed groups but the last n; only what the same
 //                                   thread copied is then sure to be there
 //   kLaneTables                     whether there may be kernels with BNB_LANE_TABLES
-//   sign_bytes(a, b)                two bytes in the low half, of ones where the sign bit of a or b
-//                                   is set; the high half is undefined
 //   shared_pointer(p), shared_word(s)   p in shared memory as a SharedPointer s; a word there that
 //                                   no longer changes
 //   gap_to_second_byte(s)           bytes to the next multiple of kSecondByte
@@ -22,8 +20,10 @@
 //   by
 //                                   256 times byte i of word
 //   absmax_step(most, x)            max(most, |x|) in which NaN wins
-//   max_magnitudes<T>(most, pair)   the larger of both magnitudes, for two 16-bit floats in a word;
-//                                   NaN wins
+//   max_magnitudes<T>(most, pair)   the larger of both magnitudes, for two 16-bit floats in a word,
+//                                   with any signs; NaN wins
+//   byte_signs(a, b, selector)      0xff for each of the four bytes that the selector takes as
+//                                   byte_permute() does whose highest bit is set, 0 for the others
 //   hide_origin(x)                  x, a pointer or a number in a register, of which the compiler
 //                                   no longer knows where it comes from
 //   approximate_reciprocal, approximate_sqrt    one instruction, within 2 units in the last place

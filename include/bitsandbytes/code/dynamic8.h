@@ -109,7 +109,7 @@ constexpr bool buckets_hold_one_threshold(const float* thresholds, int count) {
 // Entry of a bucket whose values u lie in [first, first + kWidth): they get `low`, and from
 // `threshold` values into the bucket on `high`, which is `low` or `low` + 1.
 template <class Layout>
-constexpr uint32_t entry(int low, int high, int32_t first, int32_t threshold) {
+BNB_HD constexpr uint32_t entry(int low, int high, int32_t first, int32_t threshold) {
   const int32_t carry = high > low ? Layout::kWidth - threshold : 0;
   return static_cast<uint32_t>(low * Layout::kWidth + carry - first);
 }

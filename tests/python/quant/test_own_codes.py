@@ -59,6 +59,41 @@ def test_nearest_level_of_any_table(
     np.testing.assert_array_equal(codes.cpu().numpy(), reference.encode(levels, a.float().numpy()))
 
 
+STEPS = np.arange(-127.5, 128, dtype=np.float32) / np.float32(127.5)
+TABLES = {
+    "zero is a threshold": STEPS,
+    "zero is a level": np.arange(-128, 128, dtype=np.float32) / 128,
+    "levels above zero only": (STEPS + 1) / 2,
+    "levels beyond 1": STEPS * 12,
+    "dense around zero": STEPS**3,
+    "dense elsewhere": np.float32(0.5) + STEPS / 1000,
+    "a threshold near zero": STEPS + np.float32(1e-8),
+    "descending": -STEPS,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", TABLES)
+def test_thresholds_of_any_table(blockwise, device, name, dtype):
+    # Every block has 1 for its absmax: elements are compared as they are.
+    levels = TABLES[name].astype(np.float32)
+    ascending = np.sort(levels)
+    middles = (ascending[:-1] + ascending[1:]) * np.float32(0.5)
+    near = [np.nextafter(middles, np.float32(to)) for to in (-2, 2)]
+    tiny = np.float32([0.0, -0.0, 1e-45, -1e-45, 1e-9, -1e-9, 2e-7, -2e-7])
+    values = np.concatenate([middles, *near, ascending, tiny, -tiny, -middles])
+    a = np.resize(values[np.abs(values) <= 1], 20001)
+    a[::64] = np.where(np.arange(a[::64].size) % 2, 1, -1)
+    a = torch.from_numpy(a).to(dtype)
+    a[640:704] = 0
+    a[1290] = NAN
+    code = torch.from_numpy(levels).to(device)
+    codes, absmax = blockwise.quantize_blockwise(a.to(device), code, 64)
+    want, want_absmax = reference.quantize(levels, a.float().numpy(), 64)
+    np.testing.assert_array_equal(absmax.cpu().numpy(), want_absmax)
+    np.testing.assert_array_equal(codes.cpu().numpy(), want)
+
+
 @pytest.mark.parametrize("count", [1, 2, 16, 255, 256])
 def test_every_instruction_set_takes_any_table(cpu_isa, count):
     generator = np.random.default_rng(count)
