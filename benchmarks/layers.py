@@ -62,32 +62,43 @@ def linear4bit(record: Record, bandwidth: float) -> None:
     for n, k in SHAPES:
         dense = functools.partial(nn.Linear, k, n, bias=False, device=DEVICE, dtype=DTYPE)
         reference = turns(dense, 2 * n * k)
-        for nested in (False, True) if (n, k) == SHAPES[-1] else (False,):
-            _linear4bit(record, bandwidth, reference, nested)
+        kinds = (False, True) if (n, k) == SHAPES[-1] else (False,)
+        _linear4bit(record, bandwidth, reference, kinds)
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _linear4bit(record: Record, bandwidth: float, reference: list[nn.Module], nested: bool) -> None:
+def _linear4bit(
+    record: Record, bandwidth: float, reference: list[nn.Module], kinds: tuple[bool, ...]
+) -> None:
+    """Kinds, whether scales are nested, take turns for every number of tokens.
+
+    Products of many tokens lower the clock of those that come soon after.
+    """
     n, k = reference[0].weight.shape
-    layers = turns(functools.partial(packed, reference[0], nested), 0.5 * n * k)
-    scales = (1 + 4 / 256 if nested else 4) / 64
+    layers = {
+        nested: turns(functools.partial(packed, reference[0], nested), 0.5 * n * k)
+        for nested in kinds
+    }
     for m in TOKENS:
         x = torch.randn(m, k, device=DEVICE, dtype=DTYPE)
-        facts = {}
-        with torch.no_grad():
-            ms, dense_ms = time_graph(layers, x), time_graph(reference, x)
-            if m == 1:
-                facts["eager_host_us"] = 1e3 * time_host(functools.partial(layers[0], x))
-        floor = (n * k * (0.5 + scales) + 2 * m * (n + k)) / bandwidth
-        record.add(
-            f"linear4bit/{n}x{k}{'/nested' if nested else ''}/tokens{m}",
-            ms,
-            times_bf16=dense_ms / ms,
-            of_copy=floor / ms,
-            tflops=2e-9 * m * n * k / ms,
-            **facts,
-        )
+        for nested in kinds:
+            facts = {}
+            with torch.no_grad():
+                ms, dense_ms = time_graph(layers[nested], x), time_graph(reference, x)
+                if m == 1:
+                    first = functools.partial(layers[nested][0], x)
+                    facts["eager_host_us"] = 1e3 * time_host(first)
+            scales = (1 + 4 / 256 if nested else 4) / 64
+            floor = (n * k * (0.5 + scales) + 2 * m * (n + k)) / bandwidth
+            record.add(
+                f"linear4bit/{n}x{k}{'/nested' if nested else ''}/tokens{m}",
+                ms,
+                times_bf16=dense_ms / ms,
+                of_copy=floor / ms,
+                tflops=2e-9 * m * n * k / ms,
+                **facts,
+            )
 
 
 def linear8bit(record: Record, bandwidth: float) -> None:

@@ -9,15 +9,24 @@ namespace bnb::gpu {
 
 namespace {
 
-// Up to this many rows of a, products of single warps are faster.
+// Up to this many rows of a, products of single warps are faster than those of warpgroups.
 constexpr int64_t kFewRows = 8;
-// Up to so many, warps with tensor cores read the weight once.
-constexpr int64_t kWarpRows = kMmaManyCols * kMmaCols;
+// Up to so many, products of single warps are faster than dequantizing the weight.
+constexpr int64_t kWarpRows = 32;
+// For weights of so many elements at most, which take little time, warps begin and end sooner than
+// warpgroups up to more rows, unless k has many chunks, whose sums are added up one by one.
+constexpr int64_t kSmallWeight = int64_t{1} << 27;
+constexpr int64_t kMostChunks = 3;
+constexpr int64_t kFewRowsOfSmall = 2 * kMmaCols;
 
 bool takes_warps(const Gemm4bit& args) { return takes_mma(args) && has_tensor_products(); }
 
 bool takes_warpgroups(const Gemm4bit& args) {
-  return args.m > kFewRows && wgmma_gemm_4bit_serves(args);
+  const Weight4bit& w = args.weight;
+  const bool small =
+      w.n * w.k <= kSmallWeight && ceil_div(w.k, kMmaWarps * kMmaUnit) <= kMostChunks;
+  if (args.m <= kFewRows || (small && args.m <= kFewRowsOfSmall && takes_warps(args))) return false;
+  return wgmma_gemm_4bit_serves(args);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // What a product with a 4-bit weight for few rows of activations works on: its units, and their way
-// into shared memory. For mma.cuh, which says what they are for.
+// into shared memory. For mma.cuh; mma_multiplier.cuh says what they are for.
 // SPDX-License-Identifier: MIT
 //
 // A unit is 4 blocks of 64 k of 16 rows of the weight: 128 bytes of each, and their scales. A warp
@@ -11,29 +11,18 @@
 // 2 ^ g, 3 ^ g (of g its last two bits).
 #pragma once
 
-#include "bitsandbytes/blocks.h"
 #include "gpu/device/scales.cuh"
+#include "gpu/gemm/mma_multiplier.cuh"
 
 namespace bnb::gpu {
 
 inline constexpr int kMmaWarps = 16;  // of a block of threads, at most
-inline constexpr int kMmaBlock = 64;  // k that share a scale
-inline constexpr int kMmaBlocks = 4;  // of a unit
-inline constexpr int kMmaUnit = kMmaBlock * kMmaBlocks;
-inline constexpr int kMmaRows = 16;  // of the weight, in a unit
-inline constexpr int kMmaSlots = 2;  // of a warp, for units
+inline constexpr int kMmaSlots = 2;   // of a warp, for units
 
-inline constexpr int kMmaRowBytes = kMmaUnit / 2;
-inline constexpr int kMmaBlockBytes = kMmaBlock / 2;
-inline constexpr int kMmaScalesAt = kMmaRows * kMmaRowBytes;  // behind the codes, float [16][4]
-inline constexpr int kMmaSlotBytes = kMmaScalesAt + kMmaRows * kMmaBlocks * 4;
+inline constexpr int kMmaPrefetchBytes = 64;  // apart
 
-struct MmaShape {
-  int log2_block;  // elements of a quantization block
-  int log2_team;   // warps that share an item
-  int turns;       // units of a warp in an item
-  int chunks;      // of k, each made for all items before the next
-};
+inline constexpr int kMmaScalesAt = kMmaCodeBytes;  // behind the codes
+inline constexpr int kMmaSlotBytes = kMmaScalesAt + kMmaScaleBytes;
 
 // A warp's place in the work. In chunk c its units of an item are the `turns` from
 // (c 2^log2_team + of_team) turns on.
@@ -62,6 +51,18 @@ struct MmaPlace {
         k(static_cast<int>(weight.k)),
         items((n + kMmaRows - 1) / kMmaRows),
         units((k + kMmaUnit - 1) / kMmaUnit) {}
+
+  // Asks for the codes of the warp's first item to come into the cache that all multiprocessors
+  // share.
+  __device__ __forceinline__ void prefetch(const Weight4bit& weight, const MmaShape& shape) const {
+    const int item = first_item + team;
+    if (item >= items) return;
+    const uint8_t* const row = weight.codes + (int64_t{first_row(item)} + lane / 2) * (k / 2);
+    for (int turn = 0; turn < shape.turns; ++turn) {
+      const int at = (of_team * shape.turns + turn) * kMmaRowBytes + lane % 2 * kMmaPrefetchBytes;
+      if (at < k / 2) prefetch_to_cache(row + at);
+    }
+  }
 
   // The last item begins earlier where it would end behind the weight.
   __device__ __forceinline__ int first_row(int item) const {

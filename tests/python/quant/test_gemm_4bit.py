@@ -153,7 +153,7 @@ def test_products_of_few_long_rows(device, gpu_kernels, n, k, blocksize, nested,
     kind = TYPES[n % 3 % 2]
     rounded = torch.float32 if gpu_kernels else dtype
     packed, state, weight = make_weight((n, k), blocksize, kind, nested, rounded, device)
-    for m in (1, 8):
+    for m in (1, 8, 12):
         a = torch.randn(m, k).to(device, dtype)
         bias = torch.randn(n).to(device, dtype)
         result = gemm(ops, a, packed, state, bias)
