@@ -27,15 +27,16 @@ namespace bnb::ops {
 template <class Backend>
 class StepPlan {
  public:
-  // `gnorm_vec`: histories for percentile clipping, or none. `held`: every tensor that kernels see
-  // in all steps.
+  // `gnorm_vec`: histories for percentile clipping, or none. Then every tensor that kernels see in
+  // all steps: `watched`, at least one, which others may give other memory, and `own`, which nobody
+  // else has.
   StepPlan(const OptimizerStep& args, StateFormat format, std::vector<OptimizerTensor> tensors,
-           const Tensors& gnorm_vec, const Tensors& held)
-      : args_(args), format_(format), tensors_(std::move(tensors)) {
+           const Tensors& gnorm_vec, const Tensors& watched, Tensors own)
+      : args_(args), format_(format), tensors_(std::move(tensors)), own_(std::move(own)) {
     for (size_t i = 0; i < gnorm_vec.size(); ++i) {
       gradients_.push_back({nullptr, gnorm_vec[i].mutable_data_ptr<float>(), tensors_[i].n});
     }
-    for (const Tensor& t : held) held_.push_back({t, address(t), bytes(t)});
+    for (const Tensor& t : watched) watched_.push_back({t, address(t), bytes(t)});
   }
 
   // Takes the step, or returns false, having written nothing.
@@ -45,8 +46,8 @@ class StepPlan {
     const bool clips = in.percentile < kNoPercentile;
     if (clips && gradients_.empty()) return false;
     // Tensors of the states may have been given other memory by whoever kept them.
-    for (const Held& held : held_) {
-      if (address(held.tensor) != held.address || bytes(held.tensor) != held.bytes) return false;
+    for (const Watched& w : watched_) {
+      if (address(w.tensor) != w.address || bytes(w.tensor) != w.bytes) return false;
     }
     for (size_t i = 0; i < tensors_.size(); ++i) {
       const PlannedTensor& now = in.tensors[i];
@@ -64,7 +65,7 @@ class StepPlan {
     args.max_unorm = in.max_unorm;
     args.unorm = in.unorm;
     args.update_scales = in.update_scales;
-    const Tensor& like = held_[0].tensor;
+    const Tensor& like = watched_[0].tensor;
     const typename Backend::Scope scope(like);
     std::optional<Tensor> norms;  // lives until the step is launched
     if (clips) {
@@ -89,7 +90,7 @@ class StepPlan {
 
  private:
   // A tensor with the memory that the plan was checked with.
-  struct Held {
+  struct Watched {
     Tensor tensor;
     const void* address = nullptr;
     int64_t bytes = 0;
@@ -106,7 +107,8 @@ class StepPlan {
   const StateFormat format_;
   std::vector<OptimizerTensor> tensors_;
   std::vector<GradientTensor> gradients_;  // none without histories
-  std::vector<Held> held_;
+  std::vector<Watched> watched_;
+  const Tensors own_;
   std::mutex mutex_;
 };
 
@@ -151,14 +153,16 @@ class StepPlans {
 
 // Makes a plan of what stays the same from step to step, and returns its number; 0 where parameters
 // do not lie in memory in the order of their states, so that each step must copy them. States are
-// codes where there are levels, with one scale per tensor where `max1` is given.
+// codes where there are levels, with one scale per tensor where `max1` is given. `watched`: whether
+// anybody but the caller has states or histories, and may give them other memory.
 template <class Backend>
 int64_t optimizer_plan(const std::string& rule, const Tensors& params, const Tensors& state1,
                        const Tensors& state2, const Tensors& absmax1, const Tensors& absmax2,
                        const std::optional<Tensor>& qmap1, const std::optional<Tensor>& qmap2,
                        const std::optional<Tensor>& max1, const std::optional<Tensor>& max2,
                        const std::optional<Tensor>& new_max1, const std::optional<Tensor>& new_max2,
-                       const Tensor& step, const Tensor& tickets, const Tensors& gnorm_vec) {
+                       const Tensor& step, const Tensor& tickets, const Tensors& gnorm_vec,
+                       bool watched) {
   constexpr const char* op = "_optimizer_plan";
   const bool codes = qmap1.has_value();
   StateFormat format = StateFormat::kFloat32;
@@ -189,16 +193,18 @@ int64_t optimizer_plan(const std::string& rule, const Tensors& params, const Ten
     args.kept_max[0] = max1->mutable_data_ptr<float>();
     if (tensors.states() == 2) args.kept_max[1] = max2->mutable_data_ptr<float>();
   }
-  Tensors held = {tickets};
+  Tensors shared = {tickets};
   for (const auto* t : {&qmap1, &qmap2, &max1, &max2, &new_max1, &new_max2}) {
-    if (t->has_value()) held.push_back(**t);
+    if (t->has_value()) shared.push_back(**t);
   }
+  Tensors own;
   for (size_t i = 0; i < params.size(); ++i) {
     for (const Tensors* list : lists) {
-      if (!list->empty()) held.push_back((*list)[i]);
+      if (!list->empty()) (watched ? shared : own).push_back((*list)[i]);
     }
   }
-  auto plan = std::make_shared<StepPlan<Backend>>(args, format, pointers, gnorm_vec, held);
+  auto plan = std::make_shared<StepPlan<Backend>>(args, format, pointers, gnorm_vec, shared,
+                                                  std::move(own));
   return StepPlans<Backend>::instance().add(std::move(plan));
 }
 

@@ -139,7 +139,8 @@ SCHEMAS = (
 _PLAN_SCHEMA = (
     "_optimizer_plan(str rule, Tensor[] params, Tensor[] state1, Tensor[] state2, "
     "Tensor[] absmax1, Tensor[] absmax2, Tensor? qmap1, Tensor? qmap2, Tensor? max1, Tensor? max2, "
-    "Tensor? new_max1, Tensor? new_max2, Tensor step, Tensor tickets, Tensor[] gnorm_vec) -> int"
+    "Tensor? new_max1, Tensor? new_max2, Tensor step, Tensor tickets, Tensor[] gnorm_vec, "
+    "bool watched=True) -> int"
 )
 
 # Products that native libraries leave to plain PyTorch where it is faster. Never called otherwise.

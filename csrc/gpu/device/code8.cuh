@@ -51,11 +51,9 @@ __device__ __forceinline__ float level_of(const float* levels,  // [256]
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(levels) + offset);
 }
 
-// One code in shared memory.
-template <bool kKeepSign>
+// One code in shared memory. `Tables`: EncodeTables, or what stands for them where others encode.
+template <bool kKeepSign, class Tables = EncodeTables<kKeepSign>>
 struct Code8 {
-  using Tables = EncodeTables<kKeepSign>;
-
   float levels[kCodeLevels];
   CodeKind kind;
 
@@ -97,16 +95,23 @@ struct Code8 {
     }
     const float inverse = __frcp_rn(absmax);
     if (kind == CodeKind::kTable || !is_regular_block(absmax, inverse)) {
-      uint32_t shifted[kCount];
-      // Unrolled although rare: a run-time index would move the elements to local memory.
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) shifted[i] = search(__fmul_rn(x[i], inverse)) << 16;
-      pack(shifted, words);
+      encode_by_search(x, inverse, words);
     } else if (kind == CodeKind::kSignedDynamic8) {
       encode_dynamic(true, tables, x, inverse, words);
     } else {
       encode_dynamic(false, tables, x, inverse, words);
     }
+  }
+
+  // The same for any table and block.
+  template <int kCount>
+  __device__ __forceinline__ void encode_by_search(const float (&x)[kCount], float inverse,
+                                                   uint32_t (&words)[kCount / 4]) const {
+    uint32_t shifted[kCount];
+    // Unrolled although rare: a run-time index would move the elements to local memory.
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) shifted[i] = search(__fmul_rn(x[i], inverse)) << 16;
+    pack(shifted, words);
   }
 
   // The same where the code is known to be a dynamic map, and which, and the block regular.

@@ -19,14 +19,15 @@
 //
 // A table in shared memory decodes a byte to two weights. 16 bits hold its levels, times a multiple
 // of one's choice, more exactly than they hold dequantized weights. For few tokens, scales are
-// applied to sums over 64 k in float. For many, where registers do not suffice for two sets of
-// sums, weights are multiplied by them in float and rounded.
+// applied to sums over 64 k in float. For many (wgmma_many.cuh), where registers do not suffice for
+// two sets of sums, weights are multiplied by them in float and rounded.
 #include "gpu/gemm/wgmma.cuh"
 #include "gpu/runtime/runtime.cuh"
 
 #if BNB_BULK_COPIES
 
 #include "gpu/device/launch_number.h"
+#include "gpu/gemm/wgmma_many.cuh"
 #include "gpu/gemm/wgmma_multiplier.cuh"
 #include "gpu/runtime/check.h"
 
@@ -65,38 +66,13 @@ __global__ void __launch_bounds__(kOrderThreads)
 #endif
 }
 
-#if BNB_HOPPER
-
-// The two weights of every byte, a copy for every lane.
-template <class TableType, class Shape>
-__device__ __forceinline__ void fill_table(const Levels4& levels, float multiple, int thread) {
-  for (int i = thread; i < 256 * 8; i += 128 * Shape::kGroups) {
-    const int byte = i / 8;
-    const uint32_t pair = pair_of_levels<TableType>(levels, byte, multiple);
-    store_shared4(shared_base<Shape>() + Shape::kTableAt + byte * 256 + i % 8 * 16,
-                  make_uint4(pair, pair, pair, pair));
-  }
-}
-
-#endif  // BNB_HOPPER
-
-// Registers of a thread: those that copy give some of theirs to those that multiply.
-template <class Shape>
-constexpr int kCopyRegisters = Shape::kGroups > 2     ? 32
-                               : Shape::kTokens <= 64 ? 88
-                                                      : 56;
-template <class Shape>
-constexpr int kMultiplyRegisters = Shape::kGroups == 4    ? 112
-                                   : Shape::kGroups == 3  ? 160
-                                   : Shape::kTokens <= 64 ? 208
-                                                          : 224;
+// ---- Few tokens -----------------------------------------------------------------------------
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                            BNB_GRID_CONSTANT const Levels4 levels,
                            BNB_GRID_CONSTANT const TensorMap codes,
-                           BNB_GRID_CONSTANT const TensorMap tokens,
                            BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace,
                            unsigned long long number, float multiple, int log2_block) {
 #if BNB_HOPPER
@@ -106,39 +82,32 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   let_next_kernel_start();
   const int copier = thread - 128 * Shape::kGroups;
   WgmmaCodeCopier<Shape> code_copier(plan, codes);
-  const int stages = WgmmaWalk(plan, walker<Shape>()).all_stages(walker<Shape>());
+  const int stages = WgmmaWalk(plan, wgmma_walker()).all_stages(wgmma_walker());
   if (copier == 0) {
     prefetch_map(codes);
     // has_kernels() has looked.
-    if (shared_address(dynamic) % (1u << 24) != Shape::kStart) __trap();
+    if (shared_address(dynamic) != kSharedStart) __trap();
     init_barriers<Shape>();
     // The first codes need not wait for the kernel that orders the tokens.
     for (int i = 0; i < min(stages, Shape::kStages); ++i) code_copier.copy();
   }
-  using Mine = WgmmaMultiplier<T, Shape>;
-  if (copier < 0) fill_table<typename Mine::TableType, Shape>(levels, multiple, thread);
-  if constexpr (Shape::kFan == 1) {
-    __syncthreads();
-  } else {
-    cluster_barrier();
+  if (copier < 0) {
+    fill_pair_table<T>(Shape::kTableAt, levels, multiple, thread, 128 * Shape::kGroups);
   }
+  __syncthreads();
   if (warp < Shape::kWarps) {
-    take_registers<kMultiplyRegisters<Shape>>();
-    Mine mine{args,
-              plan,
-              workspace,
-              number,
-              1.0f / multiple,
-              static_cast<uint32_t>(warp),
-              static_cast<uint32_t>(thread % kWarp)};
-    mine.run();
+    take_registers<Shape::kMultiplyRegisters>();
+    const auto lane = static_cast<uint32_t>(thread % kWarp);
+    WgmmaMultiplier<T, Shape> multiplier{
+        {args, plan, workspace, number, static_cast<uint32_t>(warp), lane}, 1.0f / multiple, lane};
+    multiplier.run();
   } else {
-    give_registers<kCopyRegisters<Shape>>();
+    give_registers<Shape::kCopyRegisters>();
     const Scales& scales = args.weight.scales;
     const bool fours = log2_block == 6 && args.weight.k % 256 == 0;
     if (copier < kWarp) {
       if (copier == 0) {
-        WgmmaTokenCopier<Shape> token_copier(plan, workspace, tokens);
+        WgmmaTokenCopier<Shape> token_copier(plan, workspace);
         wait_for_previous_kernel();
         for (int i = 0; i < stages; ++i) {
           if (i >= Shape::kStages) {
@@ -150,7 +119,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       }
     } else if (scales.codes != nullptr) {
       auto* const levels_of_scales =
-          reinterpret_cast<float*>(dynamic + Shape::kNestedAt - Shape::kStart);
+          reinterpret_cast<float*>(dynamic + Shape::kNestedAt - kSharedStart);
       for (int i = copier - kWarp; i < kCodeLevels; i += kScaleThreads) {
         levels_of_scales[i] = scales.code[i];
       }
@@ -167,26 +136,24 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
                           log2_block - 6, fours && is_aligned(scales.absmax, 16), copier - kWarp);
     }
   }
-  if constexpr (Shape::kFan > 1) {  // nobody leaves while others copy to its memory
-    __syncwarp();
-    cluster_barrier();
-  }
 #endif
 }
 
 // ---- Launch -----------------------------------------------------------------------------------
 
-//                                tokens groups blocks stages scale-sums fan
-using Wide16 = WgmmaShape<16, 4, 4, 3, true>;
-using Wide32 = WgmmaShape<32, 4, 4, 3, true>;
-using Wide64 = WgmmaShape<64, 3, 2, 5, true>;
-using Wide128 = WgmmaShape<128, 2, 2, 3, false, 1, 2>;
-using Narrow16 = WgmmaShape<16, 2, 4, 5, true>;
-using Narrow32 = WgmmaShape<32, 2, 4, 4, true>;
-using Narrow64 = WgmmaShape<64, 2, 4, 3, true>;
-using Narrow128 = WgmmaShape<128, 2, 2, 3, false>;
-using Tokens192 = WgmmaShape<192, 2, 1, 5, false>;
-using Tokens256 = WgmmaShape<256, 2, 1, 4, false>;
+//                          tokens groups stages
+using Wide16 = WgmmaShape<16, 4, 3>;
+using Wide32 = WgmmaShape<32, 4, 3>;
+using Narrow16 = WgmmaShape<16, 2, 5>;
+using Narrow32 = WgmmaShape<32, 2, 4>;
+using Narrow64 = WgmmaShape<64, 2, 3>;
+//                         tokens, blocks and slots of them, products together
+using Tokens128 = ManyShape<128, 1, 6, 2>;
+using Tokens192 = ManyShape<192, 1, 5, 2>;
+using Tokens256 = ManyShape<256, 1, 4, 1>;
+
+template <class Shape>
+constexpr bool kMany = Shape::kTokens > 64;
 
 // Calls visit.operator()<Shape>() for the shape that suits a product.
 template <class Visitor>
@@ -199,15 +166,15 @@ decltype(auto) with_shape(const Gemm4bit& args, int multiprocessors, Visitor&& v
   if (args.m <= 16) return visit.template operator()<Narrow16>();
   if (args.m <= 32 && wide) return visit.template operator()<Wide32>();
   if (args.m <= 32) return visit.template operator()<Narrow32>();
-  if (args.m <= 64 && wide) return visit.template operator()<Wide64>();
   if (args.m <= 64) return visit.template operator()<Narrow64>();
   // Measured times of tiles relate like these numbers.
   const int64_t of_128 = ceil_div(args.m, 128) * 72;
-  const int64_t of_192 = ceil_div(args.m, 192) * 86;
-  const int64_t of_256 = ceil_div(args.m, 256) * 100;
+  const int64_t of_192 = ceil_div(args.m, 192) * 84;
+  // Of few tiles, those of 256 tokens are cut in too many parts.
+  const int64_t tiles = ceil_div(args.m, 256) * ceil_div(args.weight.n, Tokens256::kRows);
+  const int64_t of_256 = ceil_div(args.m, 256) * (4 * tiles <= multiprocessors ? 150 : 100);
   if (of_128 < std::min(of_192, of_256)) {
-    if (wide) return visit.template operator()<Wide128>();
-    return visit.template operator()<Narrow128>();
+    return visit.template operator()<Tokens128>();
   }
   if (of_192 < of_256) return visit.template operator()<Tokens192>();
   return visit.template operator()<Tokens256>();
@@ -216,19 +183,17 @@ decltype(auto) with_shape(const Gemm4bit& args, int multiprocessors, Visitor&& v
 // Launches a kernel that may begin while the one before it ends, and waits for that where it must.
 template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
-                  unsigned cluster, Stream stream, Arguments... arguments) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
+                  Stream stream, Arguments... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.attrs = &early;
+  config.numAttrs = 1;
   BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
@@ -238,25 +203,33 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   const auto plan = WgmmaPlan::make<Shape>(args.m, weight.n, weight.k, multiprocessors());
   const int64_t chunks = plan.sums_at / 16;
   launch_early(&order_tokens_kernel, resident_grid(ceil_div(chunks, kOrderThreads)), kOrderThreads,
-               0, 1, stream, static_cast<const uint32_t*>(args.a), args.m, weight.k, Shape::kTokens,
+               0, stream, static_cast<const uint32_t*>(args.a), args.m, weight.k, Shape::kTokens,
                plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace));
-  const TensorMap codes =
-      tensor_map(weight.codes, weight.n, weight.k / 2, Shape::kRows, 32 * Shape::kBlocks,
-                 Shape::kBlocks == 4   ? Swizzle::k128
-                 : Shape::kBlocks == 2 ? Swizzle::k64
-                                       : Swizzle::kNone,
-                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
-  const TensorMap tokens = Shape::kFan == 1
-                               ? codes  // not used
-                               : tensor_map(workspace, plan.sums_at / 128, 128,
-                                            Shape::kTokenPartRows, 128, Swizzle::kNone);
-  auto* kernel = &wgmma_gemm_4bit_kernel<T, Shape>;
-  constexpr int kShared = Shape::kEnd - Shape::kStart;
-  allow_shared(reinterpret_cast<const void*>(kernel), kShared);
-  using TableType = std::conditional_t<Shape::kScaleSums, T, Half>;
-  launch_early(kernel, plan.blocks * Shape::kFan, Shape::kThreads, kShared, Shape::kFan, stream,
-               args, Levels4(weight), codes, tokens, plan, workspace, next_launch_number(),
-               level_multiple<TableType>(weight.code), log2_of(weight.block_size));
+  const TensorMap codes = tensor_map(weight.codes, weight.n, weight.k / 2, Shape::kRows, 128,
+                                     Swizzle::k128, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+  const auto launch = [&](auto* kernel, float multiple) {
+    constexpr int kShared = Shape::kEnd - kSharedStart;
+    allow_shared(reinterpret_cast<const void*>(kernel), kShared);
+    launch_early(kernel, plan.blocks, Shape::kThreads, kShared, stream, args, Levels4(weight),
+                 codes, plan, workspace, next_launch_number(), multiple,
+                 log2_of(weight.block_size));
+  };
+  if constexpr (kMany<Shape>) {
+    const auto launch_for = [&]<class Level>() {
+      const float multiple = level_multiple<Level>(weight.code);
+      if (weight.scales.codes != nullptr) {
+        launch(&wgmma_gemm_4bit_many_kernel<T, Shape, Level, true>, multiple);
+      } else {
+        launch(&wgmma_gemm_4bit_many_kernel<T, Shape, Level, false>, multiple);
+      }
+    };
+    if constexpr (std::is_same_v<T, Half>) {
+      if (weight.code != Code4::kCount) return launch_for.template operator()<IntegerLevel>();
+    }
+    launch_for.template operator()<Half>();
+  } else {
+    launch(&wgmma_gemm_4bit_kernel<T, Shape>, level_multiple<T>(weight.code));
+  }
 }
 
 // Whether the device has a kernel of sm_90a, which this one tells by its shared memory: for other
@@ -277,7 +250,7 @@ bool has_kernels() {
   BNB_GPU_CHECK(cudaGetDevice(&device));
   BNB_GPU_CHECK(cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
   static const bool built = is_built(reinterpret_cast<const void*>(&marker_kernel));
-  return built && reserved == Wide16::kStart;
+  return built && reserved == kSharedStart;
 }
 
 }  // namespace

@@ -1,42 +1,63 @@
-// What the warpgroup kernel of 4-bit products copies to shared memory, and when it is there.
-// SPDX-License-Identifier: MIT
+// What the warpgroup kernel of 4-bit products for few tokens copies to shared memory, and when it
+// is there. SPDX-License-Identifier: MIT
 //
-// Codes and tokens come in stages of one to four blocks of 64 k, by the copy engine. Scales come
-// for eight blocks, by some warps: a copy for so few bytes of a row as a stage needs would cost
-// more than that of the codes, and those that are codes themselves need an instruction or two each.
+// Codes and tokens come in stages of four blocks of 64 k, by the copy engine. Scales come for eight
+// blocks, by some warps: a copy for so few bytes of a row as a stage needs would cost more than
+// that of the codes, and those that are codes themselves need an instruction or two each.
 #pragma once
 
 #include "gpu/device/scales.cuh"
 #include "gpu/device/tensor_copy.cuh"
 #include "gpu/device/wgmma.cuh"
-#include "gpu/gemm/wgmma_plan.cuh"
-
-#if BNB_HOPPER
+#include "gpu/gemm/wgmma_sums.cuh"
+#include "gpu/gemm/wgmma_table.cuh"
 
 namespace bnb::gpu {
 
-// Which block of threads of the plan, or cluster of them, this is, and which block of the cluster.
-// Who starts first comes last in the plan: blocks wait for what later ones of the plan have done.
-template <class Shape>
-__device__ __forceinline__ int walker() {
-  return static_cast<int>(gridDim.x - 1 - blockIdx.x) / Shape::kFan;
-}
-template <class Shape>
-__device__ __forceinline__ int rank_of_block() {
-  return Shape::kFan == 1 ? 0 : cluster_rank();
-}
+// What a kernel is compiled for.
+template <int tokens, int groups, int stages>
+struct WgmmaShape {
+  static constexpr int kTokens = tokens;  // of a tile
+  static constexpr int kGroups = groups;  // warpgroups that multiply
+  static constexpr int kBlocks = 4;       // of 64 k in a stage
+  static constexpr int kStages = stages;  // on their way at a time
 
-// What is to be added to addresses of Shape: those of a cluster's blocks differ in the upper bits.
-template <class Shape>
-__device__ __forceinline__ uint32_t shared_base() {
-  BNB_DYNAMIC_SHARED(dynamic);
-  return Shape::kFan == 1 ? 0 : shared_address(dynamic) - Shape::kStart;
-}
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kWarps = 4 * kGroups;  // that multiply
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  // Registers of a thread: those that copy give some of theirs to those that multiply.
+  static constexpr int kMultiplyRegisters = kGroups == 4 ? 112 : 208;
+  static constexpr int kCopyRegisters = kGroups == 4 ? 32 : 88;
+
+  // Shared memory by address. Pieces between those of the table hold scales, four rows each, and
+  // barriers.
+  static constexpr int kTokenBlock = kTokens * 128;  // 64 k of all tokens
+  static constexpr int kTokenStage = kBlocks * kTokenBlock;
+  static constexpr int kCodeStage = kRows * kBlocks * 32;
+  static constexpr int kTableAt = kSharedStart + kStages * kTokenStage;
+  static constexpr int kCodesAt = kTableAt + kPairTableBytes;
+  static constexpr int kNestedAt = kCodesAt + kStages * kCodeStage;  // table of nested scales
+  static constexpr int kScratchAt = kNestedAt + 1024;
+  static constexpr int kEnd = kScratchAt + kWarps * 512;
+  BNB_HD static constexpr uint32_t scratch(uint32_t warp, uint32_t token) {
+    return kScratchAt + 512 * warp + 32 * token;
+  }
+  // Scales of eight blocks come together, which is what memory moves at least.
+  static constexpr int kScaleBlocks = 8;
+  static constexpr int kScaleStages = kScaleBlocks / kBlocks;
+  static constexpr int kScaleSlots = 3;
+  static constexpr int kScalePieces = kRows / 4;  // of a slot
+  static constexpr int kBarrierPiece = kScaleSlots * kScalePieces;
+  static constexpr int kMostShared = 228 * 1024;  // of a multiprocessor, and of a block
+  static_assert(kBarrierPiece + 1 < 256 && kStages <= 8 && kScaleSlots <= 8 && kEnd <= kMostShared);
+  BNB_HD static constexpr int piece(int i) { return pair_table_piece(kTableAt, i); }
+};
+
+#if BNB_HOPPER
 
 // A place in the ring of stages.
 template <class Shape>
 struct WgmmaSlot {
-  uint32_t base = shared_base<Shape>();
   uint32_t number = 0;
   uint32_t parity = 0;
 
@@ -48,24 +69,23 @@ struct WgmmaSlot {
   }
   // Codes and tokens are there.
   __device__ __forceinline__ BarrierAt full() const {
-    return {base + Shape::piece(Shape::kBarrierPiece) + 8 * number};
+    return {Shape::piece(Shape::kBarrierPiece) + 8 * number};
   }
   // All who read them have done so.
   __device__ __forceinline__ BarrierAt empty() const {
-    return {base + Shape::piece(Shape::kBarrierPiece) + 64 + 8 * number};
+    return {Shape::piece(Shape::kBarrierPiece) + 64 + 8 * number};
   }
   __device__ __forceinline__ uint32_t tokens() const {
-    return base + Shape::kStart + number * Shape::kTokenStage;
+    return kSharedStart + number * Shape::kTokenStage;
   }
   __device__ __forceinline__ uint32_t codes() const {
-    return base + Shape::kCodesAt + number * Shape::kCodeStage;
+    return Shape::kCodesAt + number * Shape::kCodeStage;
   }
 };
 
 // A place in the ring of scales, which holds those of eight blocks.
 template <class Shape>
 struct WgmmaScaleSlot {
-  uint32_t base = shared_base<Shape>();
   uint32_t number = 0;
   uint32_t parity = 0;
 
@@ -76,15 +96,15 @@ struct WgmmaScaleSlot {
     }
   }
   __device__ __forceinline__ BarrierAt full() const {
-    return {base + Shape::piece(Shape::kBarrierPiece + 1) + 8 * number};
+    return {Shape::piece(Shape::kBarrierPiece + 1) + 8 * number};
   }
   __device__ __forceinline__ BarrierAt empty() const {
-    return {base + Shape::piece(Shape::kBarrierPiece + 1) + 64 + 8 * number};
+    return {Shape::piece(Shape::kBarrierPiece + 1) + 64 + 8 * number};
   }
   // A row takes 32 bytes. In every second group of four rows, halves of 16 bytes change places, so
   // that eight rows read different banks.
   __device__ __forceinline__ uint32_t place(uint32_t row, uint32_t byte) const {
-    return base + Shape::piece(0) + (number * Shape::kScalePieces + row / 4) * 256 + row % 4 * 32 +
+    return Shape::piece(0) + (number * Shape::kScalePieces + row / 4) * 256 + row % 4 * 32 +
            (byte ^ (row / 4 % 2) << 4);
   }
 };
@@ -93,9 +113,8 @@ struct WgmmaScaleSlot {
 template <class Shape>
 class WgmmaTokenCopier {
  public:
-  __device__ __forceinline__ WgmmaTokenCopier(const WgmmaPlan& plan, const char* ordered,
-                                              const TensorMap& map)
-      : plan_(plan), ordered_(ordered), map_(map), walk_(plan, walker<Shape>()) {}
+  __device__ __forceinline__ WgmmaTokenCopier(const WgmmaPlan& plan, const char* ordered)
+      : plan_(plan), ordered_(ordered), walk_(plan, wgmma_walker()) {}
 
   __device__ __forceinline__ void copy() {
     if (stage_ == walk_.end) {
@@ -103,15 +122,7 @@ class WgmmaTokenCopier {
       stage_ = walk_.begin;
     }
     const int64_t at = int64_t{walk_.tile % plan_.token_tiles} * plan_.stages + stage_;
-    if constexpr (Shape::kFan == 1) {
-      bulk_copy(slot_.tokens(), ordered_ + at * Shape::kTokenStage, Shape::kTokenStage,
-                slot_.full());
-    } else {
-      const int part = Shape::kTokenPartRows * cluster_rank();
-      tensor_copy_to_cluster(slot_.tokens() + part * 128, map_, 0,
-                             static_cast<int>(at * (Shape::kTokenStage / 128)) + part, slot_.full(),
-                             (1u << Shape::kFan) - 1u);
-    }
+    bulk_copy(slot_.tokens(), ordered_ + at * Shape::kTokenStage, Shape::kTokenStage, slot_.full());
     ++stage_;
     slot_.advance();
   }
@@ -119,7 +130,6 @@ class WgmmaTokenCopier {
  private:
   const WgmmaPlan& plan_;
   const char* ordered_;
-  const TensorMap& map_;
   WgmmaWalk walk_;
   int stage_ = 0;
   WgmmaSlot<Shape> slot_;
@@ -133,7 +143,7 @@ template <class Shape>
 class WgmmaCodeCopier {
  public:
   __device__ __forceinline__ WgmmaCodeCopier(const WgmmaPlan& plan, const TensorMap& map)
-      : plan_(plan), map_(map), walk_(plan, walker<Shape>()) {}
+      : plan_(plan), map_(map), walk_(plan, wgmma_walker()) {}
 
   // To the next slot, which is free.
   __device__ __forceinline__ void copy() {
@@ -141,8 +151,7 @@ class WgmmaCodeCopier {
       walk_.next();
       stage_ = walk_.begin;
     }
-    const int row =
-        walk_.tile / plan_.token_tiles * Shape::kTileRows + rank_of_block<Shape>() * Shape::kRows;
+    const int row = walk_.tile / plan_.token_tiles * Shape::kRows;
     slot_.full().arrive_and_expect(Shape::kCodeStage + Shape::kTokenStage);
     tensor_copy(slot_.codes(), map_, stage_ * (Shape::kBlocks * 32 / 2), row, slot_.full());
     ++stage_;
@@ -163,7 +172,7 @@ __device__ __forceinline__ void init_barriers() {
   WgmmaSlot<Shape> slot;
   for (int i = 0; i < Shape::kStages; ++i) {
     slot.full().init(1);
-    slot.empty().init(Shape::kWarps * Shape::kFan);
+    slot.empty().init(Shape::kWarps);
     slot.advance();
   }
   WgmmaScaleSlot<Shape> scales;
@@ -186,13 +195,12 @@ __device__ __forceinline__ void bring_scales(const Gemm4bit& args, const WgmmaPl
   constexpr int kStep = kScaleThreads / 2;
   const int columns = static_cast<int>(args.weight.k / 64);
   const int begin = thread % 2 * 4;
-  WgmmaWalk walk(plan, walker<Shape>());
+  WgmmaWalk walk(plan, wgmma_walker());
   WgmmaScaleSlot<Shape> slot;
   while (walk.next()) {
     // Beyond the last row that one, whose products are not stored. Beyond the last column that
     // one, which meets tokens of zeros.
-    const int64_t first_row = int64_t{walk.tile / plan.token_tiles} * Shape::kTileRows +
-                              rank_of_block<Shape>() * Shape::kRows;
+    const int64_t first_row = int64_t{walk.tile / plan.token_tiles} * Shape::kRows;
     const int last_row =
         static_cast<int>(min(int64_t{Shape::kRows}, args.weight.n - first_row)) - 1;
     const int64_t first = first_row * columns;
@@ -252,6 +260,6 @@ __device__ __forceinline__ void bring_scales(const Gemm4bit& args, const WgmmaPl
   }
 }
 
-}  // namespace bnb::gpu
-
 #endif  // BNB_HOPPER
+
+}  // namespace bnb::gpu

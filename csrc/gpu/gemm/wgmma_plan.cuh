@@ -22,60 +22,12 @@
 
 namespace bnb::gpu {
 
-// What a kernel is compiled for.
-template <int tokens, int groups, int blocks, int stages, bool scale_sums, int fan = 1,
-          int high = 1>
-struct WgmmaShape {
-  static constexpr int kTokens = tokens;  // of a tile
-  static constexpr int kGroups = groups;  // warpgroups that multiply
-  static constexpr int kHigh = high;      // times 64 rows of the weight for each of them
-  static constexpr int kBlocks = blocks;  // of 64 k in a stage
-  static constexpr int kStages = stages;  // on their way at a time
-  // Scales are applied to sums over 64 k in float; otherwise to the weights.
-  static constexpr bool kScaleSums = scale_sums;
-  static_assert(kBlocks == 1 || kBlocks == 2 || kBlocks == 4);
-
-  // Neighbouring blocks of threads, a cluster, that share tokens: each brings a part of them to
-  // all.
-  static constexpr int kFan = fan;
-
-  static constexpr int kRows = 64 * kGroups * kHigh;
-  static constexpr int kTileRows = kRows * kFan;
-  static constexpr int kWarps = 4 * kGroups;  // that multiply
-  static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kSums = kTokens / 2;  // of a thread, for each 64 rows
-
-  // Shared memory by address. The table of 256 entries for 32 lanes takes every other 128 bytes of
-  // its span, so that an address is made of a byte of codes by one instruction. The other pieces of
-  // 128 bytes hold scales, four rows each, and barriers.
-  static constexpr int kStart = 1024;                // what is before is the system's
-  static constexpr int kTokenBlock = kTokens * 128;  // 64 k of all tokens
-  static constexpr int kTokenStage = kBlocks * kTokenBlock;
-  static constexpr int kTokenPartRows = kTokenStage / 128 / kFan;  // that one block brings
-  static constexpr int kCodeStage = kRows * kBlocks * 32;
-  static constexpr int kTableAt = kStart + kStages * kTokenStage;
-  static constexpr int kCodesAt = kTableAt + 256 * 256;
-  static constexpr int kNestedAt = kCodesAt + kStages * kCodeStage;  // table of nested scales
-  static constexpr int kScratchAt = kNestedAt + 1024;  // of a warp: 16 rows by 16 tokens of out
-  static constexpr int kEnd = kScratchAt + kWarps * 512;
-  // Scales of eight blocks come together, which is what memory moves at least.
-  static constexpr int kScaleBlocks = 8;
-  static constexpr int kScaleStages = kScaleBlocks / kBlocks;
-  static constexpr int kScaleSlots = kRows > 256 ? 2 : 3;
-  static constexpr int kScalePieces = kRows / 4;  // of a slot
-  static constexpr int kBarrierPiece = kScaleSlots * kScalePieces;
-  static constexpr int kMostShared = 228 * 1024;  // of a multiprocessor, and of a block
-  static_assert(kBarrierPiece + 1 < 256 && kStages <= 8 && kScaleSlots <= 8 && kEnd <= kMostShared);
-
-  BNB_HD static constexpr int piece(int i) { return kTableAt + 128 + 256 * i; }
-};
-
 // Products of its numbers fit 32 bits as long as k does not exceed kLongest.
 inline constexpr int64_t kLongest = 1 << 22;
 inline constexpr int64_t kMostRows = 1 << 30;
 
 struct WgmmaPlan {
-  int blocks;  // of threads, or clusters of them
+  int blocks;  // of threads
   int token_tiles;
   int stages;     // of a tile
   int whole;      // tiles that are not split
@@ -89,10 +41,9 @@ struct WgmmaPlan {
   template <class Shape>
   static WgmmaPlan make(int64_t m, int64_t n, int64_t k, int multiprocessors) {
     WgmmaPlan plan{};
-    multiprocessors = std::max(multiprocessors / Shape::kFan, 1);  // or pairs of them, ...
     plan.token_tiles = static_cast<int>(ceil_div(m, Shape::kTokens));
     plan.stages = static_cast<int>(ceil_div(k, 64 * Shape::kBlocks));
-    const int tiles = static_cast<int>(ceil_div(n, Shape::kTileRows)) * plan.token_tiles;
+    const int tiles = static_cast<int>(ceil_div(n, Shape::kRows)) * plan.token_tiles;
     plan.blocks = multiprocessors;
     // If nearly all multiprocessors suffice for equal parts of tiles, no block has two tiles.
     const int even = multiprocessors / tiles * tiles;
@@ -102,8 +53,8 @@ struct WgmmaPlan {
     plan.splitters = std::min(plan.blocks, plan.split * plan.stages);
     if (plan.whole == 0) plan.blocks = plan.splitters;
     plan.sums_at = int64_t{plan.token_tiles} * plan.stages * Shape::kTokenStage;
-    plan.flags_at = plan.sums_at + int64_t{plan.splitters} * Shape::kTileRows * Shape::kTokens * 4;
-    plan.bytes = plan.flags_at + int64_t{plan.splitters} * Shape::kFan * Shape::kWarps * 8;
+    plan.flags_at = plan.sums_at + int64_t{plan.splitters} * Shape::kRows * Shape::kTokens * 4;
+    plan.bytes = plan.flags_at + int64_t{plan.splitters} * (Shape::kRows / 16) * 8;
     return plan;
   }
 

@@ -6,102 +6,32 @@
 //   slot 0:  copy b0 | wait, step b0, store | copy b2 ...        | wait, step b2 ...
 //   slot 1:          | copy b1 ...          | wait, step b1, ... | copy b3 ...
 //
-// Every lane reads what it copied itself, so that waiting for its own copies is enough. A tile is a
-// warp's run of blocks; tiles that are not whole, or not aligned, are done element by element.
+// A tile is a warp's run of blocks; tiles that are not whole, or not aligned, are done element by
+// element. There are two kernels: one for any device, and one that takes most of the shared memory
+// of a Hopper multiprocessor for tables (state_codes.cuh) and leaves copies to its copy engine
+// (block_slots.cuh).
 // SPDX-License-Identifier: MIT
 #include "bitsandbytes/philox.h"
-#include "gpu/device/code8.cuh"
 #include "gpu/device/scalar.cuh"
+#include "gpu/optimizer/block_slots.cuh"
 #include "gpu/optimizer/list.cuh"
+#include "gpu/optimizer/state_codes.cuh"
 
 namespace bnb::gpu {
 namespace {
 
-// Threads of a block, fewer where shared memory is small. Two blocks share a multiprocessor, and
-// with it its registers: a lane holds kLaneElements of every state, and none may be spilled.
-constexpr int block_threads(int states) { return states < 3 ? 384 : 256; }
-constexpr int kResident = 2;
-constexpr int kLaneElements = kOptimizerBlock / kWarp;
 constexpr int kTileBlocks = 4;
 constexpr int64_t kTile = int64_t{kTileBlocks} * kOptimizerBlock;
-constexpr int kSlots = 2;
 static_assert(kTileBlocks % kSlots == 0);  // a tile leaves the slots as it found them
 
-// One quantization block of rule R with parameters of T, as one lane sees it: kPacks times kPack
-// consecutive elements.
-template <class R, class T>
-struct Lane {
-  static constexpr int kStates = R::kStates;
-  static constexpr int kPack = kPackSize<T>;
-  static constexpr int kPacks = kLaneElements / kPack;
-  static constexpr int kStride = kWarp * kPack;  // elements between a lane's packs
-  using Values = Words<T, kPack>;
-  using Codes = Words<uint8_t, kPack>;
-
-  // A slot of shared memory: gradients, parameters, codes of each state.
-  static constexpr int kValueBytes = kOptimizerBlock * static_cast<int>(sizeof(T));
-  static constexpr int kSlotBytes = 2 * kValueBytes + kStates * kOptimizerBlock;
-
-  // Pointers to the lane's elements of the first block of a tile.
-  struct Pointers {
-    const T* grad;
-    T* param;
-    uint8_t* state[kStates];
-    float* absmax[kStates];
-
-    __device__ __forceinline__ Pointers(const OptimizerTensor& t, int64_t block) {
-      const int64_t at = block * kOptimizerBlock + static_cast<int>(threadIdx.x) % kWarp * kPack;
-      grad = static_cast<const T*>(t.grad) + at;
-      param = static_cast<T*>(t.param) + at;
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        state[k] = static_cast<uint8_t*>(state_pointer(t, kStates, k, 1)) + at;
-        absmax[k] = absmax_pointer(t, kStates, k) + block;
-      }
-    }
-  };
-
-  // A lane's part of a slot.
-  __device__ __forceinline__ static char* values(char* slot, int which, int pack) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    return slot + which * kValueBytes + (pack * kStride + lane * kPack) * sizeof(T);
-  }
-  __device__ __forceinline__ static char* codes(char* slot, int k, int pack) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
-    return slot + 2 * kValueBytes + k * kOptimizerBlock + pack * kStride + lane * kPack;
-  }
-
-  // Starts copying block j of a tile.
-  __device__ __forceinline__ static void fetch(const Pointers& from, int j, char* slot,
-                                               float (&scale)[kStates]) {
-    const int skip = j * kOptimizerBlock;
-#pragma unroll
-    for (int v = 0; v < kPacks; ++v) {
-      start_copy<16>(values(slot, 0, v), from.grad + skip + v * kStride);
-      start_copy<16>(values(slot, 1, v), from.param + skip + v * kStride);
-#pragma unroll
-      for (int k = 0; k < kStates; ++k) {
-        start_copy<kPack>(codes(slot, k, v), from.state[k] + skip + v * kStride);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kStates; ++k) scale[k] = from.absmax[k][j];
-  }
-};
-
-// Code, tables and constants of a launch, in shared memory.
-template <class R>
-struct Shared {
-  Code8<true> codes[state_tensors(R::kStates)];
-  EncodeTables<true> tables;
-  Step<R> step;  // what all tensors share
-  Step<R> steps[block_threads(R::kStates) /
-                kWarp];  // of the tensor that a warp is at: reading constants from here
-                         // leaves registers to the elements
-
-  __device__ __forceinline__ const Code8<true>& code(int k) const {
-    return codes[tensor_of_state(R::kStates, k)];
-  }
+// Tables and constants of a launch, in shared memory. `Codes`: SmallTables or LaneTables; `Copies`:
+// LaneCopies or BulkCopies.
+template <class R, class Codes, class Copies>
+struct alignas(kCacheLine) Shared {  // so that dynamic shared memory begins at a line
+  typename Codes::Tables tables;
+  Step<R> step;                            // what all tensors share
+  Step<R> steps[Codes::kThreads / kWarp];  // of the tensor that a warp is at
+  typename Copies::Barriers barriers[Codes::kThreads / kWarp];
 };
 
 // Which random bits round the parameters of a tensor.
@@ -113,10 +43,10 @@ struct Rounding {
 
 // The step of block j of a tile, from its slot, with the dynamic maps. Returns false, having stored
 // nothing, when new states are so large or so small that their codes must be searched.
-template <class R, class T, bool kStochastic, class MakeRounding>
+template <class R, class T, bool kStochastic, class Codes, class MakeRounding>
 __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Pointers& to, int j,
                                                 char* slot, const float (&scale)[R::kStates],
-                                                const Shared<R>& shared, const Step<R>& step,
+                                                const Codes& codes, const Step<R>& step,
                                                 const MakeRounding& make_rounding, int64_t block) {
   using L = Lane<R, T>;
   constexpr int kPack = L::kPack;
@@ -138,14 +68,14 @@ __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Point
       Scalar s[R::kStates];
 #pragma unroll
       for (int k = 0; k < R::kStates; ++k) {
-        s[k] = Scalar(__fmul_rn(shared.code(k).level(old[k].words, i), scale[k]));
+        s[k] = Scalar(__fmul_rn(codes.level(k, old[k].words, i), scale[k]));
       }
       const Scalar gradient(__fmul_rn(grad.get(i), step.gnorm_scale));
       updated[i] = step.advance(gradient, Scalar(param[v].get(i)), s).v;
 #pragma unroll
       for (int k = 0; k < R::kStates; ++k) {
         states[k][v * kPack + i] = s[k].v;
-        largest[k] = absmax_step(largest[k], s[k].v);
+        Codes::grow(k, largest[k], s[k].v);
       }
     }
     if constexpr (kStochastic) {
@@ -161,8 +91,8 @@ __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Point
   bool usual = true;
 #pragma unroll
   for (int k = 0; k < R::kStates; ++k) {
-    most[k] = warp_max(magnitude_bits(largest[k]));
-    usual = usual && (most[k] == 0 || has_quick_reciprocal(most[k]));
+    most[k] = warp_max(Codes::counted_bits(k, largest[k]));
+    usual = usual && Codes::is_usual(most[k]);
   }
   if (!usual) return false;
 
@@ -174,17 +104,13 @@ __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Point
     const float absmax = bits_float(most[k]);
     if (threadIdx.x % kWarp == 0) to.absmax[k][j] = absmax;
     uint32_t words[kLaneElements / 4] = {};
-    if (most[k] != 0) {
-      const bool is_signed = tensor_of_state(R::kStates, k) == 0;
-      Code8<true>::encode_dynamic(is_signed, shared.tables, states[k], quick_reciprocal(absmax),
-                                  words);
-    }
+    if (most[k] != 0) codes.encode(k, states[k], absmax, words);
 #pragma unroll
     for (int v = 0; v < L::kPacks; ++v) {
-      typename L::Codes codes;
+      typename L::Codes packed;
 #pragma unroll
-      for (int w = 0; w < kPack / 4; ++w) codes.words[w] = words[v * (kPack / 4) + w];
-      store_aligned(to.state[k] + skip + v * L::kStride, codes);
+      for (int w = 0; w < kPack / 4; ++w) packed.words[w] = words[v * (kPack / 4) + w];
+      store_aligned(to.state[k] + skip + v * L::kStride, packed);
     }
   }
   return true;
@@ -192,8 +118,9 @@ __device__ __forceinline__ bool step_full_block(const typename Lane<R, T>::Point
 
 // The step of any block: incomplete, misaligned, with gradients that are not finite or with zeros
 // to skip. Element by element.
-template <class R, class T, bool kStochastic>
-__device__ BNB_NOINLINE void step_any_block(const OptimizerTensor& tensor, const Shared<R>& shared,
+template <class R, class T, bool kStochastic, class Codes>
+__device__ BNB_NOINLINE void step_any_block(const OptimizerTensor& tensor, const Codes codes,
+                                            const typename Codes::Tables& tables,
                                             const Step<R>& step, const Rounding& rounding,
                                             int64_t block) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -225,7 +152,8 @@ __device__ BNB_NOINLINE void step_any_block(const OptimizerTensor& tensor, const
     Scalar s[R::kStates];
 #pragma unroll
     for (int k = 0; k < R::kStates; ++k) {
-      states[k][e] = __fmul_rn(shared.code(k).levels[state[k][e]], scale[k]);
+      states[k][e] =
+          __fmul_rn(tables.codes[tensor_of_state(R::kStates, k)].levels[state[k][e]], scale[k]);
       s[k] = Scalar(states[k][e]);
     }
     const float updated = step.advance(Scalar(gradient), Scalar(widen(param[e])), s).v;
@@ -254,7 +182,7 @@ __device__ BNB_NOINLINE void step_any_block(const OptimizerTensor& tensor, const
     const float largest = bits_float(warp_max(most));
     if (lane == 0) *absmax[k] = largest;
     uint32_t words[kLaneElements / 4];
-    shared.code(k).encode(shared.tables, states[k], largest, words);
+    codes.encode_any(k, states[k], largest, words);
 #pragma unroll
     for (int e = 0; e < kLaneElements; ++e) {
       if (e < count) state[k][e] = static_cast<uint8_t>(words[e / 4] >> (8 * (e % 4)));
@@ -283,38 +211,35 @@ __device__ __forceinline__ Place place_of(const StepList& list, const Entries<St
   return place;
 }
 
-template <class R, class T, bool kStochastic>
-__global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
-    optimizer_step_8bit_blockwise_kernel(const BNB_GRID_CONSTANT StepList list) {
-  using L = Lane<R, T>;
-  BNB_DYNAMIC_SHARED(storage);  // entries of the list, slots of every warp
-  __shared__ Shared<R> shared;
+// The tiles of a list, by all warps of all blocks. `copies`: of this warp.
+template <class R, class T, bool kStochastic, class Codes, class Copies>
+__device__ __forceinline__ void step_tiles(const StepList& list, const Entries<StepList>& entries,
+                                           Shared<R, Codes, Copies>& shared, const Codes& codes,
+                                           Copies copies) {
+  using Pointers = typename Lane<R, T>::Pointers;
   const OptimizerStep& args = list.header.args;
-  const Entries<StepList> entries(list, storage);
-#pragma unroll
-  for (int k = 0; k < state_tensors(R::kStates); ++k) {
-    shared.codes[k].fill(args.qmap[k], shared.tables);
-  }
-  make_step<R>(args, &shared.step);
-  __syncthreads();
-
   const int warps = static_cast<int>(blockDim.x) / kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  char* const own = storage + entry_bytes(list) + warp * kSlots * L::kSlotBytes;
   const uint32_t stride = gridDim.x * warps;
   bool allow_full = !shared.step.skip_zeros;
 #pragma unroll
   for (int k = 0; k < state_tensors(R::kStates); ++k) {
-    allow_full = allow_full && shared.codes[k].kind == (k == 0 ? CodeKind::kSignedDynamic8
-                                                               : CodeKind::kUnsignedDynamic8);
+    allow_full =
+        allow_full && shared.tables.codes[k].kind ==
+                          (k == 0 ? CodeKind::kSignedDynamic8 : CodeKind::kUnsignedDynamic8);
   }
-  const uint32_t first = blockIdx.x * warps + warp;
-  Place place = place_of(list, entries, first, allow_full);
   float scale[kSlots][R::kStates];
-  if (place.full) {
-    L::fetch(typename L::Pointers(entries[place.entry].tensor, place.block), 0, own, scale[0]);
-  }
-  close_copy_group();
+  const auto fetch = [&](const Pointers& from, int j, int slot) {
+    copies.start(from, j, slot);
+#pragma unroll
+    for (int k = 0; k < R::kStates; ++k) scale[slot][k] = from.absmax[k][j];
+  };
+  const auto fetch_first = [&](const Place& place, int slot) {
+    if (place.full) fetch(Pointers(entries[place.entry].tensor, place.block), 0, slot);
+    copies.close();
+  };
+  Place place = place_of(list, entries, blockIdx.x * warps + warp, allow_full);
+  fetch_first(place, 0);
   Step<R>& step = shared.steps[warp];
   step = shared.step;  // every lane writes the same
   while (place.valid) {
@@ -327,36 +252,34 @@ __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
     Place next;
     const auto fetch_next = [&](int slot) {
       next = place_of(list, entries, place.tile + stride, allow_full);
-      if (next.full) {
-        L::fetch(typename L::Pointers(entries[next.entry].tensor, next.block), 0,
-                 own + slot * L::kSlotBytes, scale[slot]);
-      }
-      close_copy_group();
+      fetch_first(next, slot);
     };
     if (place.full) {
-      const typename L::Pointers pointers(tensor, place.block);
+      const Pointers pointers(tensor, place.block);
+      typename Codes::template Constants<Step<R>> constants = step;
 #pragma unroll
       for (int j = 0; j < kTileBlocks; ++j) {
         const int slot = j % kSlots;
         const int other = (j + 1) % kSlots;
         if (j + 1 < kTileBlocks) {
-          L::fetch(pointers, j + 1, own + other * L::kSlotBytes, scale[other]);
-          close_copy_group();
+          fetch(pointers, j + 1, other);
+          copies.close();
         } else {
           fetch_next(other);
         }
-        wait_copies<1>();
-        if (!step_full_block<R, T, kStochastic>(pointers, j, own + slot * L::kSlotBytes,
-                                                scale[slot], shared, step, rounding,
-                                                place.block + j)) {
-          step_any_block<R, T, kStochastic>(tensor, shared, step, rounding(), place.block + j);
+        copies.wait(slot);
+        if (!step_full_block<R, T, kStochastic>(pointers, j, copies.slot(slot), scale[slot], codes,
+                                                constants, rounding, place.block + j)) {
+          step_any_block<R, T, kStochastic>(tensor, codes, shared.tables, step, rounding(),
+                                            place.block + j);
         }
       }
     } else {
       fetch_next(0);
       const int64_t blocks = ceil_div(tensor.n, kOptimizerBlock);
       for (int j = 0; j < kTileBlocks && place.block + j < blocks; ++j) {
-        step_any_block<R, T, kStochastic>(tensor, shared, step, rounding(), place.block + j);
+        step_any_block<R, T, kStochastic>(tensor, codes, shared.tables, step, rounding(),
+                                          place.block + j);
       }
     }
     place = next;
@@ -364,24 +287,133 @@ __global__ void BNB_LAUNCH_BOUNDS(block_threads(R::kStates), kResident)
   leave_step(list);
 }
 
+template <class R, class T, bool kStochastic>
+__global__ void BNB_LAUNCH_BOUNDS(SmallTables<R>::kThreads, SmallTables<R>::kResident)
+    optimizer_step_8bit_blockwise_kernel(const BNB_GRID_CONSTANT StepList list) {
+  using L = Lane<R, T>;
+  using Codes = SmallTables<R>;
+  using Copies = LaneCopies<L>;
+  BNB_DYNAMIC_SHARED(storage);  // slots of every warp, entries of the list
+  __shared__ Shared<R, Codes, Copies> shared;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const Entries<StepList> entries(list, storage + warps * L::kWarpBytes);
+  shared.tables.fill(list.header.args);
+  make_step<R>(list.header.args, &shared.step);
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  char* const slots = storage + warp * L::kWarpBytes;
+  step_tiles<R, T, kStochastic>(list, entries, shared, Codes(shared.tables),
+                                Copies(slots, shared.barriers[warp]));
+}
+
+// Shared memory in front of the levels of LaneTables: buckets, and entries of the list.
+constexpr int kEntriesAt = LaneLayout::kUnsignedBytes;
+constexpr int kBeforeLevels =
+    kEntriesAt + StepList::kMost * static_cast<int>(sizeof(StepList::Entry));
+// With static shared memory in front of it: levels_at_most() counts on that.
+static_assert(kBeforeLevels % kSecondByte == 0 || kBeforeLevels <= kSecondByte - 8 * 1024);
+
+template <class R, class T, bool kStochastic>
+__global__ void BNB_LAUNCH_BOUNDS(LaneTables<R>::kThreads, LaneTables<R>::kResident)
+    optimizer_step_8bit_blockwise_lanes_kernel(
+        [[maybe_unused]] const BNB_GRID_CONSTANT StepList list) {
+#if BNB_LANE_TABLES
+  using L = Lane<R, T>;
+  using Codes = LaneTables<R>;
+#if BNB_HOPPER
+  using Copies = BulkCopies<L>;
+#else
+  using Copies = LaneCopies<L>;
+#endif
+  BNB_DYNAMIC_SHARED(storage);
+  __shared__ Shared<R, Codes, Copies> shared;
+  const Entries<StepList> entries(list, storage + kEntriesAt);
+  shared.tables.fill(list.header.args);
+  make_step<R>(list.header.args, &shared.step);
+  __syncthreads();
+  char* const before = storage + kBeforeLevels;
+  char* const levels = before + gap_to_second_byte(shared_pointer(before));
+  const Codes codes(shared.tables, storage, levels);
+  codes.fill(storage, levels);
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  char* const slots = levels + LaneLayout::room(L::kWarpBytes, warp);
+  step_tiles<R, T, kStochastic>(list, entries, shared, codes, Copies(slots, shared.barriers[warp]));
+#endif
+}
+
 using Kernel = void (*)(const StepList);
 
 struct Chosen {
   Kernel kernel;
   int states;
-  int pack;        // elements of a pack
-  int warp_bytes;  // of shared memory
+  int state_alignment;  // of what is copied, in bytes
+  int warp_bytes;       // of shared memory
+  int threads;
+  int resident;
+  bool lanes;
 };
 
-template <class R, class T>
-Chosen choose(bool stochastic) {
-  using L = Lane<R, T>;
-  Chosen chosen{optimizer_step_8bit_blockwise_kernel<R, T, false>, R::kStates, L::kPack,
-                kSlots * L::kSlotBytes};
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    if (stochastic) chosen.kernel = optimizer_step_8bit_blockwise_kernel<R, T, true>;
+// Whether packs of a tensor lie where the chosen kernel can copy them at once.
+bool is_packed(const OptimizerTensor& t, const Chosen& chosen) {
+  bool aligned = is_aligned(t.param, 16) && is_aligned(t.grad, 16);
+  for (int k = 0; k < chosen.states; ++k) {
+    aligned = aligned && is_aligned(state_pointer(t, chosen.states, k, 1), chosen.state_alignment);
   }
-  return chosen;
+  return aligned;
+}
+
+// Whether seven of eight elements lie in whole tiles. The others are done element by element, for
+// which the kernel for any device is quicker. Nobody asks where there is no other kernel.
+[[maybe_unused]] bool are_mostly_whole(std::span<const OptimizerTensor> tensors,
+                                       const Chosen& chosen) {
+  int64_t whole = 0;
+  int64_t all = 0;
+  for (const OptimizerTensor& t : tensors) {
+    all += t.n;
+    if (is_packed(t, chosen)) whole += t.n / kTile * kTile;
+  }
+  return whole >= all - all / 8;
+}
+
+template <class R, class T>
+Chosen choose(bool stochastic, std::span<const OptimizerTensor> tensors) {
+  using L = Lane<R, T>;
+  const auto describe = [&]<class Codes>(Kernel kernel, int state_alignment, bool lanes) {
+    return Chosen{kernel,           R::kStates, state_alignment, L::kWarpBytes, Codes::kThreads,
+                  Codes::kResident, lanes};
+  };
+  // With one state, or wider elements, memory bounds the step anyway.
+  if constexpr (kLaneTables && R::kStates > 1 && sizeof(T) == 2) {
+    Kernel kernel = optimizer_step_8bit_blockwise_lanes_kernel<R, T, false>;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (stochastic) kernel = optimizer_step_8bit_blockwise_lanes_kernel<R, T, true>;
+    }
+    const Chosen chosen = describe.template operator()<LaneTables<R>>(kernel, 16, true);
+    if (has_lane_tables(reinterpret_cast<const void*>(kernel)) &&
+        are_mostly_whole(tensors, chosen)) {
+      return chosen;
+    }
+  }
+  Kernel kernel = optimizer_step_8bit_blockwise_kernel<R, T, false>;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (stochastic) kernel = optimizer_step_8bit_blockwise_kernel<R, T, true>;
+  }
+  return describe.template operator()<SmallTables<R>>(kernel, L::kPack, false);
+}
+
+// What a launch of the chosen kernel takes. Lets the kernel have that much shared memory.
+LaunchShape shape_of(const Chosen& chosen) {
+  const auto* kernel = reinterpret_cast<const void*>(chosen.kernel);
+  if (!chosen.lanes) {
+    const SharedNeeds needs{kWarp, chosen.warp_bytes, static_cast<int>(sizeof(StepList::Entry)),
+                            StepList::kMost};
+    return shape_for(kernel, chosen.threads, chosen.resident, needs);
+  }
+  const int bytes = LaneLayout::levels_at_most(kBeforeLevels) +
+                    LaneLayout::bytes(chosen.warp_bytes, chosen.threads / kWarp);
+  allow_shared(kernel, bytes);
+  return {chosen.threads, bytes, StepList::kMost};
 }
 
 }  // namespace
@@ -389,29 +421,21 @@ Chosen choose(bool stochastic) {
 void optimizer_step_8bit_blockwise(const OptimizerStep& args,
                                    std::span<const OptimizerTensor> tensors, Stream stream) {
   const Chosen chosen = choose_by_types<Chosen>(args.rule, args.dtype, [&]<class R, class T>() {
-    return choose<R, T>(args.stochastic_rounding);
+    return choose<R, T>(args.stochastic_rounding, tensors);
   });
-  const int threads = block_threads(chosen.states);
-  const SharedNeeds needs{kWarp, chosen.warp_bytes, static_cast<int>(sizeof(StepList::Entry)),
-                          StepList::kMost};
-  const LaunchShape shape =
-      shape_for(reinterpret_cast<const void*>(chosen.kernel), threads, kResident, needs);
-  const int64_t most_blocks = int64_t{multiprocessors()} * kResident * threads / shape.threads;
-  const auto packs = [&](const OptimizerTensor& t) {
-    bool aligned = is_aligned(t.param, 16) && is_aligned(t.grad, 16);
-    for (int k = 0; k < chosen.states; ++k) {
-      aligned = aligned && is_aligned(state_pointer(t, chosen.states, k, 1), chosen.pack);
-    }
-    return aligned;
-  };
+  const LaunchShape shape = shape_of(chosen);
+  const int64_t most_blocks =
+      int64_t{multiprocessors()} * chosen.resident * chosen.threads / shape.threads;
+  const auto packs = [&](const OptimizerTensor& t) { return is_packed(t, chosen); };
   for_each_launch<StepList>(
       args, tensors, kTile, 0, shape.entries, packs, [&](const StepList& list) {
         const int64_t warps = shape.threads / kWarp;
         const int blocks =
             step_blocks(list, std::min(most_blocks, ceil_div(int64_t{list.header.tiles}, warps)));
         if (blocks == 0) return;
-        launch("optimizer_step_8bit_blockwise", chosen.kernel, blocks, shape.threads,
-               shape.group_bytes + entry_bytes(list), stream, list);
+        const int bytes = shape.group_bytes + (chosen.lanes ? 0 : entry_bytes(list));
+        launch("optimizer_step_8bit_blockwise", chosen.kernel, blocks, shape.threads, bytes, stream,
+               list);
       });
 }
 

@@ -31,6 +31,7 @@
 #else
 #define BNB_HOPPER 0
 #endif
+#define BNB_LANE_TABLES BNB_HOPPER
 
 namespace bnb::gpu {
 
@@ -97,6 +98,25 @@ __device__ __forceinline__ uint32_t byte_signs(uint32_t a, uint32_t b, uint32_t 
   uint32_t y;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(selector | 0x8888u));
   return y;
+}
+
+inline constexpr bool kLaneTables = true;
+using SharedPointer = uint32_t;
+inline constexpr int kSecondByte = 1 << 16;
+
+__device__ __forceinline__ SharedPointer shared_pointer(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+__device__ __forceinline__ int gap_to_second_byte(SharedPointer p) {
+  return static_cast<int>((0u - p) & (kSecondByte - 1));
+}
+__device__ __forceinline__ SharedPointer with_second_byte(SharedPointer p, uint32_t word, int i) {
+  return byte_permute(word, p, 0x7604u | (static_cast<uint32_t>(i) << 4));
+}
+__device__ __forceinline__ uint32_t shared_word(SharedPointer p) {
+  uint32_t x;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(p));
+  return x;
 }
 
 __device__ __forceinline__ int dot4(int a, int b, int acc) { return __dp4a(a, b, acc); }

@@ -15,12 +15,14 @@
 #define BNB_DYNAMIC_SHARED(name) char* const name = ::bnb::gpu::emulated::dynamic_shared()
 #define BNB_BULK_COPIES 0
 #define BNB_HOPPER 0
+#define BNB_LANE_TABLES 1
 // Few tensors a launch, so that lists take several.
 #define BNB_KERNEL_ARGUMENT_BYTES 1024
 
 namespace bnb::gpu {
 
 inline constexpr int kWarp = 32;
+inline constexpr bool kLaneTables = true;
 
 template <class T>
 T shuffle_xor(T value, int lane_mask) {

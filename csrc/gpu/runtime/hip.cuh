@@ -49,6 +49,7 @@
 #define BNB_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #define BNB_BULK_COPIES 0
 #define BNB_HOPPER 0
+#define BNB_LANE_TABLES 0
 
 namespace bnb::gpu {
 
@@ -66,6 +67,7 @@ inline cudaError_t prefetch_to_host(const void* start, size_t bytes, cudaStream_
 
 // A wavefront, or half of one: groups of 32 lanes.
 inline constexpr int kWarp = 32;
+inline constexpr bool kLaneTables = false;
 
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {

@@ -21,6 +21,16 @@ BNB_HD uint32_t byte_signs(uint32_t a, uint32_t b, uint32_t selector) {
   return (byte_permute(a, b, selector) >> 7 & 0x01010101u) * 0xffu;
 }
 
+using SharedPointer = const char*;
+inline constexpr int kSecondByte = 16;
+
+BNB_HD SharedPointer shared_pointer(const void* p) { return static_cast<const char*>(p); }
+BNB_HD int gap_to_second_byte(SharedPointer) { return 0; }
+BNB_HD SharedPointer with_second_byte(SharedPointer p, uint32_t word, int i) {
+  return p + (((word >> (8 * i)) & 0xffu) << 8);
+}
+BNB_HD uint32_t shared_word(SharedPointer p) { return *reinterpret_cast<const uint32_t*>(p); }
+
 BNB_HD int dot4(int a, int b, int acc) {
   for (int shift = 0; shift < 32; shift += 8) {
     acc += static_cast<int>(static_cast<int8_t>(a >> shift)) *

@@ -12,6 +12,13 @@
 //   close_copy_group()              closes that group
 //   wait_copies<n>()                waits for all closed groups but the last n; only what the same
 //                                   thread copied is then sure to be there
+//   kLaneTables                     whether there may be kernels with BNB_LANE_TABLES
+//   shared_pointer(p), shared_word(s)   p in shared memory as a SharedPointer s; a word there that
+//                                   no longer changes
+//   gap_to_second_byte(s)           bytes to the next multiple of kSecondByte
+//   with_second_byte(s, word, i)    s, a multiple of kSecondByte and less than 256 more, moved on
+//   by
+//                                   256 times byte i of word
 //   absmax_step(most, x)            max(most, |x|) in which NaN wins
 //   max_magnitudes<T>(most, pair)   the larger of both magnitudes, for two 16-bit floats in a word,
 //                                   with any signs; NaN wins
@@ -47,6 +54,8 @@
 //                                   CUDA
 //   BNB_HOPPER                      1 where kernels may have the instructions of sm_90a: in CUDA's
 //                                   pass for the host, and in that for this target
+//   BNB_LANE_TABLES                 1 where kernels may take some 200 KB of shared memory: there,
+//                                   and in the emulation
 // SPDX-License-Identifier: MIT
 #pragma once
 

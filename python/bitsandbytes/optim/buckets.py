@@ -108,6 +108,11 @@ class Bucket:
 
     # ---- What lies beside the states ------------------------------------------------------------
 
+    def watch(self, watched: bool) -> None:
+        """Says whether anybody but the optimizer may have a tensor of the states."""
+        if self._plan is not None:
+            self._plan.watched = watched
+
     def gradients(self) -> list[Tensor | None]:
         """Returns the gradient of each parameter."""
         return gradients(self.params)

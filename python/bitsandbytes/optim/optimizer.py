@@ -90,6 +90,7 @@ class Optimizer8bit(torch.optim.Optimizer):
     def __init__(self, params, defaults: dict, optim_bits: int = 32, is_paged: bool = False):
         self._forget_buckets()
         super().__init__(params, defaults)
+        self._state_was_seen = False  # torch has set it, and keeps nothing of it
         self.initialized = False
         self.is_paged = is_paged or self.always_paged
         self.optim_bits = optim_bits
@@ -104,17 +105,21 @@ class Optimizer8bit(torch.optim.Optimizer):
     # ---- State access ---------------------------------------------------------------------------
     #
     # Between steps the optimizer works on lists prepared once (buckets). Whoever looks at `state`
-    # gets current step numbers, and may change anything: the lists are then prepared anew.
+    # gets current step numbers, and may change anything: the lists are then prepared anew. Who has
+    # looked once may keep tensors, and later give them other memory: from then on every step looks
+    # where the states lie.
 
     @property
     def state(self) -> defaultdict:
         """Per-parameter state, as in every torch optimizer."""
         self._release_buckets()
+        self._state_was_seen = True
         return self._state
 
     @state.setter
     def state(self, value: defaultdict) -> None:
         self._forget_buckets()
+        self._state_was_seen = True
         self._state = value
 
     def _forget_buckets(self) -> None:
@@ -383,6 +388,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         for key, lists in members.items():
             new = Bucket(*contexts[key], *lists)
             self._buckets.append(next((b for b in captured if b.serves(new)), new))
+            self._buckets[-1].watch(self._state_was_seen)
         self._signature = (self.mng.version, [(g, list(g["params"])) for g in self.param_groups])
         if self._layout is not None:
             self._layout = type(self._layout)(self)
@@ -461,6 +467,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         states, groups = read_state_dict(state_dict, self.param_groups, read, self.get_config)
         layout = self._layout
         self.__setstate__({"state": states, "param_groups": groups})
+        self._state_was_seen = False  # `states` are copies that were made for this optimizer
         if layout is not None:  # compiled code goes on, with the new states
             self._lay_out(layout.places())
         for hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -475,6 +482,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         prepared = ("_buckets", "_captured_buckets", "_layout", "_signature", "_without_grad")
+        prepared = (*prepared, "_state_was_seen")
         own = {
             key: value
             for key, value in self.__dict__.items()
@@ -488,6 +496,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         # torch writes into __dict__, past the property.
         own = {key: value for key, value in state.items() if key != "state"}
         self._state = state["state"]
+        self._state_was_seen = True
         super().__setstate__(own)
         if self.is_paged:
             self._page_states()

@@ -5,8 +5,9 @@ A list of tensors costs an op about 0.4 us per tensor, and a step takes up to si
 holds all of them but the gradients on the native side (``csrc/ops/step_plan.h``). Before a step it
 only makes sure, without a torch op, that gradients are in order and that parameters and states
 still lie where they did (``csrc/bindings/step_plan.cpp``). Where that is not so, nothing is
-written, and the op takes the step as if there were no plan. Percentile clipping, which looks at
-every gradient before the step, is part of it: the histories of norms are kept like states.
+written, and the op takes the step as if there were no plan. States that nobody but the optimizer
+has ever had cannot move, and are not looked at. Percentile clipping, which looks at every gradient
+before the step, is part of it: the histories of norms are kept like states.
 """
 
 import torch
@@ -48,6 +49,9 @@ class StepPlan:
         absmax2: The scales of the second states, or none.
         qmap1: The levels of the first states, or None.
         qmap2: The levels of the second states, or None.
+
+    Attributes:
+        watched: Whether others may have states, and give them other memory.
     """
 
     def __init__(
@@ -64,8 +68,9 @@ class StepPlan:
         # Where blocks of threads count; made here, where no CUDA graph is captured.
         device = params[0].device
         self._tickets = torch.zeros(1 + len(params), dtype=torch.int32, device=device)
+        self.watched = True
         self._rule: str | None = None
-        self._clips = False
+        self._clips = self._watches = False
         self._native = None
         self._countdown = 1
         self._wait = 1
@@ -93,14 +98,15 @@ class StepPlan:
         if _is_observed():
             return False
         clips = percentile < NO_PERCENTILE
-        if self._native is None or rule != self._rule or clips > self._clips:
+        fits = rule == self._rule and clips <= self._clips and self.watched <= self._watches
+        if self._native is None or not fits:
             if self._countdown > 0:
                 self._countdown -= 1
                 return False
             kept = histories if clips else []
-            beside = (*scales, options[0], self._tickets, kept)
+            beside = (*scales, options[0], self._tickets, kept, self.watched)
             self._native = _make(rule, *self._lists, *beside)
-            self._rule, self._clips = rule, clips
+            self._rule, self._clips, self._watches = rule, clips, self.watched
         if self._native is not None:
             if self._native.take(grads, options, percentile):
                 return True

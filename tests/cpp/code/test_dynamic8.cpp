@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "bitsandbytes/code/dynamic8.h"
+#include "bitsandbytes/code/lowered8.h"
 
 namespace bnb {
 namespace {
@@ -142,6 +143,62 @@ TEST(SignedDynamic8Test, SignSurvives) {
   EXPECT_EQ(SignedDynamic8::encode(kSignKeepingBuckets.values, 1e-30f), 127);
   EXPECT_EQ(SignedDynamic8::encode(kSignKeepingBuckets.values, 0.0f), 127);
   EXPECT_EQ(SignedDynamic8::encode(kSignedBuckets.values, -1e-30f), 127);
+}
+
+// ---- Lowered exponents --------------------------------------------------------------------------
+
+constexpr auto kLoweredPositive = LoweredSigned8::make_buckets(false);
+constexpr auto kLoweredNegative = LoweredSigned8::make_buckets(true);
+constexpr auto kLoweredUnsigned = LoweredUnsigned8::make_buckets();
+
+int encode_lowered_signed(float x) {
+  const uint32_t bits = float_bits(x * kLoweringFactor);
+  const uint32_t bucket = bits >> LoweredSigned8::Layout::kShift;
+  const bool negative = bucket >= LoweredSigned8::kSignBit;
+  const uint32_t entry =
+      negative ? kLoweredNegative[bucket - LoweredSigned8::kSignBit] : kLoweredPositive[bucket];
+  return static_cast<int>((LoweredSigned8::encode_shifted(entry, bits) >> 24) ^
+                          (negative ? 0xffu : 0u));
+}
+
+int encode_lowered_unsigned(float x) {
+  const uint32_t bits = float_bits(x * kLoweringFactor);
+  const uint32_t entry = kLoweredUnsigned[bits >> LoweredUnsigned8::Layout::kShift];
+  return static_cast<int>((LoweredUnsigned8::encode_shifted(entry, bits) >> 16) & 0xff);
+}
+
+void check_lowered(float magnitude) {
+  ASSERT_EQ(encode_lowered_signed(magnitude), expected_keeping_sign(magnitude)) << magnitude;
+  ASSERT_EQ(encode_lowered_signed(-magnitude), expected_keeping_sign(-magnitude)) << magnitude;
+  ASSERT_EQ(encode_lowered_unsigned(magnitude), expected_unsigned(magnitude)) << magnitude;
+}
+
+TEST(Lowered8Test, EncodeEqualsSearchAroundEveryThreshold) {
+  for (int k = 0; k < kCodeThresholds; ++k) {
+    for (int steps = -3; steps <= 3; ++steps) {
+      check_lowered(std::fabs(moved(kSignedThresholds[k], steps)));
+      check_lowered(moved(kUnsignedThresholds[k], steps));
+    }
+  }
+}
+
+TEST(Lowered8Test, EncodeEqualsSearchOverAllMagnitudes) {
+  const uint32_t last = float_bits(kLargest);
+  for (uint32_t bits = 0; bits <= last; bits += 127) {  // a prime stride
+    check_lowered(bits_float(bits));
+    if (HasFatalFailure()) return;
+  }
+  for (uint32_t bits = last - 16; bits <= last; ++bits) check_lowered(bits_float(bits));
+}
+
+TEST(Lowered8Test, ScalesWhoseReciprocalsAreNormal) {
+  for (const float scale : {0x1p-123f, 1e-9f, 1.0f, 8e6f}) {
+    EXPECT_TRUE(can_be_lowered(float_bits(scale)));
+    EXPECT_TRUE(std::isnormal(1.0f / scale * kLoweringFactor));
+  }
+  for (const float scale : {0.0f, 1e-45f, 1e-38f, 0x1p23f, 1e30f, kInfinity}) {
+    EXPECT_FALSE(can_be_lowered(float_bits(scale))) << scale;
+  }
 }
 
 // ---- The definition itself ----------------------------------------------------------------------

@@ -507,6 +507,80 @@ def test_states_that_move_without_being_looked_up(device, key, move, counted):
     pair.check()
 
 
+def look(opt):
+    return opt.state[opt.param_groups[0]["params"][0]]["state1"]
+
+
+def look_at_checkpoint(opt):
+    return opt.state_dict()["state"][0]["__bnb_optimizer_quant_state__"]["state1"]
+
+
+def look_at_content(opt):
+    return opt.__getstate__()["state"][opt.param_groups[0]["params"][0]]["state1"]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("reload", [False, True])
+@pytest.mark.parametrize("look", [look, look_at_checkpoint, look_at_content])
+def test_states_that_move_after_they_were_seen(device, look, reload, captured, counted):
+    pair = Pair(counted, device, shapes=((600,), (300,)))
+    for _ in range(3):
+        pair.step()
+    for opt, _ in pair.both:
+        if reload:
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for _ in range(2):
+        pair.step()
+    assert not pair.opt._buckets[0]._plan.watched
+    bucket = pair.opt._buckets[0]
+    bucket.captured = captured  # then it outlives the look
+    held = [look(opt) for opt, _ in pair.both]
+    for _ in range(3):
+        pair.step()
+    assert (pair.opt._buckets[0] is bucket) == captured
+    counted.since()
+    for entry in held:
+        rebound(entry)
+    pair.step()
+    assert counted.since() == BY_OP
+    for _ in range(3):
+        pair.step()
+    pair.check()
+
+
+def test_states_in_a_dictionary_that_somebody_keeps(device, counted):
+    pair = Pair(counted, device, shapes=((600,), (300,)))
+    held = [opt.state for opt, _ in pair.both]
+    for _ in range(3):
+        pair.step()
+    for state, (_, params) in zip(held, pair.both, strict=True):
+        rebound(state[params[1]]["absmax2"])
+    counted.since()
+    pair.step()
+    assert counted.since() == BY_OP
+    pair.step()
+    pair.check()
+
+
+def test_states_that_nobody_has_seen_are_not_watched(device):
+    params = parameters(device, shapes=((600,), (300,)))
+    opt = bnb.optim.Adam8bit(params, lr=1e-2, min_8bit_size=0)
+
+    def is_watched(opt):
+        give_gradients(opt.param_groups[0]["params"], 1)
+        opt.step()
+        return opt._buckets[0]._plan.watched
+
+    assert not is_watched(opt)
+    look(opt)
+    assert is_watched(opt)
+    opt.load_state_dict(opt.state_dict())
+    assert not is_watched(opt)
+    opt.state = opt.state
+    assert is_watched(opt)
+    assert is_watched(copied(opt)) and is_watched(pickled(opt))
+
+
 def test_state_entries_that_are_replaced(device, counted):
     pair = Pair(counted, device, shapes=((600,), (300,)))
     for _ in range(3):

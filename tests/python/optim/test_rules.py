@@ -43,6 +43,47 @@ def test_plain_steps_follow_the_specification(device, rule, form, dtype):
     follow("plain", device, rule, form, dtype, 3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", HYPER)
+def test_long_parameters_follow_the_specification(device, rule, dtype):
+    follow("dispatched", device, rule, "8bit_blockwise", dtype, 4, sizes=(1024, 5 * 1024 + 304))
+
+
+def unusual_gradient(dtype, n):
+    """Blocks of all scales and of zeros, with elements far below their block's largest."""
+    scale = torch.randint(-24, 17, (n // 100 + 1,)).mul(4).float()
+    scale[::7] = 0.0
+    if dtype == torch.float16:
+        scale.clamp_(-12, 12)
+    g = torch.randn(n) * scale.exp2().repeat_interleave(100)[:n]
+    g *= torch.tensor([1.0, 1.0, 1e-3, 1e-7, 0.0, -0.0])[torch.randint(0, 6, (n,))]
+    g[2500:2900] = -0.0
+    g[3000], g[4000] = torch.inf, torch.nan
+    return g.to(dtype)
+
+
+# Which tables a kernel has depends on the dtype of parameters.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["adam", "lion", "ademamix"])
+def test_states_do_not_depend_on_the_dtype_of_parameters(device, rule, dtype):
+    n = 7 * 1024 + 304
+    pair = [Parameter(rule, "8bit_blockwise", n, t, device) for t in (dtype, torch.float32)]
+    for k, state in enumerate(pair[0].states):
+        state.copy_(torch.randint(0, 256, state.shape))
+        scale = torch.randint(-30, 8, pair[0].scales[k].shape).float().exp2()
+        scale.flatten()[3::5] *= -1.0  # nobody makes such scales, but a file may hold them
+        pair[0].scales[k].copy_(scale)
+        pair[1].states[k].copy_(state)
+        pair[1].scales[k].copy_(scale)
+    for t in range(4):
+        g = unusual_gradient(dtype, n).to(device)
+        for p in pair:
+            call("dispatched", [p], [g.to(p.param.dtype)], HYPER[rule], t)
+        for lists in ("states", "scales"):
+            for a, b in zip(*(getattr(p, lists) for p in pair), strict=True):
+                assert torch.equal(a, b), (t, lists)
+
+
 @pytest.mark.parametrize("functions", ["dispatched", "plain"])
 @pytest.mark.parametrize("schedule", [{}, {"t_alpha": 4}, {"t_beta3": 4}])
 def test_schedules_of_ademamix(device, functions, schedule):

@@ -130,7 +130,9 @@ def test_products_of_many_rows_on_every_instruction_set(cpu_isa, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
-@pytest.mark.parametrize(("n", "k", "blocksize"), [(72, 256, 64), (35, 192, 64), (8, 128, 128)])
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize"), [(72, 256, 64), (35, 192, 64), (8, 128, 128), (390, 1088, 64)]
+)
 def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dtype):
     """Every number of rows for which a GPU has a kernel of its own, and one more."""
     rows = (9, 17, 33, 65, 129, 193, 257)
@@ -185,20 +187,27 @@ def test_plain_products_in_pieces(device, monkeypatch, piece):
             check_both(plain, (n, k), blocksize, "nf4", nested, dtype, device, **settings)
 
 
-@pytest.mark.parametrize("m", [*range(1, 21), 64, 257])
-def test_bfloat16_error_is_at_most_that_of_a_bfloat16_product(device, gpu_kernels, m):
+@pytest.mark.parametrize(
+    ("dtype", "m"),
+    [
+        *((torch.bfloat16, m) for m in (*range(1, 21), 64, 100, 257)),
+        *((torch.float16, m) for m in (100, 192, 257)),
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, torch.dtype) else f"{value} rows",
+)
+def test_error_is_at_most_that_of_a_product_in_the_same_dtype(device, gpu_kernels, dtype, m):
     """The rounding of the result is all there is; torch's own sums are no better.
 
     On a GPU, the rounding of the weight is no worse either.
     """
     shape = (257, 1152)
-    rounded = torch.float32 if gpu_kernels else torch.bfloat16
+    rounded = torch.float32 if gpu_kernels else dtype
     packed, state, weight = make_weight(shape, 64, "nf4", False, rounded, device)
     values = torch.from_numpy(weight).to(device)
-    a, grad = (torch.randn(m, size, device=device).bfloat16() for size in reversed(shape))
+    a, grad = (torch.randn(m, size, device=device).to(dtype) for size in reversed(shape))
     for result, dense, exact in (
-        (gemm(ops, a, packed, state), a @ values.bfloat16().t(), a.double() @ values.t()),
-        (dgrad(ops, grad, packed, state), grad @ values.bfloat16(), grad.double() @ values),
+        (gemm(ops, a, packed, state), a @ values.to(dtype).t(), a.double() @ values.t()),
+        (dgrad(ops, grad, packed, state), grad @ values.to(dtype), grad.double() @ values),
     ):
         error, dense_error = ((r.double() - exact).square().mean().sqrt() for r in (result, dense))
         assert error <= dense_error * (1.005 if gpu_kernels else 1.001)

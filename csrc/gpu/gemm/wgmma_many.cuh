@@ -1,0 +1,390 @@
+// The warpgroup kernel of 4-bit products for many tokens.
+// SPDX-License-Identifier: MIT
+//
+// As wgmma.cu says. Products run one after the other into one set of sums; meanwhile weights are
+// looked up, scaled in float and rounded. Codes come 128 bytes of a row at a time, since the copy
+// engine takes as long for shorter rows, tokens in smaller stages. Each lane reads the scales of
+// two rows for one block of 64 in four from memory, a stage ahead, and passes them to three others.
+#pragma once
+
+#include "gpu/device/scales.cuh"
+#include "gpu/device/tensor_copy.cuh"
+#include "gpu/gemm/wgmma_sums.cuh"
+#include "gpu/gemm/wgmma_table.cuh"
+
+namespace bnb::gpu {
+namespace {
+
+template <int tokens, int token_blocks, int token_slots, int together>
+struct ManyShape {
+  static constexpr int kTokens = tokens;      // of a tile
+  static constexpr int kGroups = 2;           // warpgroups that multiply
+  static constexpr int kTogether = together;  // products whose weights are scaled at a time
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kWarps = 4 * kGroups;  // that multiply
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kMultiplyRegisters = 224;
+  static constexpr int kCopyRegisters = 56;
+
+  static constexpr int kBlocks = 4;  // of 64 k in a stage of codes
+  static constexpr int kTokenBlocks = token_blocks;
+  static constexpr int kTokenSlots = token_slots;
+  static constexpr int kCodeSlots = 2;
+  static constexpr int kTokenBytes = kTokenBlocks * tokens * 128;  // of a slot
+  static constexpr int kCodeBytes = kRows * 128;
+  static constexpr int kTokenStage = kBlocks * tokens * 128;  // as WgmmaPlan counts
+
+  // Shared memory by address.
+  static constexpr int kTokensAt = kSharedStart;
+  static constexpr int kCodesAt = kTokensAt + kTokenSlots * kTokenBytes;
+  static constexpr int kTableAt = kCodesAt + kCodeSlots * kCodeBytes;
+  static constexpr int kNestedAt = kTableAt + kPairTableBytes;  // table of nested scales
+  static constexpr int kEnd = kNestedAt + 1024;
+  static constexpr int kMostShared = 228 * 1024;
+  static_assert(kEnd <= kMostShared && kCodesAt % 1024 == 0);
+  BNB_HD static constexpr int piece(int i) { return pair_table_piece(kTableAt, i); }
+  // The first pieces are scratch, four for each warp.
+  static constexpr int kBarrierPiece = 4 * kWarps;
+  BNB_HD static constexpr uint32_t scratch(uint32_t warp, uint32_t token) {
+    return kTableAt + 128 + 256 * (4 * warp + token / 4) + token % 4 * 32;
+  }
+};
+
+#if BNB_HOPPER
+
+template <int kSlots, int kAt>
+struct ManyRing : RingPlace<kSlots> {
+  // What the slot holds is there; all who read it have done so.
+  __device__ __forceinline__ BarrierAt full() const {
+    return {static_cast<uint32_t>(kAt + 16 * this->slot)};
+  }
+  __device__ __forceinline__ BarrierAt empty() const {
+    return {static_cast<uint32_t>(kAt + 16 * this->slot + 8)};
+  }
+  __device__ __forceinline__ void wait_full() const { full().wait(this->phase); }
+  __device__ __forceinline__ void wait_empty() const { empty().wait(this->phase ^ 1u); }
+  __device__ __forceinline__ static void init(int readers) {
+    ManyRing ring;
+    for (int i = 0; i < kSlots; ++i) {
+      ring.full().init(1);
+      ring.empty().init(readers);
+      ring.advance();
+    }
+  }
+};
+template <class Shape>
+using TokenRing = ManyRing<Shape::kTokenSlots, Shape::piece(Shape::kBarrierPiece)>;
+template <class Shape>
+using CodeRing = ManyRing<Shape::kCodeSlots, Shape::piece(Shape::kBarrierPiece + 1)>;
+
+// Stages of codes, one after the other. Called by a thread.
+template <class Shape>
+class ManyCodeCopier {
+ public:
+  __device__ __forceinline__ ManyCodeCopier(const WgmmaPlan& plan, const TensorMap& map)
+      : plan_(plan), map_(map), walk_(plan, wgmma_walker()) {
+    more_ = walk_.next();
+    stage_ = walk_.begin;
+  }
+
+  __device__ __forceinline__ void copy() {
+    if (!more_) return;
+    ring_.wait_empty();
+    ring_.full().arrive_and_expect(Shape::kCodeBytes);
+    tensor_copy(Shape::kCodesAt + ring_.slot * Shape::kCodeBytes, map_, stage_ * 64,
+                walk_.tile / plan_.token_tiles * Shape::kRows, ring_.full());
+    ring_.advance();
+    if (++stage_ < walk_.end) return;
+    more_ = walk_.next();
+    stage_ = walk_.begin;
+  }
+
+ private:
+  const WgmmaPlan& plan_;
+  const TensorMap& map_;
+  WgmmaWalk walk_;
+  bool more_;
+  int stage_;
+  CodeRing<Shape> ring_;
+};
+
+// What the copying thread does after it has filled the slots of codes.
+template <class Shape>
+__device__ __forceinline__ void many_copies(const WgmmaPlan& plan, ManyCodeCopier<Shape>& codes,
+                                            const char* ordered) {
+  WgmmaWalk walk(plan, wgmma_walker());
+  TokenRing<Shape> ring;
+  bool first = true;
+  while (walk.next()) {
+    const char* from =
+        ordered +
+        (int64_t{walk.tile % plan.token_tiles} * plan.stages + walk.begin) * Shape::kTokenStage;
+    for (int stage = walk.begin; stage < walk.end; ++stage) {
+#pragma unroll
+      for (int i = 0; i < Shape::kBlocks / Shape::kTokenBlocks; ++i) {
+        ring.wait_empty();
+        ring.full().arrive_and_expect(Shape::kTokenBytes);
+        bulk_copy(Shape::kTokensAt + ring.slot * Shape::kTokenBytes, from, Shape::kTokenBytes,
+                  ring.full());
+        ring.advance();
+        from += Shape::kTokenBytes;
+      }
+      if (!first) codes.copy();
+      first = false;
+    }
+  }
+}
+
+// The scales of a lane's rows, a stage ahead.
+template <class Shape, bool kNested>
+class ManyScales {
+  using Reader = ScaleReader<kNested>;
+
+ public:
+  // row: the first of the lane's.
+  __device__ __forceinline__ ManyScales(const Gemm4bit& args, const WgmmaPlan& plan,
+                                        int log2_blocks, const float* nested, uint32_t row,
+                                        uint32_t lane)
+      : plan_(plan),
+        reader_(args.weight.scales, nested),
+        n_(args.weight.n),
+        columns_(static_cast<int>(args.weight.k / 64)),
+        log2_blocks_(log2_blocks),
+        row_(static_cast<int>(row)),
+        block_(static_cast<int>(lane % 4)),
+        walk_(plan, wgmma_walker()) {
+    if (walk_.next()) begin();
+  }
+
+  // Gives those of rows `row` and `row` + 8 of a stage, and asks for the next.
+  __device__ __forceinline__ void take(float (&scales)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) scales[i] = reader_.value(stored_[i]);
+    if (++stage_ < walk_.end) return load();
+    if (walk_.next()) begin();
+  }
+
+ private:
+  __device__ __forceinline__ void begin() {
+    stage_ = walk_.begin;
+    // Beyond the last row that one, whose products are not stored.
+    const int64_t first = int64_t{walk_.tile / plan_.token_tiles} * Shape::kRows;
+    const int last = static_cast<int>(min(int64_t{Shape::kRows}, n_ - first)) - 1;
+    first_ = first * columns_;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) at_[i] = min(row_ + 8 * i, last) * columns_;
+    load();
+  }
+  __device__ __forceinline__ void load() {
+    // Beyond the last column that one, which meets tokens of zeros.
+    const int column = min(Shape::kBlocks * stage_ + block_, columns_ - 1);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      stored_[i] = reader_.load((first_ + (at_[i] + column)) >> log2_blocks_);
+    }
+  }
+
+  const WgmmaPlan& plan_;
+  Reader reader_;
+  int64_t n_;
+  int columns_;
+  int log2_blocks_;
+  int row_;
+  int block_;
+  WgmmaWalk walk_;
+  int stage_ = 0;
+  int64_t first_ = 0;  // block of scales of the tile
+  int at_[2];
+  typename Reader::Stored stored_[2];
+};
+
+// Level: how the table holds levels.
+template <class T, class Shape, class Level, bool kNested>
+struct ManyMultiplier {
+  static constexpr int kTogether = Shape::kTogether;
+  static constexpr int kSteps = 4 / kTogether;  // of 64 k; so many are under way or prepared
+  using Out = WgmmaSums<T, Shape>;
+
+  const Out out;
+  ManyScales<Shape, kNested> scales;
+  float unit;  // 1 / multiple of the levels
+  uint32_t lane;
+
+  typename Out::Sums sums;
+  uint32_t weights[kSteps][kTogether][4];
+  TokenRing<Shape> tokens;
+  CodeRing<Shape> coded;
+
+  __device__ __forceinline__ static uint32_t row_of(uint32_t warp, uint32_t lane) {
+    return 16 * warp + wgmma_row_of(lane / 4);
+  }
+
+  __device__ __forceinline__ static uint32_t scaled(uint32_t pair, float scale) {
+    const float2 levels = widen_pair<Level>(pair);
+    return pack_pair<T>(__fmul_rn(levels.x, scale), __fmul_rn(levels.y, scale));
+  }
+
+  __device__ __forceinline__ void read_codes(int block, uint2 (&to)[2]) const {
+    read_pair_codes(Shape::kCodesAt + coded.slot * Shape::kCodeBytes, row_of(out.warp, lane), block,
+                    lane, to);
+  }
+  __device__ __forceinline__ void look_up(const uint2 (&codes)[2], int step,
+                                          uint32_t (&pairs)[kTogether][4]) const {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      look_up_product<Shape::kTableAt>(codes, step * kTogether + i, lane, pairs[i]);
+    }
+  }
+  // The slot before the present one has been read.
+  __device__ __forceinline__ void release() const {
+    TokenRing<Shape> before;
+    before.slot = tokens.slot == 0 ? Shape::kTokenSlots - 1 : tokens.slot - 1;
+    if (lane == 0) before.empty().arrive();
+  }
+
+  __device__ __forceinline__ void run() {
+    WgmmaWalk walk(out.plan, wgmma_walker());
+    bool more = walk.next();
+    if (!more) return;
+    uint2 codes[2];
+    uint32_t pairs[kTogether][4];
+    coded.wait_full();
+    read_codes(0, codes);
+    look_up(codes, 0, pairs);
+    while (more) {
+      const int tile = walk.tile;
+      const int begin = walk.begin;
+      const int end = walk.end;
+      more = walk.next();
+      for (int stage = begin; stage < end; ++stage) {
+        multiply(stage == begin, more || stage + 1 < end, codes, pairs);
+      }
+      wgmma_wait<0>();
+      wgmma_hold(sums);
+      release();
+      const auto unit_of_tile = static_cast<int>(out.warp);
+      if (begin > 0) {
+        out.leave_part(unit_of_tile, sums);
+        out.tell(unit_of_tile);
+      } else {
+        if (end < out.plan.stages) out.add_parts(tile, unit_of_tile, sums);
+        out.store(tile, unit_of_tile, sums, 1.0f);
+      }
+    }
+  }
+
+  // 256 k. `pairs` are those of the first step; the next stage's will be, if there is one.
+  __device__ __forceinline__ void multiply(bool first, bool more, uint2 (&codes)[2],
+                                           uint32_t (&pairs)[kTogether][4]) {
+    float own[2];  // scales of block lane % 4
+    scales.take(own);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) own[i] = __fmul_rn(own[i], unit);
+#pragma unroll
+    for (int block = 0; block < Shape::kBlocks; ++block) {
+      float scale[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        scale[i] = __shfl_sync(~0u, own[i], static_cast<int>(lane / 4 * 4) + block);
+      }
+      uint2 next[2];
+      if (block + 1 < Shape::kBlocks) read_codes(block + 1, next);
+      if (block % Shape::kTokenBlocks == 0) tokens.wait_full();
+      const uint64_t b = swizzled_descriptor(Shape::kTokensAt + tokens.slot * Shape::kTokenBytes +
+                                             block % Shape::kTokenBlocks * (Shape::kTokens * 128));
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t (&a)[kTogether][4] = weights[step];
+        wgmma_wait<kSteps - 1>();
+        if (step == kSteps - 1 && block % Shape::kTokenBlocks == 0 && !(first && block == 0)) {
+          release();
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * kTogether; ++i) {
+          a[i / 4][i % 4] = scaled(pairs[i / 4][i % 4], scale[i % 2]);
+        }
+        if (step + 1 < kSteps) {
+          look_up(codes, step + 1, pairs);
+        } else if (block + 1 < Shape::kBlocks) {
+          look_up(next, 0, pairs);
+        }
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          Wgmma<T, Shape::kTokens>::run(sums, a[i], advance_k(b, step * kTogether + i),
+                                        !first || block > 0 || step > 0 || i > 0);
+        }
+        wgmma_commit();
+      }
+      if ((block + 1) % Shape::kTokenBlocks == 0) tokens.advance();
+      if (block + 1 < Shape::kBlocks) {
+        codes[0] = next[0];
+        codes[1] = next[1];
+      }
+      if (block + 2 == Shape::kBlocks) {  // the codes of the last block have been read
+        __syncwarp();
+        if (lane == 0) coded.empty().arrive();
+      }
+    }
+    coded.advance();
+    if (!more) return;
+    coded.wait_full();
+    read_codes(0, codes);
+    look_up(codes, 0, pairs);
+  }
+};
+
+#endif  // BNB_HOPPER
+
+template <class T, class Shape, class Level, bool kNested>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    wgmma_gemm_4bit_many_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
+                                BNB_GRID_CONSTANT const Levels4 levels,
+                                BNB_GRID_CONSTANT const TensorMap codes,
+                                BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace,
+                                unsigned long long number, float multiple, int log2_block) {
+#if BNB_HOPPER
+  BNB_DYNAMIC_SHARED(dynamic);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  let_next_kernel_start();
+  ManyCodeCopier<Shape> code_copier(plan, codes);
+  const bool copies = thread == Shape::kWarps * kWarp;
+  if (copies) {
+    prefetch_map(codes);
+    // has_kernels() has looked.
+    if (shared_address(dynamic) != kSharedStart) __trap();
+    TokenRing<Shape>::init(Shape::kWarps);
+    CodeRing<Shape>::init(Shape::kWarps);
+    fence_barrier_init();
+    // The first codes need not wait for the kernel that orders the tokens.
+    for (int i = 0; i < Shape::kCodeSlots; ++i) code_copier.copy();
+  }
+  auto* const nested = reinterpret_cast<float*>(dynamic + Shape::kNestedAt - kSharedStart);
+  if constexpr (kNested) ScaleReader<true>::fill_code(args.weight.scales, nested);
+  if (warp < Shape::kWarps) {
+    fill_pair_table<Level>(Shape::kTableAt, levels, multiple, thread, Shape::kWarps * kWarp);
+  }
+  __syncthreads();
+  if (warp < Shape::kWarps) {
+    take_registers<Shape::kMultiplyRegisters>();
+    using Multiplier = ManyMultiplier<T, Shape, Level, kNested>;
+    const auto lane = static_cast<uint32_t>(thread % kWarp);
+    const uint32_t row = Multiplier::row_of(static_cast<uint32_t>(warp), lane);
+    Multiplier multiplier{{args, plan, workspace, number, static_cast<uint32_t>(warp), lane},
+                          {args, plan, log2_block - 6, nested, row, lane},
+                          1.0f / multiple,
+                          lane};
+    multiplier.run();
+  } else {
+    give_registers<Shape::kCopyRegisters>();
+    if (copies) {
+      wait_for_previous_kernel();
+      many_copies<Shape>(plan, code_copier, workspace);
+    }
+  }
+#endif
+}
+
+}  // namespace
+}  // namespace bnb::gpu
