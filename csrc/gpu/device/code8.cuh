@@ -51,11 +51,9 @@ __device__ __forceinline__ float level_of(const float* levels,  // [256]
   return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(levels) + offset);
 }
 
-// One code in shared memory.
-template <bool kKeepSign>
+// One code in shared memory. `Tables`: EncodeTables, or what stands for them where others encode.
+template <bool kKeepSign, class Tables = EncodeTables<kKeepSign>>
 struct Code8 {
-  using Tables = EncodeTables<kKeepSign>;
-
   float levels[kCodeLevels];
   CodeKind kind;
 
