@@ -30,6 +30,12 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
+inline bool same_shape(const Tensor& t, const Tensor& other) {
+  const auto a = t.sizes();
+  const auto b = other.sizes();
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
 // True when the elements of `t` lie in memory in the order of the dense `reference`'s.
 inline bool same_layout(const Tensor& t, const Tensor& reference) {
   if (t.is_contiguous() && reference.is_contiguous()) return true;

@@ -154,6 +154,8 @@ class StepTensors {
                   ", got ", ShapeOf{state}, " with other strides");
         }
       }
+      check_order(op, "params", i, param);
+      check_order(op, "grads", i, in.grads[i]);
     }
     require(in.max_unorm >= 0.0, op, ": max_unorm must be zero or positive, got ", in.max_unorm);
     require(in.max_unorm == 0.0 || in.update_scales == nullptr, op,
@@ -207,6 +209,14 @@ class StepTensors {
   }
 
  private:
+  // What does not lie in the order of the state is copied into it, for which it must have its shape.
+  void check_order(const char* op, const char* list, size_t i, const Tensor& t) const {
+    const Tensor& layout = layout_of(i);
+    require(same_layout(t, layout) || same_shape(t, layout), op, ": ", list, "[", i,
+            "] must have the shape of its state ", ShapeOf{layout}, " or be contiguous like it, got ",
+            ShapeOf{t});
+  }
+
   // The parameter's order is that of a one-row state; two rows are always in row-major order.
   const Tensor& layout_of(size_t i) const { return (*in_.states[states_ == 3 ? 1 : 0])[i]; }
 

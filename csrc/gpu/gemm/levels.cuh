@@ -45,54 +45,13 @@ constexpr float level_multiple(Code4 code) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ uint32_t pair_of_float_levels(const Levels4& levels, int byte,
-                                                         float multiple) {
-  const T first = narrow<T>(__fmul_rn(levels[byte >> 4], multiple));
-  const T second = narrow<T>(__fmul_rn(levels[byte & 15], multiple));
-  return first.bits | (static_cast<uint32_t>(second.bits) << 16);
-}
-
-// Levels times a multiple as integers of 16 bits, with kMiddle for zero: for known levels, which
-// are at most 1. In the table above, nf4 has 0.017 and fp4 0.
-struct IntegerLevel {
-  static constexpr float kMiddle = 32768.0f;
-};
-template <>
-constexpr float level_multiple<IntegerLevel>(Code4 code) {
-  return code == Code4::kFp4 ? 170.0f * 192.0f  // whose levels are multiples of 1/192
-                             : 32767.0f;
-}
-
 // The two weights of a byte of codes, the first in the lower half of a word.
 template <class T>
 __device__ __forceinline__ uint32_t pair_of_levels(const Levels4& levels, int byte,
                                                    float multiple) {
-  if constexpr (std::is_same_v<T, IntegerLevel>) {
-    const auto integer = [&](int code) {
-      return static_cast<uint32_t>(
-          __float2int_rn(__fmaf_rn(levels[code], multiple, IntegerLevel::kMiddle)));
-    };
-    return integer(byte >> 4) | integer(byte & 15) << 16;
-  } else {
-    return pair_of_float_levels<T>(levels, byte, multiple);
-  }
-}
-// Its halves as floats.
-template <class T>
-__device__ __forceinline__ float2 widen_pair(uint32_t pair) {
-  if constexpr (std::is_same_v<T, IntegerLevel>) {
-    // As the last bits of floats from 2^23 on.
-    constexpr float kFirst = 8388608.0f;
-    const uint32_t bits = float_bits(kFirst);
-    return {
-        __fadd_rn(bits_float(__byte_perm(pair, bits, 0x7410)), -kFirst - IntegerLevel::kMiddle),
-        __fadd_rn(bits_float(__byte_perm(pair, bits, 0x7432)), -kFirst - IntegerLevel::kMiddle)};
-  } else {
-    static_assert(std::is_same_v<T, Half>);
-    return {half_to_float(static_cast<uint16_t>(pair & 0xffffu)),
-            half_to_float(static_cast<uint16_t>(pair >> 16))};
-  }
+  const T first = narrow<T>(__fmul_rn(levels[byte >> 4], multiple));
+  const T second = narrow<T>(__fmul_rn(levels[byte & 15], multiple));
+  return first.bits | (static_cast<uint32_t>(second.bits) << 16);
 }
 
 }  // namespace bnb::gpu

@@ -19,7 +19,45 @@ inline constexpr int kSharedStart = 1024;
 
 BNB_HD constexpr int pair_table_piece(int table, int i) { return table + 128 + 256 * i; }
 
+// Levels times a multiple as integers of 16 bits, with kMiddle for zero: for known levels, which
+// are at most 1. In the table of level_multiple(), nf4 has 0.017 and fp4 0.
+struct IntegerLevel {
+  static constexpr float kMiddle = 32768.0f;
+};
+template <>
+constexpr float level_multiple<IntegerLevel>(Code4 code) {
+  return code == Code4::kFp4 ? 170.0f * 192.0f  // whose levels are multiples of 1/192
+                             : 32767.0f;
+}
+
 #if BNB_HOPPER
+
+template <>
+__device__ __forceinline__ uint32_t pair_of_levels<IntegerLevel>(const Levels4& levels, int byte,
+                                                                 float multiple) {
+  const auto integer = [&](int code) {
+    return static_cast<uint32_t>(
+        __float2int_rn(__fmaf_rn(levels[code], multiple, IntegerLevel::kMiddle)));
+  };
+  return integer(byte >> 4) | integer(byte & 15) << 16;
+}
+
+// The halves of a pair as floats.
+template <class T>
+__device__ __forceinline__ float2 widen_pair(uint32_t pair) {
+  if constexpr (std::is_same_v<T, IntegerLevel>) {
+    // As the last bits of floats from 2^23 on.
+    constexpr float kFirst = 8388608.0f;
+    const uint32_t bits = float_bits(kFirst);
+    return {
+        __fadd_rn(bits_float(__byte_perm(pair, bits, 0x7410)), -kFirst - IntegerLevel::kMiddle),
+        __fadd_rn(bits_float(__byte_perm(pair, bits, 0x7432)), -kFirst - IntegerLevel::kMiddle)};
+  } else {
+    static_assert(std::is_same_v<T, Half>);
+    return {half_to_float(static_cast<uint16_t>(pair & 0xffffu)),
+            half_to_float(static_cast<uint16_t>(pair >> 16))};
+  }
+}
 
 // By `threads` threads.
 template <class T>

@@ -292,6 +292,19 @@ def test_steps_before_the_first(step):
     assert torch.equal(p, torch.ones(8))
 
 
+@pytest.mark.parametrize("turned", ["params", "grads"])
+def test_what_cannot_take_the_order_of_its_state(turned, device):
+    straight, other = torch.randn(7, 4, device=device), torch.randn(4, 7, device=device).t()
+    p, g = (other, straight) if turned == "params" else (straight, other)
+    before = p.clone()
+    state = torch.zeros(4, 7, device=device)
+    with pytest.raises(
+        RuntimeError, match=rf"{turned}\[0\] must have the shape of its state \[4, 7\]"
+    ):
+        F.optimizer_update_32bit("momentum", g, p, state, 0.9, 0.0, 1, 0.1)
+    assert torch.equal(p, before) and not state.any()
+
+
 # --- percentile clipping -------------------------------------------------------------------------
 
 
