@@ -209,12 +209,13 @@ class StepTensors {
   }
 
  private:
-  // What does not lie in the order of the state is copied into it, for which it must have its shape.
+  // What does not lie in the order of the state is copied into it, for which it must have its
+  // shape.
   void check_order(const char* op, const char* list, size_t i, const Tensor& t) const {
     const Tensor& layout = layout_of(i);
     require(same_layout(t, layout) || same_shape(t, layout), op, ": ", list, "[", i,
-            "] must have the shape of its state ", ShapeOf{layout}, " or be contiguous like it, got ",
-            ShapeOf{t});
+            "] must have the shape of its state ", ShapeOf{layout},
+            " or be contiguous like it, got ", ShapeOf{t});
   }
 
   // The parameter's order is that of a one-row state; two rows are always in row-major order.
