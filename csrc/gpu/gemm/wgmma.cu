@@ -180,39 +180,23 @@ decltype(auto) with_shape(const Gemm4bit& args, int multiprocessors, Visitor&& v
   return visit.template operator()<Tokens256>();
 }
 
-// Launches a kernel that may begin while the one before it ends, and waits for that where it must.
-template <class... Parameters, class... Arguments>
-void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
-                  Stream stream, Arguments... arguments) {
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = static_cast<cudaStream_t>(stream.handle);
-  config.attrs = &early;
-  config.numAttrs = 1;
-  BNB_GPU_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
-}
-
 template <class T, class Shape>
 void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   const Weight4bit& weight = args.weight;
   const auto plan = WgmmaPlan::make<Shape>(args.m, weight.n, weight.k, multiprocessors());
   const int64_t chunks = plan.sums_at / 16;
-  launch_early(&order_tokens_kernel, resident_grid(ceil_div(chunks, kOrderThreads)), kOrderThreads,
-               0, stream, static_cast<const uint32_t*>(args.a), args.m, weight.k, Shape::kTokens,
+  launch_early("order_tokens_kernel", &order_tokens_kernel,
+               resident_grid(ceil_div(chunks, kOrderThreads)), kOrderThreads, 0, stream,
+               static_cast<const uint32_t*>(args.a), args.m, weight.k, Shape::kTokens,
                plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace));
   const TensorMap codes = tensor_map(weight.codes, weight.n, weight.k / 2, Shape::kRows, 128,
                                      Swizzle::k128, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
   const auto launch = [&](auto* kernel, float multiple) {
     constexpr int kShared = Shape::kEnd - kSharedStart;
     allow_shared(reinterpret_cast<const void*>(kernel), kShared);
-    launch_early(kernel, plan.blocks, Shape::kThreads, kShared, stream, args, Levels4(weight),
-                 codes, plan, workspace, next_launch_number(), multiple,
-                 log2_of(weight.block_size));
+    launch_early("wgmma_gemm_4bit_kernel", kernel, static_cast<unsigned>(plan.blocks),
+                 Shape::kThreads, kShared, stream, args, Levels4(weight), codes, plan, workspace,
+                 next_launch_number(), multiple, log2_of(weight.block_size));
   };
   if constexpr (kMany<Shape>) {
     const auto launch_for = [&]<class Level>() {

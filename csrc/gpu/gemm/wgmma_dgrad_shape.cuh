@@ -38,8 +38,6 @@ struct Shape {
 
   // For WgmmaPlan: rows are features, k is terms.
   static constexpr int kRows = kFeatures;
-  static constexpr int kTileRows = kFeatures;
-  static constexpr int kFan = 1;
   static constexpr int kBlocks = 1;
   static constexpr int kTokenStage = 0;
 
