@@ -1,0 +1,66 @@
+// Which rows of a ("tokens") are in the tiles of the warpgroup kernels of 4-bit products.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+
+#include "bitsandbytes/kernels/grouped_gemm_4bit.h"
+#include "gpu/gemm/wgmma_plan.cuh"
+#include "gpu/runtime/runtime.cuh"
+
+namespace bnb::gpu {
+
+struct TokenTile {
+  int64_t first;  // row
+  int64_t end;    // of the rows that are there
+  int64_t group;  // whose weight they meet
+};
+
+// All meet the same weight.
+struct AllTokens {
+  static constexpr bool kGrouped = false;
+
+  int64_t m;
+
+  BNB_HD const WgmmaPlan& plan(const WgmmaPlan& made) const { return made; }
+  template <class Shape>
+  BNB_HD TokenTile tile(int i) const {
+    return {int64_t{i} * Shape::kTokens, m, 0};
+  }
+};
+
+// What a kernel finds out about groups for the next one.
+struct GroupedWork {
+  WgmmaPlan plan;
+  TokenTile tiles[1];  // of the plan
+
+  static int64_t bytes(int64_t most_tiles) {
+    return static_cast<int64_t>(sizeof(GroupedWork) + (most_tiles - 1) * sizeof(TokenTile));
+  }
+};
+
+// Each group has a weight of its own, and tiles of its own.
+struct GroupedTokens {
+  static constexpr bool kGrouped = true;
+
+  const GroupedWork* work;
+
+  BNB_HD const WgmmaPlan& plan(const WgmmaPlan&) const { return work->plan; }
+  template <class Shape>
+  BNB_HD TokenTile tile(int i) const {
+    return work->tiles[i];
+  }
+};
+
+#if BNB_HOPPER
+
+// Sixteen bytes of 64 k of a row, in the order of the products (wgmma.cu).
+__device__ __forceinline__ uint4 ordered_chunk(const uint32_t* __restrict__ a,  // [., k / 2] pairs
+                                               int64_t row, int64_t k, int64_t block, int chunk) {
+  const uint32_t* pairs = a + (row * k + 64 * block) / 2 + chunk;
+  return make_uint4(pairs[0], pairs[8], pairs[16], pairs[24]);
+}
+
+#endif  // BNB_HOPPER
+
+}  // namespace bnb::gpu
