@@ -66,6 +66,7 @@ __global__ void __launch_bounds__(kOrderThreads)
     const int token = static_cast<int>(row % Shape::kTokens);
     const int64_t block = row / Shape::kTokens % blocks;
     const TokenTile tile = tile_of(static_cast<int>(row / Shape::kTokens / blocks));
+    if (token >= Shape::kTokens / 4 * tile.template quarters<Shape>()) continue;
     uint4 words = make_uint4(0, 0, 0, 0);
     if (tile.first + token < tile.end && 64 * block < k) {
       words =
@@ -82,7 +83,7 @@ using Tokens256 = ManyShape<256, 1, 4, 1>;
 // Calls visit.operator()<Shape>() for the shape that suits the rows that a group has on average.
 template <class Visitor>
 decltype(auto) with_shape(const GroupedGemm4bit& args, Visitor&& visit) {
-  if (args.groups.rows <= 128 * args.groups.count) return visit.template operator()<Tokens128>();
+  if (args.groups.rows <= 96 * args.groups.count) return visit.template operator()<Tokens128>();
   return visit.template operator()<Tokens256>();
 }
 

@@ -124,7 +124,7 @@ class ManyCodeCopier {
 
 // What the copying thread does after it has filled the slots of codes.
 template <class Shape, class Tokens>
-__device__ __forceinline__ void many_copies(const WgmmaPlan& plan,
+__device__ __forceinline__ void many_copies(const WgmmaPlan& plan, const Tokens& tokens,
                                             ManyCodeCopier<Shape, Tokens>& codes,
                                             const char* ordered) {
   WgmmaWalk walk(plan, wgmma_walker());
@@ -134,13 +134,18 @@ __device__ __forceinline__ void many_copies(const WgmmaPlan& plan,
     const char* from =
         ordered +
         (int64_t{walk.tile % plan.token_tiles} * plan.stages + walk.begin) * Shape::kTokenStage;
+    uint32_t bytes = Shape::kTokenBytes;
+    if constexpr (Tokens::kGrouped) {
+      static_assert(Shape::kTokenBlocks == 1);
+      const TokenTile tile = tokens.template tile<Shape>(walk.tile % plan.token_tiles);
+      bytes = Shape::kTokenBytes / 4 * tile.template quarters<Shape>();
+    }
     for (int stage = walk.begin; stage < walk.end; ++stage) {
 #pragma unroll
       for (int i = 0; i < Shape::kBlocks / Shape::kTokenBlocks; ++i) {
         ring.wait_empty();
-        ring.full().arrive_and_expect(Shape::kTokenBytes);
-        bulk_copy(Shape::kTokensAt + ring.slot * Shape::kTokenBytes, from, Shape::kTokenBytes,
-                  ring.full());
+        ring.full().arrive_and_expect(bytes);
+        bulk_copy(Shape::kTokensAt + ring.slot * Shape::kTokenBytes, from, bytes, ring.full());
         ring.advance();
         from += Shape::kTokenBytes;
       }
@@ -275,11 +280,27 @@ struct ManyMultiplier {
       const int begin = walk.begin;
       const int end = walk.end;
       more = walk.next();
-      for (int stage = begin; stage < end; ++stage) {
-        multiply(stage == begin, more || stage + 1 < end, codes, pairs);
+      const TokenTile rows = of_tiles.template tile<Shape>(tile % out.plan.token_tiles);
+      const auto multiply_quarters = [&]<int kQuarters>() {
+        multiply_stages<kQuarters>(begin, end, more, codes, pairs);
+      };
+      if constexpr (Tokens::kGrouped) {
+        switch (rows.template quarters<Shape>()) {
+          case 1:
+            multiply_quarters.template operator()<1>();
+            break;
+          case 2:
+            multiply_quarters.template operator()<2>();
+            break;
+          case 3:
+            multiply_quarters.template operator()<3>();
+            break;
+          default:
+            multiply_quarters.template operator()<4>();
+        }
+      } else {
+        multiply_quarters.template operator()<4>();
       }
-      wgmma_wait<0>();
-      wgmma_hold(sums);
       release();
       const auto unit_of_tile = static_cast<int>(out.warp);
       if (begin > 0) {
@@ -287,13 +308,29 @@ struct ManyMultiplier {
         out.tell(unit_of_tile);
       } else {
         if (end < out.plan.stages) out.add_parts(tile, unit_of_tile, sums);
-        out.store(tile, of_tiles.template tile<Shape>(tile % out.plan.token_tiles), unit_of_tile,
-                  sums, 1.0f);
+        out.store(tile, rows, unit_of_tile, sums, 1.0f);
       }
     }
   }
 
-  // 256 k. `pairs` are those of the first step; the next stage's will be, if there is one.
+  // Stages of a tile of which so many quarters have tokens. The sums of the others are zeros.
+  // `more`: tiles follow.
+  template <int kQuarters>
+  __device__ __forceinline__ void multiply_stages(int begin, int end, bool more, uint2 (&codes)[2],
+                                                  uint32_t (&pairs)[kTogether][4]) {
+    constexpr int kWidth = kQuarters * Shape::kTokens / 4;
+    for (int stage = begin; stage < end; ++stage) {
+      multiply<kWidth>(stage == begin, more || stage + 1 < end, codes, pairs);
+    }
+    wgmma_wait<0>();
+    wgmma_hold(reinterpret_cast<float (&)[kWidth / 2]>(sums));
+#pragma unroll
+    for (int i = kWidth / 2; i < Out::kSums; ++i) sums[i] = 0.0f;
+  }
+
+  // 256 k by kWidth tokens. `pairs` are those of the first step; the next stage's will be, if there
+  // is one.
+  template <int kWidth>
   __device__ __forceinline__ void multiply(bool first, bool more, uint2 (&codes)[2],
                                            uint32_t (&pairs)[kTogether][4]) {
     float own[2];  // scales of block lane % 4
@@ -331,8 +368,9 @@ struct ManyMultiplier {
         wgmma_fence();
 #pragma unroll
         for (int i = 0; i < kTogether; ++i) {
-          Wgmma<T, Shape::kTokens>::run(sums, a[i], advance_k(b, step * kTogether + i),
-                                        !first || block > 0 || step > 0 || i > 0);
+          Wgmma<T, kWidth>::run(reinterpret_cast<float (&)[kWidth / 2]>(sums), a[i],
+                                advance_k(b, step * kTogether + i),
+                                !first || block > 0 || step > 0 || i > 0);
         }
         wgmma_commit();
       }
@@ -405,7 +443,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     give_registers<Shape::kCopyRegisters>();
     if (copies) {
       if constexpr (!Tokens::kGrouped) wait_for_previous_kernel();
-      many_copies<Shape>(plan, code_copier, workspace);
+      many_copies<Shape>(plan, tokens, code_copier, workspace);
     }
   }
 #endif

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/grouped_gemm_4bit.h"
 #include "gpu/gemm/wgmma_plan.cuh"
 #include "gpu/runtime/runtime.cuh"
@@ -14,6 +15,13 @@ struct TokenTile {
   int64_t first;  // row
   int64_t end;    // of the rows that are there
   int64_t group;  // whose weight they meet
+
+  // Quarters of a tile that have rows.
+  template <class Shape>
+  BNB_HD int quarters() const {
+    const int64_t rows = end - first < Shape::kTokens ? end - first : int64_t{Shape::kTokens};
+    return static_cast<int>(ceil_div(4 * rows, int64_t{Shape::kTokens}));
+  }
 };
 
 // All meet the same weight.
@@ -39,7 +47,8 @@ struct GroupedWork {
   }
 };
 
-// Each group has a weight of its own, and tiles of its own.
+// Each group has a weight of its own, and tiles of its own. Of those that are not full, quarters
+// without rows are left out.
 struct GroupedTokens {
   static constexpr bool kGrouped = true;
 
