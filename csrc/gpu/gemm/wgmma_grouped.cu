@@ -45,8 +45,10 @@ __global__ void __launch_bounds__(kOrderThreads)
   const int tiles = min(tiles_before[groups.count], planned.token_tiles);
   const auto tile_of = [&](int i) {
     const int group = group_of_tile(groups, tiles_before, i);
-    const int64_t row = groups.begin(group) + int64_t{i - tiles_before[group]} * Shape::kTokens;
-    return TokenTile{row, groups.end(group), group};
+    const int64_t begin = groups.begin(group);
+    const int64_t row = int64_t{i - tiles_before[group]} * Shape::kTokens;  // of the group
+    return TokenTile{begin + row, groups.end(group), group,
+                     GroupedTokens::place_of<Shape>(begin, group) + row};
   };
   if (blockIdx.x == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kOrderThreads) {
@@ -62,16 +64,17 @@ __global__ void __launch_bounds__(kOrderThreads)
   const int64_t chunks = int64_t{tiles} * blocks * Shape::kTokens * 8;
   for (int64_t i = first; i < chunks; i += stride) {
     const int chunk = static_cast<int>(i % 8);
-    const int64_t row = i / 8;
-    const int token = static_cast<int>(row % Shape::kTokens);
-    const int64_t block = row / Shape::kTokens % blocks;
-    const TokenTile tile = tile_of(static_cast<int>(row / Shape::kTokens / blocks));
-    if (token >= Shape::kTokens / 4 * tile.template quarters<Shape>()) continue;
+    const int token = static_cast<int>(i / 8 % Shape::kTokens);
+    const int64_t block = i / 8 / Shape::kTokens % blocks;
+    const TokenTile tile = tile_of(static_cast<int>(i / 8 / Shape::kTokens / blocks));
+    const int width = Shape::kTokens / 4 * tile.template quarters<Shape>();
+    if (token >= width) continue;
     uint4 words = make_uint4(0, 0, 0, 0);
     if (tile.first + token < tile.end && 64 * block < k) {
       words =
           ordered_chunk(static_cast<const uint32_t*>(args.a), tile.first + token, k, block, chunk);
     }
+    const int64_t row = tile.place * blocks + block * width + token;
     __stcg(ordered + row * 8 + (chunk ^ (token & 7)), words);
   }
 #endif
@@ -98,8 +101,9 @@ int64_t most_tiles(const Groups& groups, int tokens) {
 
 template <class Shape>
 WgmmaPlan plan_for(const GroupedGemm4bit& args) {
-  return WgmmaPlan::make_for_most<Shape>(most_tiles(args.groups, Shape::kTokens), args.weight.k,
-                                         multiprocessors());
+  return WgmmaPlan::make_for_most<Shape>(most_tiles(args.groups, Shape::kTokens),
+                                         GroupedTokens::ordered_rows<Shape>(args.groups),
+                                         args.weight.k, multiprocessors());
 }
 
 template <class T, class Shape>

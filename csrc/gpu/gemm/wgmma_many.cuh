@@ -131,15 +131,14 @@ __device__ __forceinline__ void many_copies(const WgmmaPlan& plan, const Tokens&
   TokenRing<Shape> ring;
   bool first = true;
   while (walk.next()) {
-    const char* from =
-        ordered +
-        (int64_t{walk.tile % plan.token_tiles} * plan.stages + walk.begin) * Shape::kTokenStage;
+    const TokenTile tile = tokens.template tile<Shape>(walk.tile % plan.token_tiles);
     uint32_t bytes = Shape::kTokenBytes;
     if constexpr (Tokens::kGrouped) {
       static_assert(Shape::kTokenBlocks == 1);
-      const TokenTile tile = tokens.template tile<Shape>(walk.tile % plan.token_tiles);
       bytes = Shape::kTokenBytes / 4 * tile.template quarters<Shape>();
     }
+    const char* from = ordered + tile.place * plan.stages * (Shape::kTokenStage / Shape::kTokens) +
+                       int64_t{walk.begin} * (Shape::kBlocks / Shape::kTokenBlocks) * bytes;
     for (int stage = walk.begin; stage < walk.end; ++stage) {
 #pragma unroll
       for (int i = 0; i < Shape::kBlocks / Shape::kTokenBlocks; ++i) {
@@ -147,7 +146,7 @@ __device__ __forceinline__ void many_copies(const WgmmaPlan& plan, const Tokens&
         ring.full().arrive_and_expect(bytes);
         bulk_copy(Shape::kTokensAt + ring.slot * Shape::kTokenBytes, from, bytes, ring.full());
         ring.advance();
-        from += Shape::kTokenBytes;
+        from += bytes;
       }
       if (!first) codes.copy();
       first = false;

@@ -49,20 +49,21 @@ struct WgmmaPlan {
     if (even >= multiprocessors * 15 / 16) plan.blocks = even;
     plan.divide(tiles);
     if (plan.whole == 0) plan.blocks = plan.splitters;
-    plan.lay_out<Shape>();
+    plan.lay_out<Shape>(int64_t{plan.token_tiles} * Shape::kTokens);
     return plan;
   }
 
-  // For at most so many tiles of tokens: a device that knows how many there are has to set
-  // `token_tiles` and to call divide().
+  // For at most so many tiles of tokens, and ordered rows: a device that knows how many tiles there
+  // are has to set `token_tiles` and to call divide().
   template <class Shape>
-  static WgmmaPlan make_for_most(int64_t token_tiles, int64_t k, int multiprocessors) {
+  static WgmmaPlan make_for_most(int64_t token_tiles, int64_t rows, int64_t k,
+                                 int multiprocessors) {
     WgmmaPlan plan{};
     plan.token_tiles = static_cast<int>(token_tiles);
     plan.stages = static_cast<int>(ceil_div(k, 64 * Shape::kBlocks));
     plan.blocks = multiprocessors;
     plan.splitters = multiprocessors;
-    plan.lay_out<Shape>();
+    plan.lay_out<Shape>(rows);
     return plan;
   }
 
@@ -72,9 +73,10 @@ struct WgmmaPlan {
     splitters = split * stages < blocks ? split * stages : blocks;
   }
 
+  // rows: of tokens, in the order of the products.
   template <class Shape>
-  void lay_out() {
-    sums_at = int64_t{token_tiles} * stages * Shape::kTokenStage;
+  void lay_out(int64_t rows) {
+    sums_at = rows * stages * (Shape::kTokenStage / Shape::kTokens);
     flags_at = sums_at + int64_t{splitters} * Shape::kRows * Shape::kTokens * 4;
     bytes = flags_at + int64_t{splitters} * (Shape::kRows / 16) * 8;
   }

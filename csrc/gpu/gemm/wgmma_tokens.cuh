@@ -15,6 +15,7 @@ struct TokenTile {
   int64_t first;  // row
   int64_t end;    // of the rows that are there
   int64_t group;  // whose weight they meet
+  int64_t place;  // of the first row among ordered ones
 
   // Quarters of a tile that have rows.
   template <class Shape>
@@ -33,7 +34,8 @@ struct AllTokens {
   BNB_HD const WgmmaPlan& plan(const WgmmaPlan& made) const { return made; }
   template <class Shape>
   BNB_HD TokenTile tile(int i) const {
-    return {int64_t{i} * Shape::kTokens, m, 0};
+    const int64_t first = int64_t{i} * Shape::kTokens;
+    return {first, m, 0, first};
   }
 };
 
@@ -53,6 +55,19 @@ struct GroupedTokens {
   static constexpr bool kGrouped = true;
 
   const GroupedWork* work;
+
+  // Ordered rows of a group lie behind those of the groups before it, whole quarters of tiles. No
+  // group needs to know how many those are: so many rows at most are lost to each.
+  template <class Shape>
+  BNB_HD static int64_t place_of(int64_t first_row, int64_t group) {
+    constexpr int64_t kQuarter = Shape::kTokens / 4;
+    return (first_row + group * (kQuarter - 1)) / kQuarter * kQuarter;
+  }
+  // Room for all.
+  template <class Shape>
+  static int64_t ordered_rows(const Groups& groups) {
+    return place_of<Shape>(groups.rows, groups.count) + Shape::kTokens / 4;
+  }
 
   BNB_HD const WgmmaPlan& plan(const WgmmaPlan&) const { return work->plan; }
   template <class Shape>
