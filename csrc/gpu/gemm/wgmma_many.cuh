@@ -56,6 +56,13 @@ struct ManyShape {
 
 #if BNB_HOPPER
 
+// Sixteen bytes of 64 k of a row, in the order of the products.
+__device__ __forceinline__ uint4 ordered_chunk(const uint32_t* __restrict__ a,  // [., k / 2] pairs
+                                               int64_t row, int64_t k, int64_t block, int chunk) {
+  const uint32_t* pairs = a + (row * k + 64 * block) / 2 + chunk;
+  return make_uint4(pairs[0], pairs[8], pairs[16], pairs[24]);
+}
+
 template <int kSlots, int kAt>
 struct ManyRing : RingPlace<kSlots> {
   // What the slot holds is there; all who read it have done so.

@@ -7,7 +7,6 @@
 #include "bitsandbytes/blocks.h"
 #include "bitsandbytes/kernels/grouped_gemm_4bit.h"
 #include "gpu/gemm/wgmma_plan.cuh"
-#include "gpu/runtime/runtime.cuh"
 
 namespace bnb::gpu {
 
@@ -75,16 +74,5 @@ struct GroupedTokens {
     return work->tiles[i];
   }
 };
-
-#if BNB_HOPPER
-
-// Sixteen bytes of 64 k of a row, in the order of the products (wgmma.cu).
-__device__ __forceinline__ uint4 ordered_chunk(const uint32_t* __restrict__ a,  // [., k / 2] pairs
-                                               int64_t row, int64_t k, int64_t block, int chunk) {
-  const uint32_t* pairs = a + (row * k + 64 * block) / 2 + chunk;
-  return make_uint4(pairs[0], pairs[8], pairs[16], pairs[24]);
-}
-
-#endif  // BNB_HOPPER
 
 }  // namespace bnb::gpu
