@@ -11,9 +11,10 @@ namespace bnb::gpu {
 
 namespace {
 
-// Rows per group, on average, up to which products of single warps beat dequantizing weights, and
-// beat those of warpgroups.
-constexpr int64_t kFewRows = 48;
+// Rows per group, on average, up to which products of single warps beat those of warpgroups.
+constexpr int64_t kFewRows = 8;
+// And up to which they beat dequantizing weights.
+constexpr int64_t kWarpRows = 48;
 
 // Whether torch's grouped product takes the matrices (plain/grouped_gemm_4bit.py).
 bool library_takes(DType dtype, const Weight4bit& w) {
@@ -22,16 +23,14 @@ bool library_takes(DType dtype, const Weight4bit& w) {
          w.n % kSixteenBytes == 0 && w.k % kSixteenBytes == 0;
 }
 
-bool has_few_rows(const Groups& groups) { return groups.rows <= kFewRows * groups.count; }
-
 bool takes_warpgroups(const GroupedGemm4bit& args) {
-  return !has_few_rows(args.groups) && wgmma_grouped_gemm_4bit_serves(args);
+  return args.groups.rows > kFewRows * args.groups.count && wgmma_grouped_gemm_4bit_serves(args);
 }
 
 }  // namespace
 
 bool grouped_gemm_4bit_is_fast(const GroupedGemm4bit& args) {
-  return has_few_rows(args.groups) || takes_warpgroups(args) ||
+  return args.groups.rows <= kWarpRows * args.groups.count || takes_warpgroups(args) ||
          !library_takes(args.dtype, args.weight);
 }
 

@@ -52,12 +52,15 @@ __global__ void __launch_bounds__(kOrderThreads)
   };
   if (blockIdx.x == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < tiles; i += kOrderThreads) {
-      work->tiles[i] = tile_of(i);
+      const TokenTile tile = tile_of(i);
+      const int before = tiles_before[tile.group];
+      work->tiles[i] = {tile, before, min(tiles_before[tile.group + 1], tiles) - before};
     }
     if (threadIdx.x == 0) {
       work->plan = planned;
       work->plan.token_tiles = tiles;
-      work->plan.divide(static_cast<int>(ceil_div(n, Shape::kRows)) * tiles);
+      work->row_tiles = static_cast<int>(ceil_div(n, Shape::kRows));
+      work->plan.divide(work->row_tiles * tiles);
     }
   }
   const int blocks = planned.stages * Shape::kBlocks;  // of 64 k

@@ -114,8 +114,8 @@ class ManyCodeCopier {
     more_ = walk_.next();
     if (!more_) return;
     stage_ = walk_.begin;
-    const int64_t group = tokens_.template tile<Shape>(walk_.tile % plan_.token_tiles).group;
-    row_ = static_cast<int>(group * n_) + walk_.tile / plan_.token_tiles * Shape::kRows;
+    const WgmmaTile tile = tokens_.template tile<Shape>(plan_, walk_.tile);
+    row_ = static_cast<int>(tile.tokens.group * n_ + tile.row);
   }
 
   const WgmmaPlan& plan_;
@@ -138,7 +138,7 @@ __device__ __forceinline__ void many_copies(const WgmmaPlan& plan, const Tokens&
   TokenRing<Shape> ring;
   bool first = true;
   while (walk.next()) {
-    const TokenTile tile = tokens.template tile<Shape>(walk.tile % plan.token_tiles);
+    const TokenTile tile = tokens.template tile<Shape>(plan, walk.tile).tokens;
     uint32_t bytes = Shape::kTokenBytes;
     if constexpr (Tokens::kGrouped) {
       static_assert(Shape::kTokenBlocks == 1);
@@ -195,10 +195,9 @@ class ManyScales {
   __device__ __forceinline__ void begin() {
     stage_ = walk_.begin;
     // Beyond the last row that one, whose products are not stored.
-    const int64_t first = int64_t{walk_.tile / plan_.token_tiles} * Shape::kRows;
-    const int last = static_cast<int>(min(int64_t{Shape::kRows}, n_ - first)) - 1;
-    const int64_t group = tokens_.template tile<Shape>(walk_.tile % plan_.token_tiles).group;
-    first_ = (group * n_ + first) * columns_;
+    const WgmmaTile tile = tokens_.template tile<Shape>(plan_, walk_.tile);
+    const int last = static_cast<int>(min(int64_t{Shape::kRows}, n_ - tile.row)) - 1;
+    first_ = (tile.tokens.group * n_ + tile.row) * columns_;
 #pragma unroll
     for (int i = 0; i < 2; ++i) at_[i] = min(row_ + 8 * i, last) * columns_;
     load();
@@ -286,12 +285,12 @@ struct ManyMultiplier {
       const int begin = walk.begin;
       const int end = walk.end;
       more = walk.next();
-      const TokenTile rows = of_tiles.template tile<Shape>(tile % out.plan.token_tiles);
+      const WgmmaTile place = of_tiles.template tile<Shape>(out.plan, tile);
       const auto multiply_quarters = [&]<int kQuarters>() {
         multiply_stages<kQuarters>(begin, end, more, codes, pairs);
       };
       if constexpr (Tokens::kGrouped) {
-        switch (rows.template quarters<Shape>()) {
+        switch (place.tokens.template quarters<Shape>()) {
           case 1:
             multiply_quarters.template operator()<1>();
             break;
@@ -314,7 +313,7 @@ struct ManyMultiplier {
         out.tell(unit_of_tile);
       } else {
         if (end < out.plan.stages) out.add_parts(tile, unit_of_tile, sums);
-        out.store(tile, rows, unit_of_tile, sums, 1.0f);
+        out.store(place, unit_of_tile, sums, 1.0f);
       }
     }
   }

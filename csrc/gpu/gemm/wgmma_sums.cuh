@@ -92,15 +92,16 @@ struct WgmmaSums {
 
   // Where all tokens meet the same weight.
   __device__ __forceinline__ void store(int tile, int unit, const Sums& sums, float factor) const {
-    store(tile, AllTokens{args.m}.tile<Shape>(tile % plan.token_tiles), unit, sums, factor);
+    store(AllTokens{args.m}.tile<Shape>(plan, tile), unit, sums, factor);
   }
 
   // Shape::scratch() names shared memory of the warp for sixteen rows of a token.
   // Stores sums times `factor`, plus the bias, of sixteen rows for sixteen tokens at a time.
-  __device__ __forceinline__ void store(int tile, const TokenTile& tokens, int unit,
-                                        const Sums& sums, float factor) const {
+  __device__ __forceinline__ void store(const WgmmaTile& tile, int unit, const Sums& sums,
+                                        float factor) const {
+    const TokenTile& tokens = tile.tokens;
     const int64_t n = args.weight.n;
-    const int64_t first = int64_t{tile / plan.token_tiles} * Shape::kRows + 16 * unit;
+    const int64_t first = tile.row + 16 * unit;
     if (first >= n) return;
     const int64_t first_token = tokens.first;
     const bool wide = n % 8 == 0 && is_aligned(args.out, 16);

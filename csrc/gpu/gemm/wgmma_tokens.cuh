@@ -24,6 +24,12 @@ struct TokenTile {
   }
 };
 
+// What a tile of the product is made of.
+struct WgmmaTile {
+  TokenTile tokens;
+  int64_t row;  // the first of the weight
+};
+
 // All meet the same weight.
 struct AllTokens {
   static constexpr bool kGrouped = false;
@@ -32,19 +38,27 @@ struct AllTokens {
 
   BNB_HD const WgmmaPlan& plan(const WgmmaPlan& made) const { return made; }
   template <class Shape>
-  BNB_HD TokenTile tile(int i) const {
-    const int64_t first = int64_t{i} * Shape::kTokens;
-    return {first, m, 0, first};
+  BNB_HD WgmmaTile tile(const WgmmaPlan& plan, int i) const {
+    const int64_t token = int64_t{i % plan.token_tiles} * Shape::kTokens;
+    return {{token, m, 0, token}, int64_t{i / plan.token_tiles} * Shape::kRows};
   }
 };
 
 // What a kernel finds out about groups for the next one.
 struct GroupedWork {
+  struct Tile {
+    TokenTile tokens;
+    // Of its group: where they begin among all, and how many there are.
+    int first;
+    int count;
+  };
+
   WgmmaPlan plan;
-  TokenTile tiles[1];  // of the plan
+  int row_tiles;  // of a weight
+  Tile tiles[1];  // of tokens
 
   static int64_t bytes(int64_t most_tiles) {
-    return static_cast<int64_t>(sizeof(GroupedWork) + (most_tiles - 1) * sizeof(TokenTile));
+    return static_cast<int64_t>(sizeof(GroupedWork) + (most_tiles - 1) * sizeof(Tile));
   }
 };
 
@@ -69,9 +83,13 @@ struct GroupedTokens {
   }
 
   BNB_HD const WgmmaPlan& plan(const WgmmaPlan&) const { return work->plan; }
+  // Those of a group follow one another, so that its tokens and its weight stay in the cache.
   template <class Shape>
-  BNB_HD TokenTile tile(int i) const {
-    return work->tiles[i];
+  BNB_HD WgmmaTile tile(const WgmmaPlan&, int i) const {
+    const GroupedWork::Tile& any = work->tiles[i / work->row_tiles];  // of the same group
+    const int own = i - any.first * work->row_tiles;
+    return {work->tiles[any.first + own % any.count].tokens,
+            int64_t{own / any.count} * Shape::kRows};
   }
 };
 
