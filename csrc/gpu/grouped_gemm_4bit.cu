@@ -12,7 +12,7 @@ namespace bnb::gpu {
 namespace {
 
 // Rows per group, on average, up to which products of single warps beat those of warpgroups.
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRows = 4;
 // And up to which they beat dequantizing weights.
 constexpr int64_t kWarpRows = 48;
 

@@ -286,26 +286,12 @@ struct ManyMultiplier {
       const int end = walk.end;
       more = walk.next();
       const WgmmaTile place = of_tiles.template tile<Shape>(out.plan, tile);
-      const auto multiply_quarters = [&]<int kQuarters>() {
-        multiply_stages<kQuarters>(begin, end, more, codes, pairs);
-      };
-      if constexpr (Tokens::kGrouped) {
-        switch (place.tokens.template quarters<Shape>()) {
-          case 1:
-            multiply_quarters.template operator()<1>();
-            break;
-          case 2:
-            multiply_quarters.template operator()<2>();
-            break;
-          case 3:
-            multiply_quarters.template operator()<3>();
-            break;
-          default:
-            multiply_quarters.template operator()<4>();
-        }
-      } else {
-        multiply_quarters.template operator()<4>();
+      const int quarters = Tokens::kGrouped ? place.tokens.template quarters<Shape>() : 4;
+      for (int stage = begin; stage < end; ++stage) {
+        multiply(quarters, stage == begin, more || stage + 1 < end, codes, pairs);
       }
+      wgmma_wait<0>();
+      wgmma_hold(sums);
       release();
       const auto unit_of_tile = static_cast<int>(out.warp);
       if (begin > 0) {
@@ -318,25 +304,22 @@ struct ManyMultiplier {
     }
   }
 
-  // Stages of a tile of which so many quarters have tokens. The sums of the others are zeros.
-  // `more`: tiles follow.
+  // Some quarters of the sums. Those of the others keep what they were.
   template <int kQuarters>
-  __device__ __forceinline__ void multiply_stages(int begin, int end, bool more, uint2 (&codes)[2],
-                                                  uint32_t (&pairs)[kTogether][4]) {
+  __device__ __forceinline__ void run_products(const uint32_t (&a)[kTogether][4], uint64_t b,
+                                               int step, bool accumulate) {
     constexpr int kWidth = kQuarters * Shape::kTokens / 4;
-    for (int stage = begin; stage < end; ++stage) {
-      multiply<kWidth>(stage == begin, more || stage + 1 < end, codes, pairs);
-    }
-    wgmma_wait<0>();
-    wgmma_hold(reinterpret_cast<float (&)[kWidth / 2]>(sums));
+    wgmma_fence();
 #pragma unroll
-    for (int i = kWidth / 2; i < Out::kSums; ++i) sums[i] = 0.0f;
+    for (int i = 0; i < kTogether; ++i) {
+      Wgmma<T, kWidth>::run(reinterpret_cast<float (&)[kWidth / 2]>(sums), a[i],
+                            advance_k(b, step * kTogether + i), accumulate || i > 0);
+    }
+    wgmma_commit();
   }
 
-  // 256 k by kWidth tokens. `pairs` are those of the first step; the next stage's will be, if there
-  // is one.
-  template <int kWidth>
-  __device__ __forceinline__ void multiply(bool first, bool more, uint2 (&codes)[2],
+  // 256 k. `pairs` are those of the first step; the next stage's will be, if there is one.
+  __device__ __forceinline__ void multiply(int quarters, bool first, bool more, uint2 (&codes)[2],
                                            uint32_t (&pairs)[kTogether][4]) {
     float own[2];  // scales of block lane % 4
     scales.take(own);
@@ -370,14 +353,16 @@ struct ManyMultiplier {
         } else if (block + 1 < Shape::kBlocks) {
           look_up(next, 0, pairs);
         }
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          Wgmma<T, kWidth>::run(reinterpret_cast<float (&)[kWidth / 2]>(sums), a[i],
-                                advance_k(b, step * kTogether + i),
-                                !first || block > 0 || step > 0 || i > 0);
+        const bool accumulate = !first || block > 0 || step > 0;
+        if (!Tokens::kGrouped || quarters == 4) {
+          run_products<4>(a, b, step, accumulate);
+        } else if (quarters == 3) {
+          run_products<3>(a, b, step, accumulate);
+        } else if (quarters == 2) {
+          run_products<2>(a, b, step, accumulate);
+        } else {
+          run_products<1>(a, b, step, accumulate);
         }
-        wgmma_commit();
       }
       if ((block + 1) % Shape::kTokenBlocks == 0) tokens.advance();
       if (block + 1 < Shape::kBlocks) {
