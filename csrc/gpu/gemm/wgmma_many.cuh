@@ -304,7 +304,8 @@ struct ManyMultiplier {
     }
   }
 
-  // Some quarters of the sums. Those of the others keep what they were.
+  // Products with some quarters of the tokens, a group of their own from fence to commit: between
+  // paths that meet within a group the compiler waits for every product.
   template <int kQuarters>
   __device__ __forceinline__ void run_products(const uint32_t (&a)[kTogether][4], uint64_t b,
                                                int step, bool accumulate) {
@@ -316,6 +317,16 @@ struct ManyMultiplier {
                             advance_k(b, step * kTogether + i), accumulate || i > 0);
     }
     wgmma_commit();
+  }
+
+  __device__ __forceinline__ void run_products_of(int quarters, const uint32_t (&a)[kTogether][4],
+                                                  uint64_t b, int step, bool accumulate) {
+    if constexpr (Tokens::kGrouped) {
+      if (quarters == 1) return run_products<1>(a, b, step, accumulate);
+      if (quarters == 2) return run_products<2>(a, b, step, accumulate);
+      if (quarters == 3) return run_products<3>(a, b, step, accumulate);
+    }
+    run_products<4>(a, b, step, accumulate);
   }
 
   // 256 k. `pairs` are those of the first step; the next stage's will be, if there is one.
@@ -353,16 +364,7 @@ struct ManyMultiplier {
         } else if (block + 1 < Shape::kBlocks) {
           look_up(next, 0, pairs);
         }
-        const bool accumulate = !first || block > 0 || step > 0;
-        if (!Tokens::kGrouped || quarters == 4) {
-          run_products<4>(a, b, step, accumulate);
-        } else if (quarters == 3) {
-          run_products<3>(a, b, step, accumulate);
-        } else if (quarters == 2) {
-          run_products<2>(a, b, step, accumulate);
-        } else {
-          run_products<1>(a, b, step, accumulate);
-        }
+        run_products_of(quarters, a, b, step, !first || block > 0 || step > 0);
       }
       if ((block + 1) % Shape::kTokenBlocks == 0) tokens.advance();
       if (block + 1 < Shape::kBlocks) {
