@@ -31,8 +31,8 @@ struct Shape {
   static constexpr int kWarps = kGroups * kGroup / kWarp;  // that multiply
   static constexpr int kThreads = (kGroups + 1) * kGroup;
   // The more slots, the more scales are on their way.
-  static constexpr int kMultiplyRegisters = kTokens > 64 ? 208 : 200;
-  static constexpr int kCopyRegisters = kTokens > 64 ? 88 : 104;
+  static constexpr int kMultiplyRegisters = kTokens > 64 ? 224 : 200;
+  static constexpr int kCopyRegisters = kTokens > 64 ? 56 : 104;
   static constexpr int kScaleWarps = kTerms / kWarp;  // that bring scales
 
   // Of a slot: grads, codes, scales.

@@ -12,6 +12,9 @@
 namespace bnb::gpu {
 namespace {
 
+// Beyond so many rows of grad a library makes up for the time that dequantizing takes.
+constexpr int64_t kMostTokens = 1024;
+
 DgradOperands operands_of(const Int8LinearDgrad& args) {
   return {args.grad, args.codes, args.out, args.m, args.n, args.k};
 }
@@ -34,7 +37,7 @@ decltype(auto) with_type_and_shape(const Int8LinearDgrad& args, Visitor&& visit)
 }  // namespace
 
 bool int8_linear_dgrad_is_fast(const Int8LinearDgrad& args) {
-  return dgrad_takes<16>(args.dtype, operands_of(args));
+  return args.m <= kMostTokens && dgrad_takes<16>(args.dtype, operands_of(args));
 }
 
 int64_t int8_linear_dgrad_workspace_bytes(const Int8LinearDgrad& args) {
