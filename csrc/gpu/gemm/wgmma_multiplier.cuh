@@ -20,7 +20,7 @@ struct WgmmaMultiplier {
 
   // Two sets of weights of 64 k: one is decoded while the other is multiplied.
   uint32_t a[2][4][4];     // [set][product][fragment]
-  uint2 codes[2][2];       // of two rows, eight apart
+  uint4 codes[2][2];       // of 64 k of two rows, eight apart: [row][half]
   float scale[2][2];       // of the same for two blocks: of what is multiplied ...
   float next_scale[2][2];  // ... and of what is decoded
   typename Out::Sums sums;
@@ -69,14 +69,27 @@ struct WgmmaMultiplier {
   }
 
   // Codes of 64 k of the stage that was entered.
-  __device__ __forceinline__ void read_codes(int block, uint2 (&to)[2]) {
-    read_pair_codes(coded.codes(), row(), block, lane, to);
+  __device__ __forceinline__ void read_codes(int block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t chunk = static_cast<uint32_t>(2 * block + half) ^ row() % 8;
+      const uint32_t from = coded.codes() + row() * 128 + chunk * 16;
+      codes[0][half] = load_shared4(from);
+      codes[1][half] = load_shared4(from + 8 * 128);
+    }
     if (block == Shape::kBlocks - 1) coded.advance();
   }
   __device__ __forceinline__ void look_up(int set) {
+    const uint32_t selector = 0x7604u | lane % 4 << 4;
 #pragma unroll
     for (int product = 0; product < 4; ++product) {
-      look_up_product<Shape::kTableAt>(codes[set], product, lane, a[set][product]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint4& half = codes[i % 2][product / 2];
+        const uint32_t word =
+            product % 2 == 0 ? (i < 2 ? half.x : half.y) : (i < 2 ? half.z : half.w);
+        a[set][product][i] = look_up_pair_at<Shape::kTableAt>(word, selector, lane);
+      }
     }
   }
 
@@ -102,7 +115,7 @@ struct WgmmaMultiplier {
       if (kLeft == 1) enter(next);
       if (kLeft > 1 && kBlock % 2 == 0) read_scales(stage, kBlock + 2, next_scale);
       if (kLeft == 1) read_scales(next.stage, 0, next_scale);
-      read_codes((kBlock + 2) % Shape::kBlocks, codes[kFrom]);
+      read_codes((kBlock + 2) % Shape::kBlocks);
     }
     wgmma_wait<0>();
     wgmma_hold(part);
@@ -123,9 +136,9 @@ struct WgmmaMultiplier {
     wait_for_scales();
     enter();
     read_scales(stage, 0, scale);
-    read_codes(0, codes[0]);
+    read_codes(0);
     look_up(0);
-    read_codes(1, codes[1]);
+    read_codes(1);
   }
 
   __device__ __forceinline__ void run() {

@@ -71,12 +71,19 @@ __device__ __forceinline__ void fill_pair_table(uint32_t table, const Levels4& l
 }
 
 // kAt: the table's address.
+// selector: 0x7604, and sixteen times which byte of the word.
 template <int kAt>
-__device__ __forceinline__ uint32_t look_up_pair(uint32_t word, int byte, uint32_t lane) {
-  const uint32_t at = __byte_perm(word, 4 * lane, 0x7604u | static_cast<uint32_t>(byte) << 4);
+__device__ __forceinline__ uint32_t look_up_pair_at(uint32_t word, uint32_t selector,
+                                                    uint32_t lane) {
+  uint32_t at;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(at) : "r"(word), "r"(4 * lane), "r"(selector));
   uint32_t pair;
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(kAt));
   return pair;
+}
+template <int kAt>
+__device__ __forceinline__ uint32_t look_up_pair(uint32_t word, int byte, uint32_t lane) {
+  return look_up_pair_at<kAt>(word, 0x7604u | static_cast<uint32_t>(byte) << 4, lane);
 }
 
 // The weights of product 0 to 3 of 64 k, from eight bytes each of two rows.
