@@ -6,13 +6,15 @@
 //
 //     codes ---- copy engine -------> [stages] --> registers --> table --> A --+
 //     scales --- cp.async ----------> [stages] -------------------------+      v
-//     tokens --- ordered by a kernel, copy engine --> [stages] -------- | -> wgmma --> sums --> out
+//     tokens --- copy engine -------> [stages] ------------------------ | -> wgmma --> sums --> out
 //                                                                       +-> weights or sums
 //
-// k is a summation index, so its order is free. Lane t of four takes k = 16 t to 16 t + 15 of every
-// 64, which are eight consecutive bytes of a row: byte 2 s + h gives it positions 8 h + 2 t and
-// 8 h + 2 t + 1 of product s. A kernel of its own, which overlaps with the start of the other,
-// brings the tokens into the same order:
+// For few tokens, lane t of four takes byte t of every four, which are positions 2 t and 2 t + 1 of
+// eight. For many, where lanes have no registers for words of which they use a byte, another order
+// of k, over which products are summed, lets a lane use whole words: lane t takes k = 16 t to
+// 16 t + 15 of every 64, which are eight consecutive bytes of a row: byte 2 s + h gives it
+// positions 8 h + 2 t and 8 h + 2 t + 1 of product s. A kernel of its own, which overlaps with the
+// start of the other, brings the tokens into the same order:
 //
 //     position (in pairs of 64 k)   0  1  2  3 | 4  5  6  7 | 8 ...     8 groups of 4 pairs
 //     pair of k                     0  8 16 24 | 1  9 17 25 | 2 ...
@@ -34,7 +36,7 @@ namespace bnb::gpu {
 
 namespace {
 
-// ---- Tokens in the order of the products ------------------------------------------------------
+// ---- Many tokens in the order of the products -------------------------------------------------
 
 constexpr int kOrderThreads = 256;
 

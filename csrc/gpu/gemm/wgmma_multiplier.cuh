@@ -20,7 +20,7 @@ struct WgmmaMultiplier {
 
   // Two sets of weights of 64 k: one is decoded while the other is multiplied.
   uint32_t a[2][4][4];     // [set][product][fragment]
-  uint4 codes[2][2];       // of 64 k of two rows, eight apart: [row][half]
+  uint32_t codes[2][8];    // of 64 k of two rows, eight apart
   float scale[2][2];       // of the same for two blocks: of what is multiplied ...
   float next_scale[2][2];  // ... and of what is decoded
   typename Out::Sums sums;
@@ -68,28 +68,27 @@ struct WgmmaMultiplier {
     enter();
   }
 
-  // Codes of 64 k of the stage that was entered.
+  // Codes of 64 k of the stage that was entered. Four lanes read the same, and use a byte of each
+  // word.
   __device__ __forceinline__ void read_codes(int block) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t chunk = static_cast<uint32_t>(2 * block + half) ^ row() % 8;
-      const uint32_t from = coded.codes() + row() * 128 + chunk * 16;
-      codes[0][half] = load_shared4(from);
-      codes[1][half] = load_shared4(from + 8 * 128);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t chunk = static_cast<uint32_t>(2 * block + i / 2) ^ row() % 8;
+      const uint4 x = load_shared4(coded.codes() + (row() + i % 2 * 8) * 128 + chunk * 16);
+      uint32_t* to = codes[i % 2] + i / 2 * 4;
+      to[0] = x.x;
+      to[1] = x.y;
+      to[2] = x.z;
+      to[3] = x.w;
     }
     if (block == Shape::kBlocks - 1) coded.advance();
   }
   __device__ __forceinline__ void look_up(int set) {
-    const uint32_t selector = 0x7604u | lane % 4 << 4;
 #pragma unroll
-    for (int product = 0; product < 4; ++product) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint4& half = codes[i % 2][product / 2];
-        const uint32_t word =
-            product % 2 == 0 ? (i < 2 ? half.x : half.y) : (i < 2 ? half.z : half.w);
-        a[set][product][i] = look_up_pair_at<Shape::kTableAt>(word, selector, lane);
-      }
+    for (int i = 0; i < 16; ++i) {
+      const int product = i / 4;
+      a[set][product][i % 4] =
+          look_up_pair<Shape::kTableAt>(codes[i % 2][2 * product + i % 4 / 2], lane % 4, lane);
     }
   }
 

@@ -70,20 +70,13 @@ __device__ __forceinline__ void fill_pair_table(uint32_t table, const Levels4& l
   }
 }
 
-// kAt: the table's address.
-// selector: 0x7604, and sixteen times which byte of the word.
+// kAt: the table's address. byte: 0 to 3, which may differ among lanes.
 template <int kAt>
-__device__ __forceinline__ uint32_t look_up_pair_at(uint32_t word, uint32_t selector,
-                                                    uint32_t lane) {
-  uint32_t at;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(at) : "r"(word), "r"(4 * lane), "r"(selector));
+__device__ __forceinline__ uint32_t look_up_pair(uint32_t word, uint32_t byte, uint32_t lane) {
+  const uint32_t at = __byte_perm(word, 4 * lane, 0x7604u | byte << 4);
   uint32_t pair;
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(kAt));
   return pair;
-}
-template <int kAt>
-__device__ __forceinline__ uint32_t look_up_pair(uint32_t word, int byte, uint32_t lane) {
-  return look_up_pair_at<kAt>(word, 0x7604u | static_cast<uint32_t>(byte) << 4, lane);
 }
 
 // The weights of product 0 to 3 of 64 k, from eight bytes each of two rows.
@@ -94,7 +87,8 @@ __device__ __forceinline__ void look_up_product(const uint2 (&codes)[2], int pro
   for (int i = 0; i < 4; ++i) {
     const uint2 words = codes[i % 2];
     const int byte = 2 * product + i / 2;
-    pairs[i] = look_up_pair<kAt>(byte < 4 ? words.x : words.y, byte % 4, lane);
+    const uint32_t word = byte < 4 ? words.x : words.y;
+    pairs[i] = look_up_pair<kAt>(word, static_cast<uint32_t>(byte % 4), lane);
   }
 }
 
