@@ -9,9 +9,9 @@
 //     tokens --- copy engine -------> [stages] ------------------------ | -> wgmma --> sums --> out
 //                                                                       +-> weights or sums
 //
-// For few tokens, lane t of four takes byte t of every four, which are positions 2 t and 2 t + 1 of
-// eight. For many, where lanes have no registers for words of which they use a byte, another order
-// of k, over which products are summed, lets a lane use whole words: lane t takes k = 16 t to
+// Lane t of four takes byte t of every four, which are positions 2 t and 2 t + 1 of eight. Where
+// registers do not suffice for words of which it uses a byte (many tokens, and long tiles of few),
+// another order of k, over which products are summed, lets it use whole words: it takes k = 16 t to
 // 16 t + 15 of every 64, which are eight consecutive bytes of a row: byte 2 s + h gives it
 // positions 8 h + 2 t and 8 h + 2 t + 1 of product s. A kernel of its own, which overlaps with the
 // start of the other, brings the tokens into the same order:
@@ -36,7 +36,7 @@ namespace bnb::gpu {
 
 namespace {
 
-// ---- Many tokens in the order of the products -------------------------------------------------
+// ---- Tokens in the order of the products ------------------------------------------------------
 
 constexpr int kOrderThreads = 256;
 
@@ -79,22 +79,26 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
   const int copier = thread - 128 * Shape::kGroups;
-  // Until the kernel before this one has ended, nothing is read that it may have written.
+  // Until the kernel before this one has ended, nothing is read that it may have written: that
+  // which orders tokens has written those.
+  const auto wait_for_weight = [] {
+    if constexpr (!Shape::kOrdered) wait_for_previous_kernel();
+  };
   if (copier == 0) {
     prefetch_map(codes);
     prefetch_map(tokens);
     // has_kernels() has looked.
     if (shared_address(dynamic) != kSharedStart) __trap();
     init_barriers<Shape>();
-    WgmmaCopier<Shape> first(plan, codes, tokens);
+    WgmmaCopier<Shape> first(plan, codes, tokens, workspace);
     for (int i = 0; i < Shape::kStages && first.prefetch(); ++i) continue;
   }
   __syncthreads();
   if (warp < Shape::kWarps) {
     take_registers<Shape::kMultiplyRegisters>();
-    if (levels.table != nullptr) wait_for_previous_kernel();
+    if (levels.table != nullptr) wait_for_weight();
     fill_pair_table<T>(Shape::kTableAt, levels, multiple, thread, 128 * Shape::kGroups);
-    wait_for_previous_kernel();
+    wait_for_weight();
     let_next_kernel_start();
     named_barrier(1, 128 * Shape::kGroups);
     const auto lane = static_cast<uint32_t>(thread % kWarp);
@@ -103,13 +107,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     multiplier.run();
   } else {
     give_registers<Shape::kCopyRegisters>();
-    wait_for_previous_kernel();
+    wait_for_weight();
     let_next_kernel_start();
     const Scales& scales = args.weight.scales;
     const bool fours = log2_block == 6 && args.weight.k % 256 == 0;
     if (copier < kWarp) {
       if (copier == 0) {
-        WgmmaCopier<Shape> all(plan, codes, tokens);
+        wait_for_previous_kernel();
+        WgmmaCopier<Shape> all(plan, codes, tokens, workspace);
         while (all.copy()) continue;
       }
     } else if (scales.codes != nullptr) {
@@ -181,12 +186,13 @@ template <class T, class Shape>
 void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   const Weight4bit& weight = args.weight;
   const auto plan = WgmmaPlan::make<Shape>(args.m, weight.n, weight.k, multiprocessors());
-  if constexpr (kMany<Shape>) {
-    const int64_t chunks = plan.sums_at / 16;
+  if (const int64_t chunks = plan.sums_at / 16; chunks > 0) {
     launch_early("order_tokens_kernel", &order_tokens_kernel,
                  resident_grid(ceil_div(chunks, kOrderThreads)), kOrderThreads, 0, stream,
                  static_cast<const uint32_t*>(args.a), args.m, weight.k, Shape::kTokens,
                  plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace));
+  }
+  if constexpr (kMany<Shape>) {
     launch_many<T, Shape>(args, AllTokens{args.m}, weight.n, plan, workspace, stream);
   } else {
     constexpr int kShared = Shape::kEnd - kSharedStart;

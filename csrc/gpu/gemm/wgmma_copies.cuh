@@ -26,14 +26,16 @@ struct WgmmaShape {
   static constexpr int kWarps = 4 * kGroups;  // that multiply
   static constexpr int kThreads = 128 * (kGroups + 1);
   // Registers of a thread: those that copy give some of theirs to those that multiply.
-  static constexpr int kMultiplyRegisters = kGroups == 4 ? 112 : kGroups == 3 ? 152 : 208;
-  static constexpr int kCopyRegisters = kGroups == 4 ? 32 : kGroups == 3 ? 56 : 88;
+  static constexpr int kMultiplyRegisters = kGroups == 4 ? 112 : 208;
+  static constexpr int kCopyRegisters = kGroups == 4 ? 32 : 88;
+  // Whether a kernel orders tokens: registers do not suffice for codes of which a lane uses a byte.
+  static constexpr bool kOrdered = kGroups == 4;
 
   // Shared memory by address. Pieces between those of the table hold scales, four rows each, and
   // barriers.
   static constexpr int kTokenBlock = kTokens * 128;  // 64 k of all tokens
   static constexpr int kTokenBytes = kBlocks * kTokenBlock;
-  static constexpr int kTokenStage = 0;  // tokens need no place in the workspace
+  static constexpr int kTokenStage = kOrdered ? kTokenBytes : 0;  // in the workspace
   static constexpr int kCodeStage = kRows * kBlocks * 32;
   static constexpr int kTableAt = kSharedStart + kStages * kTokenBytes;
   static constexpr int kCodesAt = kTableAt + kPairTableBytes;
@@ -118,8 +120,12 @@ template <class Shape>
 class WgmmaCopier {
  public:
   __device__ __forceinline__ WgmmaCopier(const WgmmaPlan& plan, const TensorMap& codes,
-                                         const TensorMap& tokens)
-      : plan_(plan), codes_(codes), tokens_(tokens), walk_(plan, wgmma_walker()) {}
+                                         const TensorMap& tokens, const char* ordered)
+      : plan_(plan),
+        codes_(codes),
+        tokens_(tokens),
+        ordered_(ordered),
+        walk_(plan, wgmma_walker()) {}
 
   // The next stage to the next slot, when that is free. Whether there was one.
   __device__ __forceinline__ bool copy() {
@@ -127,11 +133,17 @@ class WgmmaCopier {
     slot_.empty().wait(slot_.parity ^ 1u);
     slot_.full().arrive_and_expect(Shape::kCodeStage + Shape::kTokenBytes);
     tensor_copy(slot_.codes(), codes_, column(), row(), slot_.full());
-    const int token = walk_.tile % plan_.token_tiles * Shape::kTokens;
+    const int tile = walk_.tile % plan_.token_tiles;
+    if constexpr (Shape::kOrdered) {
+      bulk_copy(slot_.tokens(),
+                ordered_ + (int64_t{tile} * plan_.stages + stage_) * Shape::kTokenBytes,
+                Shape::kTokenBytes, slot_.full());
+    } else {
 #pragma unroll
-    for (int i = 0; i < Shape::kBlocks; ++i) {
-      tensor_copy(slot_.tokens() + i * Shape::kTokenBlock, tokens_,
-                  64 * (stage_ * Shape::kBlocks + i), token, slot_.full());
+      for (int i = 0; i < Shape::kBlocks; ++i) {
+        tensor_copy(slot_.tokens() + i * Shape::kTokenBlock, tokens_,
+                    64 * (stage_ * Shape::kBlocks + i), tile * Shape::kTokens, slot_.full());
+      }
     }
     slot_.advance();
     return true;
@@ -158,6 +170,7 @@ class WgmmaCopier {
   const WgmmaPlan& plan_;
   const TensorMap& codes_;
   const TensorMap& tokens_;
+  const char* ordered_;
   WgmmaWalk walk_;
   int stage_ = 0;
   WgmmaSlot<Shape> slot_;

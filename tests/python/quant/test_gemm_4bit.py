@@ -276,7 +276,7 @@ def test_operands_in_any_strides_and_shape(device, products, layout):
 
 @pytest.mark.parametrize("offset", [2, 4, 8])
 def test_rows_that_begin_anywhere(device, gpu_kernels, offset):
-    """On a GPU, rows off multiples of 16 bytes are read in smaller pieces."""
+    """On a GPU, rows off multiples of 16 bytes are for other kernels than the others."""
     n, k = 200, 448
     rounded = torch.float32 if gpu_kernels else torch.bfloat16
     packed, state, weight = make_weight((n, k), 64, "nf4", False, rounded, device)
