@@ -112,6 +112,13 @@ __device__ __forceinline__ void tensor_copy(uint32_t shared, const TensorMap& ma
   tensor_copy(shared, map, column, row, barrier.at());
 }
 
+// Reads the same tile into the cache that all multiprocessors share.
+__device__ __forceinline__ void prefetch_tile(const TensorMap& map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(&map),
+               "r"(column), "r"(row)
+               : "memory");
+}
+
 // Starts a copy of a tile from shared memory to the matrix: what of it lies outside is left out.
 // What this thread starts between two calls of end_stores() is a group.
 __device__ __forceinline__ void tensor_store(const TensorMap& map, int column, int row,

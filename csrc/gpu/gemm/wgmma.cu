@@ -6,13 +6,14 @@
 //
 //     codes ---- copy engine -------> [stages] --> registers --> table --> A --+
 //     scales --- cp.async ----------> [stages] -------------------------+      v
-//     tokens --- ordered by a kernel, copy engine --> [stages] -------- | -> wgmma --> sums --> out
+//     tokens --- copy engine -------> [stages] ------------------------ | -> wgmma --> sums --> out
 //                                                                       +-> weights or sums
 //
-// k is a summation index, so its order is free. Lane t of four takes k = 16 t to 16 t + 15 of every
-// 64, which are eight consecutive bytes of a row: byte 2 s + h gives it positions 8 h + 2 t and
-// 8 h + 2 t + 1 of product s. A kernel of its own, which overlaps with the start of the other,
-// brings the tokens into the same order:
+// Lane t of four takes byte t of every four, which are positions 2 t and 2 t + 1 of eight. Where
+// registers do not suffice for words of which it uses a byte, or tiles are long, another order of k, over which products are summed, lets it use whole words: it takes k = 16 t to
+// 16 t + 15 of every 64, which are eight consecutive bytes of a row: byte 2 s + h gives it
+// positions 8 h + 2 t and 8 h + 2 t + 1 of product s. A kernel of its own, which overlaps with the
+// start of the other, brings the tokens into the same order:
 //
 //     position (in pairs of 64 k)   0  1  2  3 | 4  5  6  7 | 8 ...     8 groups of 4 pairs
 //     pair of k                     0  8 16 24 | 1  9 17 25 | 2 ...
@@ -69,49 +70,51 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
                            BNB_GRID_CONSTANT const Levels4 levels,
                            BNB_GRID_CONSTANT const TensorMap codes,
+                           BNB_GRID_CONSTANT const TensorMap tokens,
                            BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace,
                            unsigned long long number, float multiple, int log2_block) {
 #if BNB_HOPPER
   BNB_DYNAMIC_SHARED(dynamic);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
-  let_next_kernel_start();
   const int copier = thread - 128 * Shape::kGroups;
-  WgmmaCodeCopier<Shape> code_copier(plan, codes);
-  const int stages = WgmmaWalk(plan, wgmma_walker()).all_stages(wgmma_walker());
+  // Until the kernel before this one has ended, nothing is read that it may have written: that
+  // which orders tokens has written those.
+  const auto wait_for_weight = [] {
+    if constexpr (!Shape::kOrdered) wait_for_previous_kernel();
+  };
   if (copier == 0) {
     prefetch_map(codes);
+    prefetch_map(tokens);
     // has_wgmma_kernels() has looked.
     if (shared_address(dynamic) != kSharedStart) __trap();
     init_barriers<Shape>();
-    // The first codes need not wait for the kernel that orders the tokens.
-    for (int i = 0; i < min(stages, Shape::kStages); ++i) code_copier.copy();
-  }
-  if (copier < 0) {
-    fill_pair_table<T>(Shape::kTableAt, levels, multiple, thread, 128 * Shape::kGroups);
+    WgmmaCopier<Shape> first(plan, codes, tokens, workspace);
+    for (int i = 0; i < Shape::kStages && first.prefetch(); ++i) continue;
   }
   __syncthreads();
   if (warp < Shape::kWarps) {
     take_registers<Shape::kMultiplyRegisters>();
+    if (levels.table != nullptr) wait_for_weight();
+    fill_pair_table<T>(Shape::kTableAt, levels, multiple, thread, 128 * Shape::kGroups);
+    wait_for_weight();
+    let_next_kernel_start();
+    named_barrier(1, 128 * Shape::kGroups);
     const auto lane = static_cast<uint32_t>(thread % kWarp);
     WgmmaMultiplier<T, Shape> multiplier{
         {args, plan, workspace, number, static_cast<uint32_t>(warp), lane}, 1.0f / multiple, lane};
     multiplier.run();
   } else {
     give_registers<Shape::kCopyRegisters>();
+    wait_for_weight();
+    let_next_kernel_start();
     const Scales& scales = args.weight.scales;
     const bool fours = log2_block == 6 && args.weight.k % 256 == 0;
     if (copier < kWarp) {
       if (copier == 0) {
-        WgmmaTokenCopier<Shape> token_copier(plan, workspace);
         wait_for_previous_kernel();
-        for (int i = 0; i < stages; ++i) {
-          if (i >= Shape::kStages) {
-            code_copier.wait();
-            code_copier.copy();
-          }
-          token_copier.copy();
-        }
+        WgmmaCopier<Shape> all(plan, codes, tokens, workspace);
+        while (all.copy()) continue;
       }
     } else if (scales.codes != nullptr) {
       auto* const levels_of_scales =
@@ -137,19 +140,22 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
 
 // ---- Launch -----------------------------------------------------------------------------------
 
-//                          tokens groups stages
-using Wide16 = WgmmaShape<16, 4, 3>;
-using Wide32 = WgmmaShape<32, 4, 3>;
-using Narrow16 = WgmmaShape<16, 2, 5>;
-using Narrow32 = WgmmaShape<32, 2, 4>;
-using Narrow64 = WgmmaShape<64, 2, 3>;
+//                     tokens groups stages ordered
+using Wide16 = WgmmaShape<16, 4, 3, true>;
+using Wide32 = WgmmaShape<32, 4, 3, true>;
+using Long64 = WgmmaShape<64, 2, 3, true>;
+using Narrow16 = WgmmaShape<16, 2, 5, false>;
+using Narrow32 = WgmmaShape<32, 2, 4, false>;
+using Narrow64 = WgmmaShape<64, 2, 3, false>;
 //                         tokens, blocks and slots of them, products together
 using Tokens128 = ManyShape<128, 1, 6, 2>;
 using Tokens192 = ManyShape<192, 1, 5, 2>;
 using Tokens256 = ManyShape<256, 1, 4, 1>;
 
+// Above it kernels are those for many tokens.
+constexpr int kFewTokens = 64;
 template <class Shape>
-constexpr bool kMany = Shape::kTokens > 64;
+constexpr bool kMany = Shape::kTokens > kFewTokens;
 
 // Calls visit.operator()<Shape>() for the shape that suits a product.
 template <class Visitor>
@@ -162,7 +168,8 @@ decltype(auto) with_shape(const Gemm4bit& args, int multiprocessors, Visitor&& v
   if (args.m <= 16) return visit.template operator()<Narrow16>();
   if (args.m <= 32 && wide) return visit.template operator()<Wide32>();
   if (args.m <= 32) return visit.template operator()<Narrow32>();
-  if (args.m <= 64) return visit.template operator()<Narrow64>();
+  if (args.m <= kFewTokens && wide) return visit.template operator()<Long64>();
+  if (args.m <= kFewTokens) return visit.template operator()<Narrow64>();
   // Measured times of tiles relate like these numbers.
   const int64_t of_128 = ceil_div(args.m, 128) * 72;
   const int64_t of_192 = ceil_div(args.m, 192) * 84;
@@ -180,21 +187,23 @@ template <class T, class Shape>
 void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   const Weight4bit& weight = args.weight;
   const auto plan = WgmmaPlan::make<Shape>(args.m, weight.n, weight.k, multiprocessors());
-  const int64_t chunks = plan.sums_at / 16;
-  launch_early("order_tokens_kernel", &order_tokens_kernel,
-               resident_grid(ceil_div(chunks, kOrderThreads)), kOrderThreads, 0, stream,
-               static_cast<const uint32_t*>(args.a), args.m, weight.k, Shape::kTokens,
-               plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace));
+  if (const int64_t chunks = plan.sums_at / 16; chunks > 0) {
+    launch_early("order_tokens_kernel", &order_tokens_kernel,
+                 resident_grid(ceil_div(chunks, kOrderThreads)), kOrderThreads, 0, stream,
+                 static_cast<const uint32_t*>(args.a), args.m, weight.k, Shape::kTokens,
+                 plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace));
+  }
   if constexpr (kMany<Shape>) {
     launch_many<T, Shape>(args, AllTokens{args.m}, weight.n, plan, workspace, stream);
   } else {
     constexpr int kShared = Shape::kEnd - kSharedStart;
     const auto kernel = &wgmma_gemm_4bit_kernel<T, Shape>;
     allow_shared(reinterpret_cast<const void*>(kernel), kShared);
-    launch_early("wgmma_gemm_4bit_kernel", kernel, static_cast<unsigned>(plan.blocks),
-                 Shape::kThreads, kShared, stream, args, Levels4(weight),
-                 code_map<Shape>(weight, weight.n), plan, workspace, next_launch_number(),
-                 level_multiple<T>(weight.code), log2_of(weight.block_size));
+    launch_early(
+        "wgmma_gemm_4bit_kernel", kernel, static_cast<unsigned>(plan.blocks), Shape::kThreads,
+        kShared, stream, args, Levels4(weight), code_map<Shape>(weight, weight.n),
+        tensor_map(args.a, args.m, weight.k * 2, Shape::kTokens, Swizzle::k128), plan, workspace,
+        next_launch_number(), level_multiple<T>(weight.code), log2_of(weight.block_size));
   }
 }
 
@@ -225,8 +234,8 @@ bool wgmma_gemm_4bit_serves(const Gemm4bit& args) {
   const Weight4bit& weight = args.weight;
   return args.dtype != DType::kFloat32 && args.m > 0 && weight.n > 0 && weight.k > 0 &&
          weight.k % 64 == 0 && weight.k <= kLongest && weight.n <= kMostRows &&
-         weight.block_size >= 64 && is_aligned(weight.codes, 16) && is_aligned(args.a, 4) &&
-         has_wgmma_kernels();
+         weight.block_size >= 64 && is_aligned(weight.codes, 16) &&
+         is_aligned(args.a, args.m <= kFewTokens ? 16 : 4) && has_wgmma_kernels();
 }
 
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit& args) {

@@ -14,8 +14,8 @@
 
 namespace bnb::gpu {
 
-// What a kernel is compiled for.
-template <int tokens, int groups, int stages>
+// What a kernel is compiled for. ordered: whether another kernel orders the tokens.
+template <int tokens, int groups, int stages, bool ordered>
 struct WgmmaShape {
   static constexpr int kTokens = tokens;  // of a tile
   static constexpr int kGroups = groups;  // warpgroups that multiply
@@ -28,13 +28,15 @@ struct WgmmaShape {
   // Registers of a thread: those that copy give some of theirs to those that multiply.
   static constexpr int kMultiplyRegisters = kGroups == 4 ? 112 : 208;
   static constexpr int kCopyRegisters = kGroups == 4 ? 32 : 88;
+  static constexpr bool kOrdered = ordered;
 
   // Shared memory by address. Pieces between those of the table hold scales, four rows each, and
   // barriers.
   static constexpr int kTokenBlock = kTokens * 128;  // 64 k of all tokens
-  static constexpr int kTokenStage = kBlocks * kTokenBlock;
+  static constexpr int kTokenBytes = kBlocks * kTokenBlock;
+  static constexpr int kTokenStage = kOrdered ? kTokenBytes : 0;  // in the workspace
   static constexpr int kCodeStage = kRows * kBlocks * 32;
-  static constexpr int kTableAt = kSharedStart + kStages * kTokenStage;
+  static constexpr int kTableAt = kSharedStart + kStages * kTokenBytes;
   static constexpr int kCodesAt = kTableAt + kPairTableBytes;
   static constexpr int kNestedAt = kCodesAt + kStages * kCodeStage;  // table of nested scales
   static constexpr int kScratchAt = kNestedAt + 1024;
@@ -76,7 +78,7 @@ struct WgmmaSlot {
     return {Shape::piece(Shape::kBarrierPiece) + 64 + 8 * number};
   }
   __device__ __forceinline__ uint32_t tokens() const {
-    return kSharedStart + number * Shape::kTokenStage;
+    return kSharedStart + number * Shape::kTokenBytes;
   }
   __device__ __forceinline__ uint32_t codes() const {
     return Shape::kCodesAt + number * Shape::kCodeStage;
@@ -109,59 +111,65 @@ struct WgmmaScaleSlot {
   }
 };
 
-// Tokens of the stages of a walk, one after the other, to slots that are free. Called by a thread.
-template <class Shape>
-class WgmmaTokenCopier {
- public:
-  __device__ __forceinline__ WgmmaTokenCopier(const WgmmaPlan& plan, const char* ordered)
-      : plan_(plan), ordered_(ordered), walk_(plan, wgmma_walker()) {}
-
-  __device__ __forceinline__ void copy() {
-    if (stage_ == walk_.end) {
-      walk_.next();
-      stage_ = walk_.begin;
-    }
-    const int64_t at = int64_t{walk_.tile % plan_.token_tiles} * plan_.stages + stage_;
-    bulk_copy(slot_.tokens(), ordered_ + at * Shape::kTokenStage, Shape::kTokenStage, slot_.full());
-    ++stage_;
-    slot_.advance();
-  }
-
- private:
-  const WgmmaPlan& plan_;
-  const char* ordered_;
-  WgmmaWalk walk_;
-  int stage_ = 0;
-  WgmmaSlot<Shape> slot_;
-};
-
 // Threads that bring scales.
 inline constexpr int kScaleThreads = 96;
 
-// Codes of the stages of a walk. Called by a thread.
+// Codes and tokens of the stages of a walk. Called by a thread.
 template <class Shape>
-class WgmmaCodeCopier {
+class WgmmaCopier {
  public:
-  __device__ __forceinline__ WgmmaCodeCopier(const WgmmaPlan& plan, const TensorMap& map)
-      : plan_(plan), map_(map), walk_(plan, wgmma_walker()) {}
+  __device__ __forceinline__ WgmmaCopier(const WgmmaPlan& plan, const TensorMap& codes,
+                                         const TensorMap& tokens, const char* ordered)
+      : plan_(plan),
+        codes_(codes),
+        tokens_(tokens),
+        ordered_(ordered),
+        walk_(plan, wgmma_walker()) {}
 
-  // To the next slot, which is free.
-  __device__ __forceinline__ void copy() {
-    if (stage_ == walk_.end) {
-      walk_.next();
-      stage_ = walk_.begin;
+  // The next stage to the next slot, when that is free. Whether there was one.
+  __device__ __forceinline__ bool copy() {
+    if (!next()) return false;
+    slot_.empty().wait(slot_.parity ^ 1u);
+    slot_.full().arrive_and_expect(Shape::kCodeStage + Shape::kTokenBytes);
+    tensor_copy(slot_.codes(), codes_, column(), row(), slot_.full());
+    const int tile = walk_.tile % plan_.token_tiles;
+    if constexpr (Shape::kOrdered) {
+      bulk_copy(slot_.tokens(),
+                ordered_ + (int64_t{tile} * plan_.stages + stage_) * Shape::kTokenBytes,
+                Shape::kTokenBytes, slot_.full());
+    } else {
+#pragma unroll
+      for (int i = 0; i < Shape::kBlocks; ++i) {
+        tensor_copy(slot_.tokens() + i * Shape::kTokenBlock, tokens_,
+                    64 * (stage_ * Shape::kBlocks + i), tile * Shape::kTokens, slot_.full());
+      }
     }
-    const int row = walk_.tile / plan_.token_tiles * Shape::kRows;
-    slot_.full().arrive_and_expect(Shape::kCodeStage + Shape::kTokenStage);
-    tensor_copy(slot_.codes(), map_, stage_ * (Shape::kBlocks * 32 / 2), row, slot_.full());
-    ++stage_;
     slot_.advance();
+    return true;
   }
-  __device__ __forceinline__ void wait() const { slot_.empty().wait(slot_.parity ^ 1u); }
+  // Its codes to the cache that all multiprocessors share.
+  __device__ __forceinline__ bool prefetch() {
+    if (!next()) return false;
+    prefetch_tile(codes_, column(), row());
+    return true;
+  }
 
  private:
+  __device__ __forceinline__ bool next() {
+    if (++stage_ < walk_.end) return true;
+    if (!walk_.next()) return false;
+    stage_ = walk_.begin;
+    return true;
+  }
+  __device__ __forceinline__ int column() const { return stage_ * (Shape::kBlocks * 32 / 2); }
+  __device__ __forceinline__ int row() const {
+    return walk_.tile / plan_.token_tiles * Shape::kRows;
+  }
+
   const WgmmaPlan& plan_;
-  const TensorMap& map_;
+  const TensorMap& codes_;
+  const TensorMap& tokens_;
+  const char* ordered_;
   WgmmaWalk walk_;
   int stage_ = 0;
   WgmmaSlot<Shape> slot_;

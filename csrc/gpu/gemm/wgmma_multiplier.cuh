@@ -19,8 +19,8 @@ struct WgmmaMultiplier {
   bool told = true;  // the block that waits for a part
 
   // Two sets of weights of 64 k: one is decoded while the other is multiplied.
-  uint32_t a[2][4][4];     // [set][product][fragment]
-  uint2 codes[2][2];       // of two rows, eight apart
+  uint32_t a[2][4][4];                         // [set][product][fragment]
+  uint32_t codes[2][Shape::kOrdered ? 2 : 8];  // of 64 k of two rows, eight apart
   float scale[2][2];       // of the same for two blocks: of what is multiplied ...
   float next_scale[2][2];  // ... and of what is decoded
   typename Out::Sums sums;
@@ -68,15 +68,39 @@ struct WgmmaMultiplier {
     enter();
   }
 
-  // Codes of 64 k of the stage that was entered.
-  __device__ __forceinline__ void read_codes(int block, uint2 (&to)[2]) {
-    read_pair_codes(coded.codes(), row(), block, lane, to);
+  // Codes of 64 k of the stage that was entered. Where tokens are not ordered, four lanes read the
+  // same, and use a byte of each word.
+  __device__ __forceinline__ void read_codes(int block) {
+    if constexpr (Shape::kOrdered) {
+      uint2 words[2];
+      read_pair_codes(coded.codes(), row(), block, lane, words);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        codes[i][0] = words[i].x;
+        codes[i][1] = words[i].y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t chunk = static_cast<uint32_t>(2 * block + i / 2) ^ row() % 8;
+        const uint4 x = load_shared4(coded.codes() + (row() + i % 2 * 8) * 128 + chunk * 16);
+        uint32_t* to = codes[i % 2] + i / 2 * 4;
+        to[0] = x.x;
+        to[1] = x.y;
+        to[2] = x.z;
+        to[3] = x.w;
+      }
+    }
     if (block == Shape::kBlocks - 1) coded.advance();
   }
   __device__ __forceinline__ void look_up(int set) {
 #pragma unroll
-    for (int product = 0; product < 4; ++product) {
-      look_up_product<Shape::kTableAt>(codes[set], product, lane, a[set][product]);
+    for (int i = 0; i < 16; ++i) {
+      const int product = i / 4;
+      const int eight = 2 * product + i % 4 / 2;  // of k; their byte or their word
+      const uint32_t word = codes[i % 2][Shape::kOrdered ? eight / 4 : eight];
+      const uint32_t byte = Shape::kOrdered ? static_cast<uint32_t>(eight % 4) : lane % 4;
+      a[set][product][i % 4] = look_up_pair<Shape::kTableAt>(word, byte, lane);
     }
   }
 
@@ -102,7 +126,7 @@ struct WgmmaMultiplier {
       if (kLeft == 1) enter(next);
       if (kLeft > 1 && kBlock % 2 == 0) read_scales(stage, kBlock + 2, next_scale);
       if (kLeft == 1) read_scales(next.stage, 0, next_scale);
-      read_codes((kBlock + 2) % Shape::kBlocks, codes[kFrom]);
+      read_codes((kBlock + 2) % Shape::kBlocks);
     }
     wgmma_wait<0>();
     wgmma_hold(part);
@@ -123,9 +147,9 @@ struct WgmmaMultiplier {
     wait_for_scales();
     enter();
     read_scales(stage, 0, scale);
-    read_codes(0, codes[0]);
+    read_codes(0);
     look_up(0);
-    read_codes(1, codes[1]);
+    read_codes(1);
   }
 
   __device__ __forceinline__ void run() {

@@ -70,10 +70,10 @@ __device__ __forceinline__ void fill_pair_table(uint32_t table, const Levels4& l
   }
 }
 
-// kAt: the table's address.
+// kAt: the table's address. byte: 0 to 3, which may differ among lanes.
 template <int kAt>
-__device__ __forceinline__ uint32_t look_up_pair(uint32_t word, int byte, uint32_t lane) {
-  const uint32_t at = __byte_perm(word, 4 * lane, 0x7604u | static_cast<uint32_t>(byte) << 4);
+__device__ __forceinline__ uint32_t look_up_pair(uint32_t word, uint32_t byte, uint32_t lane) {
+  const uint32_t at = __byte_perm(word, 4 * lane, 0x7604u | byte << 4);
   uint32_t pair;
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(kAt));
   return pair;
@@ -87,7 +87,8 @@ __device__ __forceinline__ void look_up_product(const uint2 (&codes)[2], int pro
   for (int i = 0; i < 4; ++i) {
     const uint2 words = codes[i % 2];
     const int byte = 2 * product + i / 2;
-    pairs[i] = look_up_pair<kAt>(byte < 4 ? words.x : words.y, byte % 4, lane);
+    const uint32_t word = byte < 4 ? words.x : words.y;
+    pairs[i] = look_up_pair<kAt>(word, static_cast<uint32_t>(byte % 4), lane);
   }
 }
 

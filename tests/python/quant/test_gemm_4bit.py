@@ -274,6 +274,18 @@ def test_operands_in_any_strides_and_shape(device, products, layout):
     assert_product(result, numpy(grad).reshape(6, 6), weight)
 
 
+@pytest.mark.parametrize("offset", [2, 4, 8])
+def test_rows_that_begin_anywhere(device, gpu_kernels, offset):
+    """On a GPU, rows off multiples of 16 bytes are for other kernels than the others."""
+    n, k = 200, 448
+    rounded = torch.float32 if gpu_kernels else torch.bfloat16
+    packed, state, weight = make_weight((n, k), 64, "nf4", False, rounded, device)
+    for m in (9, 30, 61):
+        memory = torch.randn(m * k + offset).to(device, torch.bfloat16)
+        a = memory[offset:].view(m, k)
+        assert_product(gemm(ops, a, packed, state), numpy(a), weight.T, None, gpu_kernels)
+
+
 @pytest.mark.parametrize(
     "storage", [torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32], ids=name_of
 )
