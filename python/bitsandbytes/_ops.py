@@ -99,6 +99,8 @@ SCHEMAS = (
     # The layer: quantizes the rows of A. The second result is the mask of outlier columns.
     "int8_linear(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.0) "
     "-> (Tensor, Tensor?)",
+    # grad times the weight, which is rounded to the dtype of grad
+    "int8_linear_dgrad(Tensor grad, Tensor CB, Tensor SCB) -> Tensor",
     "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, "
     "Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)",
     # Optimizers: one call for a whole list of parameters

@@ -269,6 +269,23 @@ def int8_linear(
     return _finish(result, bias, A.dtype), outlier_mask
 
 
+@register_kernel("int8_linear_dgrad", "default")
+@torch.no_grad()
+def int8_linear_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
+    op = "int8_linear_dgrad"
+    check_dtype(op, "grad", grad, *FLOATS)
+    check(grad.dim() >= 1, op, "grad", "of at least one dimension", "a scalar")
+    check_dtype(op, "CB", CB, torch.int8)
+    check_device(op, "CB", CB, "grad", grad)
+    if CB.dim() != 2 or CB.shape[0] != grad.shape[-1]:
+        expected = f"[{grad.shape[-1]}, K] for grad of shape {list(grad.shape)}"
+        check(False, op, "CB", expected, list(CB.shape))
+    check_dtype(op, "SCB", SCB, torch.float32)
+    check_device(op, "SCB", SCB, "grad", grad)
+    check_numel(op, "SCB", SCB, CB.shape[0], "rows of CB")
+    return grad @ int8_vectorwise_dequant_dtype(CB, SCB, grad.dtype)
+
+
 @register_kernel("int8_mixed_scaled_mm", "default")
 @torch.no_grad()
 def int8_mixed_scaled_mm(
