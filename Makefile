@@ -102,7 +102,9 @@ cuda-check: $(ENVIRONMENT)
 	@echo "== compile for CUDA sm_80 and sm_90a"
 	cmake -G Ninja -S . -B build/cuda-check -DPython_EXECUTABLE=$(PY) -DCOMPUTE_BACKEND=cuda \
 	  "-DCOMPUTE_CAPABILITY=80-real;90a-real" -DBNB_WERROR=ON
-	cmake --build build/cuda-check --parallel $(JOBS)
+	bash -o pipefail -c "cmake --build build/cuda-check --parallel $(JOBS) 2>&1 | \
+	  tee build/cuda-check/build.log"
+	@! grep "instructions are serialized" build/cuda-check/build.log
 
 cpp-check:
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) scripts/cpp_check.sh

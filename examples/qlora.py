@@ -50,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50, help="training steps")
     parser.add_argument("--batch", type=int, default=32, help="pairs per step")
-    parser.add_argument("--rank", type=int, default=16, help="rank of the adapters")
+    parser.add_argument("--rank", type=int, default=32, help="rank of the adapters")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of all weights")
     parser.add_argument("--adapter-lr", type=float, default=1e-3, help="that of the adapters")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -56,9 +56,11 @@ struct GpuBackend {
   }
   // Only the device knows where groups end.
   static void check_groups(const char*, const Groups&) {}
-  static int64_t workspace_bytes(const GroupedGemm4bit&) { return 0; }
-  static void grouped_gemm_4bit(const GroupedGemm4bit& args, void*, const Scope& scope) {
-    gpu::grouped_gemm_4bit(args, scope.stream());
+  static int64_t workspace_bytes(const GroupedGemm4bit& args) {
+    return gpu::grouped_gemm_4bit_workspace_bytes(args);
+  }
+  static void grouped_gemm_4bit(const GroupedGemm4bit& args, void* workspace, const Scope& scope) {
+    gpu::grouped_gemm_4bit(args, workspace, scope.stream());
   }
   static int64_t workspace_bytes(const GroupedGemm4bitDgrad&) { return 0; }
   static void grouped_gemm_4bit_dgrad(const GroupedGemm4bitDgrad& args, void*, const Scope& scope) {

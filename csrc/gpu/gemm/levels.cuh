@@ -15,7 +15,7 @@ struct Levels4 {
 
   explicit Levels4(const Weight4bit& weight)
       : values{}, table(weight.code == Code4::kCount ? weight.levels : nullptr) {
-    if (table != nullptr) return;
+    if (weight.code == Code4::kCount) return;
     const Code4Table& levels = kCodes4[static_cast<int>(weight.code)].levels;
     for (int i = 0; i < kCode4Levels; ++i) values[i] = levels[i];
   }

@@ -22,6 +22,7 @@
 
 #include "bitsandbytes/kernels/grouped_gemm_4bit.h"
 #include "gpu/device/scales.cuh"
+#include "gpu/gemm/group_tiles.cuh"
 #include "gpu/gemm/levels.cuh"
 #include "gpu/runtime/check.h"
 
@@ -32,7 +33,6 @@ inline constexpr int kGroupedBlock = 64;  // k that share a scale
 inline constexpr int kGroupedBlocks = 4;  // of a unit
 inline constexpr int kGroupedUnit = kGroupedBlock * kGroupedBlocks;
 inline constexpr int kGroupedRowBytes = kGroupedUnit / 2;
-inline constexpr int64_t kMostGroups = 512;  // that are counted
 
 // Shared memory begins with lines of 256 bytes: the entry of the table of pairs for a byte of
 // codes, one for each lane, and the scales of 8 rows of a unit. So the place of an entry is the
@@ -58,27 +58,6 @@ struct GroupedShape {
     return kGroupedTableBytes + warps * kGroupedStages * kStageBytes;
   }
 };
-
-// Counts the tiles of `rows` rows before each group, and behind the last. For all threads of a
-// block.
-__device__ __forceinline__ void count_group_tiles(const Groups& groups, int rows,
-                                                  int (&before)[kMostGroups + 1]) {
-  __shared__ int tiles[kMostGroups];
-  const int count = static_cast<int>(groups.count);
-  const int threads = static_cast<int>(blockDim.x);
-  for (int i = static_cast<int>(threadIdx.x); i < count; i += threads) {
-    const int64_t size = groups.end(i) - groups.begin(i);
-    tiles[i] = size > 0 ? static_cast<int>(ceil_div(size, rows)) : 0;
-  }
-  __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i <= count; i += threads) {
-    int sum = 0;
-#pragma unroll 8
-    for (int j = 0; j < i; ++j) sum += tiles[j];
-    before[i] = sum;
-  }
-  __syncthreads();
-}
 
 template <class T, class Shape, bool kNested>
 __global__ void __launch_bounds__(Shape::kWarps* kWarp, 1)
@@ -140,11 +119,7 @@ __global__ void __launch_bounds__(Shape::kWarps* kWarp, 1)
   };
   const auto locate = [&](int64_t item) {
     const int tile = static_cast<int>(item / slabs);
-    int low = 0;
-    for (int high = static_cast<int>(groups.count); high - low > 1;) {
-      const int middle = (low + high) / 2;
-      (tiles_before[middle] <= tile ? low : high) = middle;
-    }
+    const int low = group_of_tile(groups, tiles_before, tile);
     const int64_t own = item % slabs * Shape::kRows;
     return Item{low, (tile - tiles_before[low]) * Shape::kCols,
                 own < n - Shape::kRows ? own : n - Shape::kRows, own};

@@ -26,7 +26,6 @@
 
 #if BNB_BULK_COPIES
 
-#include "gpu/device/launch_number.h"
 #include "gpu/gemm/wgmma_many.cuh"
 #include "gpu/gemm/wgmma_multiplier.cuh"
 #include "gpu/runtime/check.h"
@@ -57,10 +56,7 @@ __global__ void __launch_bounds__(kOrderThreads)
     const int64_t block = tile % blocks;
     const int64_t source = tile / blocks * tile_tokens + token;
     uint4 words = make_uint4(0, 0, 0, 0);
-    if (source < m && 64 * block < k) {
-      const uint32_t* pairs = a + (source * k + 64 * block) / 2 + chunk;
-      words = make_uint4(pairs[0], pairs[8], pairs[16], pairs[24]);
-    }
+    if (source < m && 64 * block < k) words = ordered_chunk(a, source, k, block, chunk);
     __stcg(out + row * 8 + (chunk ^ (token & 7)), words);
   }
 #endif
@@ -189,30 +185,16 @@ void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
                resident_grid(ceil_div(chunks, kOrderThreads)), kOrderThreads, 0, stream,
                static_cast<const uint32_t*>(args.a), args.m, weight.k, Shape::kTokens,
                plan.stages * Shape::kBlocks, chunks, reinterpret_cast<uint4*>(workspace));
-  const TensorMap codes = tensor_map(weight.codes, weight.n, weight.k / 2, Shape::kRows, 128,
-                                     Swizzle::k128, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
-  const auto launch = [&](auto* kernel, float multiple) {
+  if constexpr (kMany<Shape>) {
+    launch_many<T, Shape>(args, AllTokens{args.m}, weight.n, plan, workspace, stream);
+  } else {
     constexpr int kShared = Shape::kEnd - kSharedStart;
+    const auto kernel = &wgmma_gemm_4bit_kernel<T, Shape>;
     allow_shared(reinterpret_cast<const void*>(kernel), kShared);
     launch_early("wgmma_gemm_4bit_kernel", kernel, static_cast<unsigned>(plan.blocks),
-                 Shape::kThreads, kShared, stream, args, Levels4(weight), codes, plan, workspace,
-                 next_launch_number(), multiple, log2_of(weight.block_size));
-  };
-  if constexpr (kMany<Shape>) {
-    const auto launch_for = [&]<class Level>() {
-      const float multiple = level_multiple<Level>(weight.code);
-      if (weight.scales.codes != nullptr) {
-        launch(&wgmma_gemm_4bit_many_kernel<T, Shape, Level, true>, multiple);
-      } else {
-        launch(&wgmma_gemm_4bit_many_kernel<T, Shape, Level, false>, multiple);
-      }
-    };
-    if constexpr (std::is_same_v<T, Half>) {
-      if (weight.code != Code4::kCount) return launch_for.template operator()<IntegerLevel>();
-    }
-    launch_for.template operator()<Half>();
-  } else {
-    launch(&wgmma_gemm_4bit_kernel<T, Shape>, level_multiple<T>(weight.code));
+                 Shape::kThreads, kShared, stream, args, Levels4(weight),
+                 code_map<Shape>(weight, weight.n), plan, workspace, next_launch_number(),
+                 level_multiple<T>(weight.code), log2_of(weight.block_size));
   }
 }
 

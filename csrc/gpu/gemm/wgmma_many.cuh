@@ -5,8 +5,12 @@
 // looked up, scaled in float and rounded. Codes come 128 bytes of a row at a time, since the copy
 // engine takes as long for shorter rows, tokens in smaller stages. Each lane reads the scales of
 // two rows for one block of 64 in four from memory, a stage ahead, and passes them to three others.
+//
+// Tokens may be in groups that have a weight each (GroupedTokens): these follow one another as one
+// higher matrix, and a kernel that orders the tokens finds out which tiles there are.
 #pragma once
 
+#include "gpu/device/launch_number.h"
 #include "gpu/device/scales.cuh"
 #include "gpu/device/tensor_copy.cuh"
 #include "gpu/gemm/wgmma_sums.cuh"
@@ -52,6 +56,13 @@ struct ManyShape {
 
 #if BNB_HOPPER
 
+// Sixteen bytes of 64 k of a row, in the order of the products.
+__device__ __forceinline__ uint4 ordered_chunk(const uint32_t* __restrict__ a,  // [., k / 2] pairs
+                                               int64_t row, int64_t k, int64_t block, int chunk) {
+  const uint32_t* pairs = a + (row * k + 64 * block) / 2 + chunk;
+  return make_uint4(pairs[0], pairs[8], pairs[16], pairs[24]);
+}
+
 template <int kSlots, int kAt>
 struct ManyRing : RingPlace<kSlots> {
   // What the slot holds is there; all who read it have done so.
@@ -78,56 +89,71 @@ template <class Shape>
 using CodeRing = ManyRing<Shape::kCodeSlots, Shape::piece(Shape::kBarrierPiece + 1)>;
 
 // Stages of codes, one after the other. Called by a thread.
-template <class Shape>
+template <class Shape, class Tokens>
 class ManyCodeCopier {
  public:
-  __device__ __forceinline__ ManyCodeCopier(const WgmmaPlan& plan, const TensorMap& map)
-      : plan_(plan), map_(map), walk_(plan, wgmma_walker()) {
-    more_ = walk_.next();
-    stage_ = walk_.begin;
+  // n: rows of a weight.
+  __device__ __forceinline__ ManyCodeCopier(const WgmmaPlan& plan, const Tokens& tokens, int64_t n,
+                                            const TensorMap& map)
+      : plan_(plan), tokens_(tokens), n_(n), map_(map), walk_(plan, wgmma_walker()) {
+    next_tile();
   }
 
   __device__ __forceinline__ void copy() {
     if (!more_) return;
     ring_.wait_empty();
     ring_.full().arrive_and_expect(Shape::kCodeBytes);
-    tensor_copy(Shape::kCodesAt + ring_.slot * Shape::kCodeBytes, map_, stage_ * 64,
-                walk_.tile / plan_.token_tiles * Shape::kRows, ring_.full());
+    tensor_copy(Shape::kCodesAt + ring_.slot * Shape::kCodeBytes, map_, stage_ * 64, row_,
+                ring_.full());
     ring_.advance();
-    if (++stage_ < walk_.end) return;
-    more_ = walk_.next();
-    stage_ = walk_.begin;
+    if (++stage_ == walk_.end) next_tile();
   }
 
  private:
+  __device__ __forceinline__ void next_tile() {
+    more_ = walk_.next();
+    if (!more_) return;
+    stage_ = walk_.begin;
+    const WgmmaTile tile = tokens_.template tile<Shape>(plan_, walk_.tile);
+    row_ = static_cast<int>(tile.tokens.group * n_ + tile.row);
+  }
+
   const WgmmaPlan& plan_;
+  const Tokens tokens_;
+  int64_t n_;
   const TensorMap& map_;
   WgmmaWalk walk_;
   bool more_;
-  int stage_;
+  int stage_ = 0;
+  int row_ = 0;
   CodeRing<Shape> ring_;
 };
 
 // What the copying thread does after it has filled the slots of codes.
-template <class Shape>
-__device__ __forceinline__ void many_copies(const WgmmaPlan& plan, ManyCodeCopier<Shape>& codes,
+template <class Shape, class Tokens>
+__device__ __forceinline__ void many_copies(const WgmmaPlan& plan, const Tokens& tokens,
+                                            ManyCodeCopier<Shape, Tokens>& codes,
                                             const char* ordered) {
   WgmmaWalk walk(plan, wgmma_walker());
   TokenRing<Shape> ring;
   bool first = true;
   while (walk.next()) {
-    const char* from =
-        ordered +
-        (int64_t{walk.tile % plan.token_tiles} * plan.stages + walk.begin) * Shape::kTokenStage;
+    const TokenTile tile = tokens.template tile<Shape>(plan, walk.tile).tokens;
+    uint32_t bytes = Shape::kTokenBytes;
+    if constexpr (Tokens::kGrouped) {
+      static_assert(Shape::kTokenBlocks == 1);
+      bytes = Shape::kTokenBytes / 4 * tile.template quarters<Shape>();
+    }
+    const char* from = ordered + tile.place * plan.stages * (Shape::kTokenStage / Shape::kTokens) +
+                       int64_t{walk.begin} * (Shape::kBlocks / Shape::kTokenBlocks) * bytes;
     for (int stage = walk.begin; stage < walk.end; ++stage) {
 #pragma unroll
       for (int i = 0; i < Shape::kBlocks / Shape::kTokenBlocks; ++i) {
         ring.wait_empty();
-        ring.full().arrive_and_expect(Shape::kTokenBytes);
-        bulk_copy(Shape::kTokensAt + ring.slot * Shape::kTokenBytes, from, Shape::kTokenBytes,
-                  ring.full());
+        ring.full().arrive_and_expect(bytes);
+        bulk_copy(Shape::kTokensAt + ring.slot * Shape::kTokenBytes, from, bytes, ring.full());
         ring.advance();
-        from += Shape::kTokenBytes;
+        from += bytes;
       }
       if (!first) codes.copy();
       first = false;
@@ -136,16 +162,17 @@ __device__ __forceinline__ void many_copies(const WgmmaPlan& plan, ManyCodeCopie
 }
 
 // The scales of a lane's rows, a stage ahead.
-template <class Shape, bool kNested>
+template <class Shape, class Tokens, bool kNested>
 class ManyScales {
   using Reader = ScaleReader<kNested>;
 
  public:
   // row: the first of the lane's.
-  __device__ __forceinline__ ManyScales(const Gemm4bit& args, const WgmmaPlan& plan,
-                                        int log2_blocks, const float* nested, uint32_t row,
-                                        uint32_t lane)
+  __device__ __forceinline__ ManyScales(const Gemm4bit& args, const Tokens& tokens,
+                                        const WgmmaPlan& plan, int log2_blocks, const float* nested,
+                                        uint32_t row, uint32_t lane)
       : plan_(plan),
+        tokens_(tokens),
         reader_(args.weight.scales, nested),
         n_(args.weight.n),
         columns_(static_cast<int>(args.weight.k / 64)),
@@ -168,9 +195,9 @@ class ManyScales {
   __device__ __forceinline__ void begin() {
     stage_ = walk_.begin;
     // Beyond the last row that one, whose products are not stored.
-    const int64_t first = int64_t{walk_.tile / plan_.token_tiles} * Shape::kRows;
-    const int last = static_cast<int>(min(int64_t{Shape::kRows}, n_ - first)) - 1;
-    first_ = first * columns_;
+    const WgmmaTile tile = tokens_.template tile<Shape>(plan_, walk_.tile);
+    const int last = static_cast<int>(min(int64_t{Shape::kRows}, n_ - tile.row)) - 1;
+    first_ = (tile.tokens.group * n_ + tile.row) * columns_;
 #pragma unroll
     for (int i = 0; i < 2; ++i) at_[i] = min(row_ + 8 * i, last) * columns_;
     load();
@@ -185,6 +212,7 @@ class ManyScales {
   }
 
   const WgmmaPlan& plan_;
+  const Tokens tokens_;
   Reader reader_;
   int64_t n_;
   int columns_;
@@ -199,14 +227,15 @@ class ManyScales {
 };
 
 // Level: how the table holds levels.
-template <class T, class Shape, class Level, bool kNested>
+template <class T, class Shape, class Tokens, class Level, bool kNested>
 struct ManyMultiplier {
   static constexpr int kTogether = Shape::kTogether;
   static constexpr int kSteps = 4 / kTogether;  // of 64 k; so many are under way or prepared
   using Out = WgmmaSums<T, Shape>;
 
   const Out out;
-  ManyScales<Shape, kNested> scales;
+  const Tokens& of_tiles;
+  ManyScales<Shape, Tokens, kNested> scales;
   float unit;  // 1 / multiple of the levels
   uint32_t lane;
 
@@ -256,8 +285,10 @@ struct ManyMultiplier {
       const int begin = walk.begin;
       const int end = walk.end;
       more = walk.next();
+      const WgmmaTile place = of_tiles.template tile<Shape>(out.plan, tile);
+      const int quarters = Tokens::kGrouped ? place.tokens.template quarters<Shape>() : 4;
       for (int stage = begin; stage < end; ++stage) {
-        multiply(stage == begin, more || stage + 1 < end, codes, pairs);
+        multiply(quarters, stage == begin, more || stage + 1 < end, codes, pairs);
       }
       wgmma_wait<0>();
       wgmma_hold(sums);
@@ -268,13 +299,38 @@ struct ManyMultiplier {
         out.tell(unit_of_tile);
       } else {
         if (end < out.plan.stages) out.add_parts(tile, unit_of_tile, sums);
-        out.store(tile, unit_of_tile, sums, 1.0f);
+        out.store(place, unit_of_tile, sums, 1.0f);
       }
     }
   }
 
+  // Products with some quarters of the tokens, a group of their own from fence to commit: between
+  // paths that meet within a group the compiler waits for every product.
+  template <int kQuarters>
+  __device__ __forceinline__ void run_products(const uint32_t (&a)[kTogether][4], uint64_t b,
+                                               int step, bool accumulate) {
+    constexpr int kWidth = kQuarters * Shape::kTokens / 4;
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      Wgmma<T, kWidth>::run(reinterpret_cast<float (&)[kWidth / 2]>(sums), a[i],
+                            advance_k(b, step * kTogether + i), accumulate || i > 0);
+    }
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void run_products_of(int quarters, const uint32_t (&a)[kTogether][4],
+                                                  uint64_t b, int step, bool accumulate) {
+    if constexpr (Tokens::kGrouped) {
+      if (quarters == 1) return run_products<1>(a, b, step, accumulate);
+      if (quarters == 2) return run_products<2>(a, b, step, accumulate);
+      if (quarters == 3) return run_products<3>(a, b, step, accumulate);
+    }
+    run_products<4>(a, b, step, accumulate);
+  }
+
   // 256 k. `pairs` are those of the first step; the next stage's will be, if there is one.
-  __device__ __forceinline__ void multiply(bool first, bool more, uint2 (&codes)[2],
+  __device__ __forceinline__ void multiply(int quarters, bool first, bool more, uint2 (&codes)[2],
                                            uint32_t (&pairs)[kTogether][4]) {
     float own[2];  // scales of block lane % 4
     scales.take(own);
@@ -308,13 +364,7 @@ struct ManyMultiplier {
         } else if (block + 1 < Shape::kBlocks) {
           look_up(next, 0, pairs);
         }
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < kTogether; ++i) {
-          Wgmma<T, Shape::kTokens>::run(sums, a[i], advance_k(b, step * kTogether + i),
-                                        !first || block > 0 || step > 0 || i > 0);
-        }
-        wgmma_commit();
+        run_products_of(quarters, a, b, step, !first || block > 0 || step > 0);
       }
       if ((block + 1) % Shape::kTokenBlocks == 0) tokens.advance();
       if (block + 1 < Shape::kBlocks) {
@@ -336,19 +386,23 @@ struct ManyMultiplier {
 
 #endif  // BNB_HOPPER
 
-template <class T, class Shape, class Level, bool kNested>
+// made: the plan, unless the device completes it.
+template <class T, class Shape, class Tokens, class Level, bool kNested>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     wgmma_gemm_4bit_many_kernel(BNB_GRID_CONSTANT const Gemm4bit args,
+                                BNB_GRID_CONSTANT const Tokens tokens,
                                 BNB_GRID_CONSTANT const Levels4 levels,
                                 BNB_GRID_CONSTANT const TensorMap codes,
-                                BNB_GRID_CONSTANT const WgmmaPlan plan, char* workspace,
+                                BNB_GRID_CONSTANT const WgmmaPlan made, char* workspace,
                                 unsigned long long number, float multiple, int log2_block) {
 #if BNB_HOPPER
   BNB_DYNAMIC_SHARED(dynamic);
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / kWarp;
   let_next_kernel_start();
-  ManyCodeCopier<Shape> code_copier(plan, codes);
+  if constexpr (Tokens::kGrouped) wait_for_previous_kernel();
+  const WgmmaPlan& plan = tokens.plan(made);
+  ManyCodeCopier<Shape, Tokens> code_copier(plan, tokens, args.weight.n, codes);
   const bool copies = thread == Shape::kWarps * kWarp;
   if (copies) {
     prefetch_map(codes);
@@ -368,22 +422,54 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   if (warp < Shape::kWarps) {
     take_registers<Shape::kMultiplyRegisters>();
-    using Multiplier = ManyMultiplier<T, Shape, Level, kNested>;
+    using Multiplier = ManyMultiplier<T, Shape, Tokens, Level, kNested>;
     const auto lane = static_cast<uint32_t>(thread % kWarp);
     const uint32_t row = Multiplier::row_of(static_cast<uint32_t>(warp), lane);
     Multiplier multiplier{{args, plan, workspace, number, static_cast<uint32_t>(warp), lane},
-                          {args, plan, log2_block - 6, nested, row, lane},
+                          tokens,
+                          {args, tokens, plan, log2_block - 6, nested, row, lane},
                           1.0f / multiple,
                           lane};
     multiplier.run();
   } else {
     give_registers<Shape::kCopyRegisters>();
     if (copies) {
-      wait_for_previous_kernel();
-      many_copies<Shape>(plan, code_copier, workspace);
+      if constexpr (!Tokens::kGrouped) wait_for_previous_kernel();
+      many_copies<Shape>(plan, tokens, code_copier, workspace);
     }
   }
 #endif
+}
+
+// Codes of so many rows, weights one after the other.
+template <class Shape>
+TensorMap code_map(const Weight4bit& weight, int64_t rows) {
+  return tensor_map(weight.codes, rows, weight.k / 2, Shape::kRows, 128, Swizzle::k128,
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+}
+
+// rows: of all weights.
+template <class T, class Shape, class Tokens>
+void launch_many(const Gemm4bit& args, const Tokens& tokens, int64_t rows, const WgmmaPlan& plan,
+                 char* workspace, Stream stream) {
+  const Weight4bit& weight = args.weight;
+  const auto launch = [&]<class Level, bool kNested>() {
+    constexpr int kShared = Shape::kEnd - kSharedStart;
+    const auto kernel = &wgmma_gemm_4bit_many_kernel<T, Shape, Tokens, Level, kNested>;
+    allow_shared(reinterpret_cast<const void*>(kernel), kShared);
+    launch_early("wgmma_gemm_4bit_many_kernel", kernel, static_cast<unsigned>(plan.blocks),
+                 Shape::kThreads, kShared, stream, args, tokens, Levels4(weight),
+                 code_map<Shape>(weight, rows), plan, workspace, next_launch_number(),
+                 level_multiple<Level>(weight.code), log2_of(weight.block_size));
+  };
+  const auto launch_for = [&]<class Level>() {
+    if (weight.scales.nested()) return launch.template operator()<Level, true>();
+    launch.template operator()<Level, false>();
+  };
+  if constexpr (std::is_same_v<T, Half>) {
+    if (weight.code != Code4::kCount) return launch_for.template operator()<IntegerLevel>();
+  }
+  launch_for.template operator()<Half>();
 }
 
 }  // namespace

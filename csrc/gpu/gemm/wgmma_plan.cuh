@@ -14,7 +14,6 @@
 // adds them to its own in the order of k.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "bitsandbytes/blocks.h"
@@ -48,14 +47,38 @@ struct WgmmaPlan {
     // If nearly all multiprocessors suffice for equal parts of tiles, no block has two tiles.
     const int even = multiprocessors / tiles * tiles;
     if (even >= multiprocessors * 15 / 16) plan.blocks = even;
-    plan.whole = tiles / plan.blocks * plan.blocks;
-    plan.split = tiles - plan.whole;
-    plan.splitters = std::min(plan.blocks, plan.split * plan.stages);
+    plan.divide(tiles);
     if (plan.whole == 0) plan.blocks = plan.splitters;
-    plan.sums_at = int64_t{plan.token_tiles} * plan.stages * Shape::kTokenStage;
-    plan.flags_at = plan.sums_at + int64_t{plan.splitters} * Shape::kRows * Shape::kTokens * 4;
-    plan.bytes = plan.flags_at + int64_t{plan.splitters} * (Shape::kRows / 16) * 8;
+    plan.lay_out<Shape>(int64_t{plan.token_tiles} * Shape::kTokens);
     return plan;
+  }
+
+  // For at most so many tiles of tokens, and ordered rows: a device that knows how many tiles there
+  // are has to set `token_tiles` and to call divide().
+  template <class Shape>
+  static WgmmaPlan make_for_most(int64_t token_tiles, int64_t rows, int64_t k,
+                                 int multiprocessors) {
+    WgmmaPlan plan{};
+    plan.token_tiles = static_cast<int>(token_tiles);
+    plan.stages = static_cast<int>(ceil_div(k, 64 * Shape::kBlocks));
+    plan.blocks = multiprocessors;
+    plan.splitters = multiprocessors;
+    plan.lay_out<Shape>(rows);
+    return plan;
+  }
+
+  BNB_HD void divide(int tiles) {
+    whole = tiles / blocks * blocks;
+    split = tiles - whole;
+    splitters = split * stages < blocks ? split * stages : blocks;
+  }
+
+  // rows: of tokens, in the order of the products.
+  template <class Shape>
+  void lay_out(int64_t rows) {
+    sums_at = rows * stages * (Shape::kTokenStage / Shape::kTokens);
+    flags_at = sums_at + int64_t{splitters} * Shape::kRows * Shape::kTokens * 4;
+    bytes = flags_at + int64_t{splitters} * (Shape::kRows / 16) * 8;
   }
 
   // The first stage on the line of split tiles that a block of threads takes.

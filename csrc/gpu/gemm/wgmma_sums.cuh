@@ -11,6 +11,7 @@
 #include "gpu/device/vector_io.cuh"
 #include "gpu/device/wgmma.cuh"
 #include "gpu/gemm/wgmma_plan.cuh"
+#include "gpu/gemm/wgmma_tokens.cuh"
 
 #if BNB_HOPPER
 
@@ -89,17 +90,24 @@ struct WgmmaSums {
     }
   }
 
+  // Where all tokens meet the same weight.
+  __device__ __forceinline__ void store(int tile, int unit, const Sums& sums, float factor) const {
+    store(AllTokens{args.m}.tile<Shape>(plan, tile), unit, sums, factor);
+  }
+
   // Shape::scratch() names shared memory of the warp for sixteen rows of a token.
   // Stores sums times `factor`, plus the bias, of sixteen rows for sixteen tokens at a time.
-  __device__ __forceinline__ void store(int tile, int unit, const Sums& sums, float factor) const {
+  __device__ __forceinline__ void store(const WgmmaTile& tile, int unit, const Sums& sums,
+                                        float factor) const {
+    const TokenTile& tokens = tile.tokens;
     const int64_t n = args.weight.n;
-    const int64_t first = int64_t{tile / plan.token_tiles} * Shape::kRows + 16 * unit;
+    const int64_t first = tile.row + 16 * unit;
     if (first >= n) return;
-    const int64_t first_token = int64_t{tile % plan.token_tiles} * Shape::kTokens;
+    const int64_t first_token = tokens.first;
     const bool wide = n % 8 == 0 && is_aligned(args.out, 16);
     float bias[2] = {0.0f, 0.0f};
     if (args.bias != nullptr) {
-      const T* values = static_cast<const T*>(args.bias);
+      const T* values = static_cast<const T*>(args.bias) + tokens.group * n;
       const int64_t row = first + wgmma_row_of(lane / 4);
       if (row < n) bias[0] = widen(values[row]);
       if (row + 8 < n) bias[1] = widen(values[row + 8]);
@@ -110,7 +118,7 @@ struct WgmmaSums {
     T* out = static_cast<T*>(args.out) + (first_token + lane / 2) * n + row;
 #pragma unroll
     for (int i = 0; i < kSums / 8; ++i) {
-      if (first_token + 16 * i >= args.m) break;
+      if (first_token + 16 * i >= tokens.end) break;
       uint32_t words[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -122,7 +130,7 @@ struct WgmmaSums {
       store_transposed(to_scratch, words);
       __syncwarp();
       const uint4 x = wgmma_in_row_order(load_shared4(from_scratch));
-      if (first_token + 16 * i + lane / 2 < args.m) {
+      if (first_token + 16 * i + lane / 2 < tokens.end) {
         T* to = out + 16 * i * n;
         if (wide) {
           if (row < n) __stcg(reinterpret_cast<uint4*>(to), x);

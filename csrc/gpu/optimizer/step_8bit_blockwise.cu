@@ -242,9 +242,14 @@ __device__ __forceinline__ void step_tiles(const StepList& list, const Entries<S
   fetch_first(place, 0);
   Step<R>& step = shared.steps[warp];
   step = shared.step;  // every lane writes the same
+  sync_warp();
   while (place.valid) {
     const OptimizerTensor& tensor = entries[place.entry].tensor;
-    if (has_factors(args)) step = step_of_tensor(shared.step, list, place.entry);
+    if (has_factors(args)) {
+      sync_warp();  // all have read the step of the tensor before
+      step = step_of_tensor(shared.step, list, place.entry);
+      sync_warp();
+    }
     const auto rounding = [&] {
       return Rounding{args.seed, static_cast<uint32_t>(list.header.tensors_before + place.entry),
                       *args.step + 1};

@@ -80,11 +80,12 @@ BNB_HD Gemm4bitDgrad product_of(const GroupedGemm4bitDgrad& args, int64_t group)
 
 namespace gpu {
 
-// The products of a GPU; groups are read on the device.
+// The products of a GPU; groups are read on the device. `workspace` as for gemm_4bit().
 // *_is_fast(): whether the product beats that of the vendor's library on dequantized weights, or
 // that library does not take the arguments.
 bool grouped_gemm_4bit_is_fast(const GroupedGemm4bit& args);
-void grouped_gemm_4bit(const GroupedGemm4bit& args, Stream stream);
+int64_t grouped_gemm_4bit_workspace_bytes(const GroupedGemm4bit& args);
+void grouped_gemm_4bit(const GroupedGemm4bit& args, void* workspace, Stream stream);
 
 bool grouped_gemm_4bit_dgrad_is_fast(const GroupedGemm4bitDgrad& args);
 void grouped_gemm_4bit_dgrad(const GroupedGemm4bitDgrad& args, Stream stream);

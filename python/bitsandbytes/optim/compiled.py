@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo import mark_static_address
 
 from .buckets import Bucket
-from .optimizer import Optimizer8bit
+from .engine import Optimizer8bit
 
 __all__ = ["Layout", "step"]
 

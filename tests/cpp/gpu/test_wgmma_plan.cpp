@@ -3,10 +3,12 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <random>
 #include <set>
 #include <vector>
 
 #include "gpu/gemm/wgmma_plan.cuh"
+#include "gpu/gemm/wgmma_tokens.cuh"
 
 namespace bnb::gpu {
 namespace {
@@ -20,10 +22,7 @@ struct Shape {
   static constexpr int kTokenStage = blocks * tokens * 128;
 };
 
-template <class Shape>
-void check_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
-  SCOPED_TRACE(testing::Message() << m << " x " << n << " x " << k << " on " << multiprocessors);
-  const auto plan = WgmmaPlan::make<Shape>(m, n, k, multiprocessors);
+void check_plan(const WgmmaPlan& plan, int multiprocessors) {
   ASSERT_LE(plan.blocks, multiprocessors);
   std::map<int, std::multiset<int>> stages_of;  // by tile
   std::map<int, std::set<int>> blocks_of;       // by split tile
@@ -66,6 +65,12 @@ void check_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   }
 }
 
+template <class Shape>
+void check_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  SCOPED_TRACE(testing::Message() << m << " x " << n << " x " << k << " on " << multiprocessors);
+  check_plan(WgmmaPlan::make<Shape>(m, n, k, multiprocessors), multiprocessors);
+}
+
 TEST(WgmmaPlan, TakesEveryStageOnce) {
   for (const int multiprocessors : {132, 114, 7}) {
     for (const int64_t n : {1, 520, 4096, 14336}) {
@@ -77,6 +82,46 @@ TEST(WgmmaPlan, TakesEveryStageOnce) {
         }
       }
     }
+  }
+}
+
+TEST(WgmmaPlan, TakesEveryStageOfTilesThatADeviceCounts) {
+  using Tile = Shape<256, 128, 4>;
+  for (const int64_t k : {64, 1024, 4096}) {
+    for (const int tiles : {0, 1, 5, 40}) {
+      SCOPED_TRACE(testing::Message() << tiles << " tiles of " << k);
+      auto plan = WgmmaPlan::make_for_most<Tile>(40, 9000, k, 132);
+      const int64_t bytes = plan.bytes;
+      plan.token_tiles = tiles;
+      plan.divide(12 * tiles);
+      check_plan(plan, 132);
+      ASSERT_GE(bytes, plan.flags_at + int64_t{plan.splitters} * (Tile::kRows / 16) * 8);
+    }
+  }
+}
+
+TEST(GroupedTokens, PlacesDoNotOverlap) {
+  using Tile = Shape<128, 128, 4>;
+  std::mt19937 random(0);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<int32_t> ends;
+    for (int i = 0; i < 40; ++i) {
+      const int before = ends.empty() ? 0 : ends.back();
+      ends.push_back(before + static_cast<int>(random() % (i % 3 == 0 ? 1 : 400)));
+    }
+    const Groups groups{ends.data(), false, static_cast<int64_t>(ends.size()), ends.back() + 5};
+    int64_t free = 0;
+    for (int64_t i = 0; i < groups.count; ++i) {
+      const int64_t begin = groups.begin(i);
+      const int64_t place = GroupedTokens::place_of<Tile>(begin, i);
+      ASSERT_GE(place, free);
+      ASSERT_EQ(place % (Tile::kTokens / 4), 0);
+      free = place;
+      for (int64_t row = begin; row < groups.end(i); row += Tile::kTokens) {
+        free += TokenTile{row, groups.end(i), i, place}.quarters<Tile>() * (Tile::kTokens / 4);
+      }
+    }
+    ASSERT_LE(free, GroupedTokens::ordered_rows<Tile>(groups));
   }
 }
 

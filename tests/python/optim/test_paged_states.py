@@ -14,7 +14,7 @@ from torch import nn
 
 import bitsandbytes as bnb
 from bitsandbytes import paged
-from bitsandbytes.optim import optimizer as engine
+from bitsandbytes.optim import engine
 
 LARGE = 100_000  # elements from which on states are paged
 PAGED = sorted(name for name in bnb.optim.__all__ if name.startswith("Paged"))

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 import bitsandbytes as bnb
-from bitsandbytes.optim import optimizer as engine
+from bitsandbytes.optim import engine
 
 # ---- Norms of gradients --------------------------------------------------------------------------
 

@@ -125,6 +125,30 @@ def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dty
     check_both(ops, (5, n, k), blocksize, nested, dtype, device, offs, **settings)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
+@pytest.mark.parametrize("ends", [(700, 700, 1500), (3, 400, 401)], ids=["even", "uneven"])
+def test_products_of_hundreds_of_rows(device, gpu_kernels, ends, nested, dtype):
+    """Large tiles, of which the device finds out how many there are; some are cut along k."""
+    offs = torch.tensor(ends)
+    settings = {"rows": ends[-1] + 10, "loose": gpu_kernels, "by_torch": device == "cuda"}
+    check_both(ops, (3, 200, 1088), 64, nested, dtype, device, offs, **settings)
+
+
+def test_ends_out_of_order_do_no_harm(device):
+    """A device's ends cannot be checked: results are bad, but the products after them are not."""
+    if device != "cuda":
+        pytest.skip("elsewhere they are checked")
+    packed, state, _ = make_weight((4, 200, 320), 64, "nf4", device=device)
+    a = torch.randn(800, 320, device=device, dtype=torch.bfloat16)
+    good = torch.tensor([100, 400, 400, 800], device=device)
+    want = gemm(ops, a, packed, good, state)
+    for ends in ([800, 0, 800, 0], [-5, 2000, 7, 9], [800, 800, 800, 100]):
+        bad = gemm(ops, a, packed, torch.tensor(ends, device=device), state)
+        assert bad.shape == want.shape
+    assert torch.equal(gemm(ops, a, packed, good, state), want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_products_of_many_groups(device, gpu_kernels, dtype):
     """More than a block of threads counts."""
