@@ -25,7 +25,7 @@ def quantize_scales(scales: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Qua
     """
     offset = _mean(scales)
     code = default_code("dynamic", scales.device)
-    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(scales - offset, code, blocksize)
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(scales - offset, code, blocksize)
     state = QuantState(absmax, blocksize=blocksize, dtype=torch.float32)
     state.share_code(code)
     return codes, offset, state
@@ -78,7 +78,7 @@ def weight_arguments(state: QuantState, device: torch.device) -> tuple[tuple, tu
         if blocksize == NESTED_BLOCKSIZE:
             nested = (codes if codes.dim() == 1 else codes.flatten(), code, offset)
         else:
-            decode = torch.ops.bitsandbytes.dequantize_blockwise
+            decode = torch.ops.bitsandbytes.dequantize_blockwise.default
             absmax = decode(codes, absmax, code, blocksize, torch.float32) + offset
     # Ops take a plain tuple faster than its subclass.
     return (tuple(state.shape), absmax, state.blocksize, state.quant_type), nested
