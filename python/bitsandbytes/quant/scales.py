@@ -25,7 +25,9 @@ def quantize_scales(scales: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Qua
     """
     offset = _mean(scales)
     code = default_code("dynamic", scales.device)
-    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(scales - offset, code, blocksize)
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(
+        scales - offset, code, blocksize
+    )
     state = QuantState(absmax, blocksize=blocksize, dtype=torch.float32)
     state.share_code(code)
     return codes, offset, state
