@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import FLOATS
 from .codes import default_code
-from .scales import nested_arguments, quantize_scales
+from .scales import nested_arguments, plain_scales, quantize_scales
 from .state import QuantState
 
 __all__ = ["dequantize_blockwise", "quantize_blockwise"]
@@ -201,7 +201,7 @@ def dequantize_blockwise(
         rest = (code, quant_state.blocksize, nested_blocksize, dtype)
     else:
         op = _dequantize
-        scales = [quant_state.absmax.to(torch.float32)]
+        scales = [plain_scales(quant_state)]
         rest = (code, quant_state.blocksize, dtype)
     if out is None:
         return op.default(A, *scales, *rest)

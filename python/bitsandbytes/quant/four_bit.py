@@ -7,7 +7,13 @@ from torch import Tensor
 from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import FLOATS, check, check_dtype, check_numel
 from .._codes4 import BLOCKSIZES, LEVELS, QUANT_TYPES, STORAGES, levels
-from .scales import NESTED_BLOCKSIZE, nested_arguments, quantize_scales, weight_arguments
+from .scales import (
+    NESTED_BLOCKSIZE,
+    nested_arguments,
+    plain_scales,
+    quantize_scales,
+    weight_arguments,
+)
 from .state import QuantState
 
 __all__ = [
@@ -238,7 +244,7 @@ def dequantize_4bit(
         rest = (state.blocksize, nested_blocksize, state.quant_type, state.shape, state.dtype)
     else:
         op = _dequantize
-        scales = [state.absmax.to(torch.float32)]
+        scales = [plain_scales(state)]
         rest = (state.blocksize, state.quant_type, state.shape, state.dtype)
     if out is None:
         result = op.default(A, *scales, *rest)
