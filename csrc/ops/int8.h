@@ -393,12 +393,26 @@ Tensor int8_linear_dgrad(const Tensor& grad, const Tensor& cb, const Tensor& scb
     fill_zeros(out);
     return out;
   }
-  const int64_t columns = part_columns(matrix.rows, n, k, grad.element_size());
-  const typename Backend::Scope scope(grad);
-  const NoGrad no_grad;
   const Tensor source = in_order(grad);
   const Tensor codes = in_order(cb);
   const Tensor stats = in_order(scb);
+  const typename Backend::Scope scope(grad);
+  if constexpr (Backend::kInt8Dgrad) {
+    const Int8LinearDgrad args{dtype,
+                               source.const_data_ptr(),
+                               static_cast<const int8_t*>(codes.const_data_ptr()),
+                               static_cast<const float*>(stats.const_data_ptr()),
+                               out.mutable_data_ptr(),
+                               matrix.rows,
+                               n,
+                               k};
+    if (Backend::is_fast(args)) {
+      run_product<Backend, Int8LinearDgrad>(grad, args, &Backend::int8_linear_dgrad, scope);
+      return out;
+    }
+  }
+  const NoGrad no_grad;
+  const int64_t columns = part_columns(matrix.rows, n, k, grad.element_size());
   const Tensor left = as_matrix_of(source, matrix.rows, n, n);
   const Tensor weight = new_empty(grad, {n, columns}, grad.scalar_type());
   for (int64_t first = 0; first < k; first += columns) {

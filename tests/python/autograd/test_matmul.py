@@ -194,6 +194,32 @@ def test_gradients_match_specification(device, dtype, threshold, training):
     assert_near(bias.grad, want_bias, torch.float32, 40, np.abs(numpy(grad)).sum(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "k", "rows"),
+    [
+        # Rows and columns that fill no tile, and no multiple of what a copy takes.
+        (72, 80, (1, 20, 40)),
+        (264, 272, (64, 100, 300)),
+        (9, 64, (40,)),
+        (72, 72, (40,)),
+        # Tiles that two, four and eight blocks of threads of 132 share evenly.
+        (264, 4096, (50, 100, 256, 500)),
+    ],
+)
+def test_gradient_in_tiles(device, n, k, rows, dtype):
+    weight = torch.randn(n, k, device=device)
+    codes, stats, _ = int8_vectorwise_quant(weight)
+    values = reference.dequantize(codes.cpu().numpy(), numpy(stats))
+    for m in rows:
+        grad = torch.randn(m, n, device=device).to(dtype)
+        result = torch.ops.bitsandbytes.int8_linear_dgrad(grad, codes, stats)
+        sums = n * 2.0 ** (SIGNIFICAND[dtype] - 24)
+        size = np.abs(numpy(grad)) @ np.abs(values)
+        assert_near(result, numpy(grad) @ values, dtype, 2 + sums, size)
+        assert torch.equal(result, torch.ops.bitsandbytes.int8_linear_dgrad(grad, codes, stats))
+
+
 def test_a_gradient_without_a_value_is_none(device):
     class Stop(torch.autograd.Function):
         @staticmethod
