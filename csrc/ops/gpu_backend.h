@@ -2,8 +2,6 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include <array>
-
 #include "ops/registration.h"
 
 namespace bnb::ops {
@@ -86,12 +84,8 @@ struct GpuBackend {
   static constexpr bool kInt8Library = true;
   static void library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out, int64_t m,
                                   const Scope&) {
-    std::array<StableIValue, 3> stack{
-        torch::stable::detail::from(torch::stable::view(a, {m, b.size(1)})),
-        torch::stable::detail::from(torch::stable::transpose(b, 0, 1)),
-        torch::stable::detail::from(torch::stable::view(out, {m, b.size(0)}))};
-    call_torch("aten::_int_mm", "out", stack.data());
-    torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+    call_product("aten::_int_mm", torch::stable::view(a, {m, b.size(1)}),
+                 torch::stable::transpose(b, 0, 1), torch::stable::view(out, {m, b.size(0)}));
   }
   static bool int8_scaled_matmul_is_fast(const Int8ScaledMatmul& args) {
     return gpu::int8_scaled_matmul_is_fast(args);

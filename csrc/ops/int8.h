@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <limits>
 
@@ -291,44 +292,6 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   return out;
 }
 
-// The gradient of the layer's input. Plain PyTorch makes it where the backend has no kernel.
-template <class Backend>
-Tensor int8_linear_dgrad(const Tensor& grad, const Tensor& cb, const Tensor& scb) {
-  constexpr const char* op = "int8_linear_dgrad";
-  const DType dtype = check_float(op, "grad", grad);
-  const Matrix matrix = as_matrix(op, "grad", grad);
-  check_dtype(op, "CB", cb, ScalarType::Char);
-  require(cb.dim() == 2 && cb.size(0) == matrix.cols, op, ": CB must be [", matrix.cols,
-          ", K] for grad of shape ", ShapeOf{grad}, ", got ", ShapeOf{cb});
-  check_same_device(op, "CB", cb, "grad", grad);
-  check_dtype(op, "SCB", scb, ScalarType::Float);
-  check_numel(op, "SCB", scb, cb.size(0));
-  check_same_device(op, "SCB", scb, "grad", grad);
-  if constexpr (Backend::kInt8Dgrad) {
-    const Tensor source = in_order(grad);
-    const Tensor weight = in_order(cb);
-    const Tensor stats = in_order(scb);
-    Shape shape = shape_of(grad);
-    shape.back() = cb.size(1);
-    Int8LinearDgrad args{dtype,
-                         source.const_data_ptr(),
-                         static_cast<const int8_t*>(weight.const_data_ptr()),
-                         static_cast<const float*>(stats.const_data_ptr()),
-                         nullptr,
-                         matrix.rows,
-                         cb.size(0),
-                         cb.size(1)};
-    const typename Backend::Scope scope(grad);
-    if (Backend::is_fast(args)) {
-      const Tensor out = new_empty(grad, shape, grad.scalar_type());
-      args.out = out.mutable_data_ptr();
-      run_product<Backend, Int8LinearDgrad>(grad, args, &Backend::int8_linear_dgrad, scope);
-      return out;
-    }
-  }
-  return call_op("bitsandbytes::_int8_linear_dgrad_plain", grad, cb, scb);
-}
-
 // The layer: quantizes the rows of `a` and multiplies, outlier columns in floating point. Returns
 // the mask of those columns beside the result.
 template <class Backend>
@@ -390,6 +353,78 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
   }
   int8_scaled_into<Backend>(operand, weight, weight_stats, shift, dtype, out, scope);
   return {out, mask};
+}
+
+// The weight that the backward of the layer has in memory at a time: so many bytes, unless a
+// product with less than so many results would keep a GPU less busy.
+inline constexpr int64_t kWeightPartBytes = int64_t{1} << 26;
+inline constexpr int64_t kPartResults = int64_t{1} << 23;
+
+// Columns [n, .] of a weight [n, k] that take part at a time in products of `rows` rows.
+inline int64_t part_columns(int64_t rows, int64_t n, int64_t k, int64_t itemsize) {
+  constexpr int64_t kAligned = 64;  // columns, for the vendor's library
+  const int64_t most =
+      std::max({kWeightPartBytes / (n * itemsize), kPartResults / rows, int64_t{1}});
+  if (most >= k) return k;
+  return ceil_div(ceil_div(k, ceil_div(k, most)), kAligned) * kAligned;
+}
+
+// The gradient of the layer's activations: `grad` times the weight, in the dtype of `grad`. All of
+// the weight takes more memory than its codes do, so for many rows it is made a part at a time.
+template <class Backend>
+Tensor int8_linear_dgrad(const Tensor& grad, const Tensor& cb, const Tensor& scb) {
+  constexpr const char* op = "int8_linear_dgrad";
+  const DType dtype = check_float(op, "grad", grad);
+  const Matrix matrix = as_matrix(op, "grad", grad);
+  check_dtype(op, "CB", cb, ScalarType::Char);
+  require(cb.dim() == 2 && cb.size(0) == matrix.cols, op, ": CB must be [", matrix.cols,
+          ", K] for grad of shape ", ShapeOf{grad}, ", got ", ShapeOf{cb});
+  check_same_device(op, "CB", cb, "grad", grad);
+  check_dtype(op, "SCB", scb, ScalarType::Float);
+  check_numel(op, "SCB", scb, cb.size(0));
+  check_same_device(op, "SCB", scb, "grad", grad);
+  const int64_t n = matrix.cols;
+  const int64_t k = cb.size(1);
+  Shape shape = shape_of(grad);
+  shape.back() = k;
+  const Tensor out = new_empty(grad, shape, grad.scalar_type());
+  if (out.numel() == 0) return out;
+  if (n == 0) {
+    fill_zeros(out);
+    return out;
+  }
+  const Tensor source = in_order(grad);
+  const Tensor codes = in_order(cb);
+  const Tensor stats = in_order(scb);
+  const typename Backend::Scope scope(grad);
+  if constexpr (Backend::kInt8Dgrad) {
+    const Int8LinearDgrad args{dtype,
+                               source.const_data_ptr(),
+                               static_cast<const int8_t*>(codes.const_data_ptr()),
+                               static_cast<const float*>(stats.const_data_ptr()),
+                               out.mutable_data_ptr(),
+                               matrix.rows,
+                               n,
+                               k};
+    if (Backend::is_fast(args)) {
+      run_product<Backend, Int8LinearDgrad>(grad, args, &Backend::int8_linear_dgrad, scope);
+      return out;
+    }
+  }
+  const NoGrad no_grad;
+  const int64_t columns = part_columns(matrix.rows, n, k, grad.element_size());
+  const Tensor left = as_matrix_of(source, matrix.rows, n, n);
+  const Tensor weight = new_empty(grad, {n, columns}, grad.scalar_type());
+  for (int64_t first = 0; first < k; first += columns) {
+    const int64_t width = std::min(columns, k - first);
+    Backend::int8_vectorwise_dequant(
+        {dtype, static_cast<const int8_t*>(codes.const_data_ptr()) + first, k,
+         static_cast<const float*>(stats.const_data_ptr()), weight.mutable_data_ptr(), n, width},
+        scope);
+    call_product("aten::mm", left, as_matrix_of(weight, n, width, width),
+                 as_matrix_of(out, matrix.rows, width, k, first));
+  }
+  return out;
 }
 
 }  // namespace bnb::ops

@@ -230,6 +230,40 @@ Tensor call_op(const char* name, const Arguments&... arguments) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Calls an op that writes its product into `out`.
+inline void call_product(const char* name, const Tensor& a, const Tensor& b, const Tensor& out) {
+  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
+                          torch::stable::detail::from(out)};
+  call_torch(name, "out", stack);
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that the call returned
+}
+
+// The elements of `t`, from one of them on, as a matrix whose rows lie `stride` apart. LibTorch's
+// own functions for views are looked up by name.
+inline Tensor as_matrix_of(const Tensor& t, int64_t rows, int64_t columns, int64_t stride,
+                           int64_t first = 0) {
+  const int64_t sizes[] = {rows, columns};
+  const int64_t strides[] = {stride, 1};
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, first, &handle));
+  return Tensor(handle);
+}
+
+// Until it goes, nothing is recorded for gradients.
+class NoGrad {
+ public:
+  NoGrad() : enabled_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(enabled_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool enabled_;
+};
+
 #if defined(USE_CUDA)
 // The raw current stream of a CUDA or ROCm device.
 inline void* current_gpu_stream(int32_t device) {

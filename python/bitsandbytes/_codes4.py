@@ -85,20 +85,22 @@ _FP4_THRESHOLDS = (
     0.8333333,
 )
 
-_cache: dict[tuple[str, torch.device], Tensor] = {}
+_cache: dict[tuple[str, torch.device, bool], Tensor] = {}
 
 
-def levels(name: str, device: torch.device) -> Tensor:
+def levels(name: str, device: torch.device, negative_zero: bool = True) -> Tensor:
     """Returns the shared copy of a code's float32 levels ``[16]``. It must not be modified.
 
     Args:
         name: A key of `LEVELS`.
         device: Where the table is needed; each device gets its copy once.
+        negative_zero: Whether a level of zero keeps its sign, which the codes of `fp4` have.
     """
-    key = (name, device)
+    key = (name, device, negative_zero)
     table = _cache.get(key)
     if table is None:
-        table = torch.tensor(LEVELS[name], dtype=torch.float32, device="cpu")
+        numbers = LEVELS[name] if negative_zero else [x + 0.0 for x in LEVELS[name]]
+        table = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         # The copy of so small a table is staged before the call returns: nothing waits for it.
         table = table.to(device, non_blocking=True)
         if type(table) is Tensor and not torch.compiler.is_compiling():  # no tracer's stand-in

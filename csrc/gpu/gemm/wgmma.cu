@@ -10,10 +10,11 @@
 //                                                                       +-> weights or sums
 //
 // Lane t of four takes byte t of every four, which are positions 2 t and 2 t + 1 of eight. Where
-// registers do not suffice for words of which it uses a byte, or tiles are long, another order of k, over which products are summed, lets it use whole words: it takes k = 16 t to
-// 16 t + 15 of every 64, which are eight consecutive bytes of a row: byte 2 s + h gives it
-// positions 8 h + 2 t and 8 h + 2 t + 1 of product s. A kernel of its own, which overlaps with the
-// start of the other, brings the tokens into the same order:
+// registers do not suffice for words of which it uses a byte, or tiles are long, another order of
+// k, over which products are summed, lets it use whole words: it takes k = 16 t to 16 t + 15 of
+// every 64, which are eight consecutive bytes of a row: byte 2 s + h gives it positions 8 h + 2 t
+// and 8 h + 2 t + 1 of product s. A kernel of its own, which overlaps with the start of the other,
+// brings the tokens into the same order:
 //
 //     position (in pairs of 64 k)   0  1  2  3 | 4  5  6  7 | 8 ...     8 groups of 4 pairs
 //     pair of k                     0  8 16 24 | 1  9 17 25 | 2 ...

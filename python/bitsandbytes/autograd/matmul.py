@@ -153,8 +153,8 @@ def dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
 
 def times_dequantized(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
     """Returns ``grad @ W`` with W, of codes ``[N, K]``, in the dtype of `grad`."""
-    differentiated = torch.is_grad_enabled() and grad.requires_grad
-    if differentiated or grad.dtype not in FLOATS:
+    recorded = grad.requires_grad and torch.is_grad_enabled()
+    if recorded or grad.dtype not in FLOATS:
         return grad @ dequantized(CB, SCB, grad.dtype)
     return _int8_linear_dgrad(grad, CB, SCB)
 
@@ -181,35 +181,42 @@ def _product(
 
 
 class MatMul8bitLt(torch.autograd.Function):
-    """Differentiable form of the product; `B` is the weight that `CB` and `SCB` stand for."""
+    """Differentiable form of the product; `B` is the weight that `CB` and `SCB` stand for, or None.
+
+    Without a `B` there is no gradient of a weight.
+    """
 
     @staticmethod
     def forward(ctx, A, B, bias, CB, SCB, threshold):
         """Computes the product; see :func:`_product` for the arguments."""
         # A is needed for the gradient of the weight only: frozen weights keep no activations.
-        ctx.save_for_backward(A if ctx.needs_input_grad[1] else None, CB, SCB)
-        ctx.dtypes = (A.dtype, B.dtype, None if bias is None else bias.dtype)
+        ctx.save_for_backward(None if B is None else A, CB, SCB)
+        ctx.dtypes = None if B is None else B.dtype, None if bias is None else bias.dtype
         out, outlier_mask = _product(A, bias, CB, SCB, threshold)
         if outlier_mask is not None:
             ctx.mark_non_differentiable(outlier_mask)
+            if not torch.compiler.is_compiling():  # which does not know this, and fills nothing
+                ctx.set_materialize_grads(False)  # zeros for the mask
         return out, outlier_mask
 
     @staticmethod
     def backward(ctx, grad, _):
         """Returns the gradients of `A`, `B` and `bias`, each in its own dtype."""
-        A, CB, SCB = ctx.saved_tensors
-        A_dtype, B_dtype, bias_dtype = ctx.dtypes
         needs_A, needs_B, needs_bias = ctx.needs_input_grad[:3]
-        rows = math.prod(grad.shape[:-1])
-        flat = grad.reshape(rows, grad.shape[-1])
         grad_A = grad_B = grad_bias = None
-        if needs_A:
-            grad_A = times_dequantized(grad.to(A_dtype), CB, SCB)
-        if needs_B:
-            grad_B = (flat.t() @ A.reshape(rows, A.shape[-1])).to(B_dtype)
-        if needs_bias:
-            wide = torch.promote_types(flat.dtype, bias_dtype)
-            grad_bias = flat.sum(0, dtype=wide).to(bias_dtype)
+        if grad is not None:
+            A, CB, SCB = ctx.saved_tensors
+            if needs_A:
+                grad_A = times_dequantized(grad, CB, SCB)
+            if needs_B or needs_bias:
+                B_dtype, bias_dtype = ctx.dtypes
+                rows = math.prod(grad.shape[:-1])
+                flat = grad.reshape(rows, grad.shape[-1])
+            if needs_B:
+                grad_B = (flat.t() @ A.reshape(rows, A.shape[-1])).to(B_dtype)
+            if needs_bias:
+                wide = torch.promote_types(flat.dtype, bias_dtype)
+                grad_bias = flat.sum(0, dtype=wide).to(bias_dtype)
         return grad_A, grad_B, grad_bias, None, None, None
 
 
@@ -302,10 +309,12 @@ def matmul(
 
     dense = state.is_training and kind in ("cpu", "xpu")
     limit = None if dense else state.threshold
+    trained = B.requires_grad
     if torch.is_grad_enabled() and (
-        A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+        A.requires_grad or trained or (bias is not None and bias.requires_grad)
     ):
-        result, outlier_mask = MatMul8bitLt.apply(A, B, bias, CB, SCB, limit)
+        weight = B if trained else None
+        result, outlier_mask = MatMul8bitLt.apply(A, weight, bias, CB, SCB, limit)
     else:
         result, outlier_mask = _product(A, bias, CB, SCB, limit)
     state._idx, state._outlier_mask = None, outlier_mask

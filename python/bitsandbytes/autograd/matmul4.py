@@ -120,7 +120,7 @@ def _product_dequantized(A: Tensor, B: Tensor, bias: Tensor | None, state: Quant
             )
     wide = A.dtype if A.dtype in FLOATS else torch.float32
     state = QuantState(
-        *(state.absmax, state.shape, state.code, state.blocksize, state.quant_type, wide),
+        *(state.absmax, state.shape, state.levels(), state.blocksize, state.quant_type, wide),
         *(state.offset, state.state2),
     )
     weight = dequantize_4bit(B.reshape(-1, 1), state).to(A.dtype)

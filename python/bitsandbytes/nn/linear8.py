@@ -76,13 +76,13 @@ class Linear8bitLt(Module8bit, nn.Linear):
         """Returns the product of `x` ``[..., input_features]`` in the dtype of `x`."""
         state = self.state
         state.is_training = self.training
-        self._sync_state()
         weight, bias = own_tensor(self, "weight"), own_tensor(self, "bias")
+        self._sync_state(weight)
         if bias is not None and bias.dtype != x.dtype:
             # Compat: the bias follows the activations for good.
             bias.data = bias.data.to(x.dtype)
         out = matmul(x, weight, bias=bias, state=state)
-        if weight.dtype != torch.int8 and not state.has_fp16_weights:
+        if not state.has_fp16_weights and weight.dtype != torch.int8:
             weight.data = state.CB
         return out
 
@@ -94,17 +94,18 @@ class Linear8bitLt(Module8bit, nn.Linear):
             self.state.SCB = self.weight.SCB
         self.weight.CB = self.weight.SCB = None
 
-    def _sync_state(self) -> None:
+    def _sync_state(self, weight: Tensor) -> None:
         """Makes the state that of the present weight, which other code may have replaced."""
-        weight, state = own_tensor(self, "weight"), self.state
+        state = self.state
+        in_int8 = weight.dtype == torch.int8
         if getattr(weight, "CB", None) is not None:
             self.init_8bit_state()
-        elif weight.dtype == torch.int8:
+        elif in_int8:
             if getattr(weight, "SCB", None) is not None:
                 state.CB, state.SCB, weight.SCB = weight.data, weight.SCB, None
         elif not state.has_fp16_weights and state.CB is not None:
             state.reset_grads()
-        if weight.dtype == torch.int8 and state.SCB is None:
+        if in_int8 and state.SCB is None:
             raise RuntimeError(
                 "Linear8bitLt: the weight is int8 but its statistics (SCB) are missing: load a "
                 "checkpoint that holds SCB, or assign an Int8Params made with SCB"

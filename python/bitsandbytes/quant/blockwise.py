@@ -8,13 +8,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import FLOATS
 from .codes import default_code
-from .scales import nested_arguments, quantize_scales
+from .scales import nested_arguments, plain_scales, quantize_scales
 from .state import QuantState
 
 __all__ = ["dequantize_blockwise", "quantize_blockwise"]
 
+
+_quantize = torch.ops.bitsandbytes.quantize_blockwise.default
+_quantize_stochastic = torch.ops.bitsandbytes.quantize_blockwise_stochastic.default
+_dequantize = torch.ops.bitsandbytes.dequantize_blockwise
+_dequantize_nested = torch.ops.bitsandbytes.dequantize_blockwise_nested
 
 LEAST_RANDOM_NUMBERS = 1024  # that stochastic rounding takes
 
@@ -107,13 +113,11 @@ def quantize_blockwise(
     shared = code is None
     code = default_code("dynamic", A.device) if shared else code.to(A.device)
     if rand is None:
-        codes, scales = torch.ops.bitsandbytes.quantize_blockwise(A, code, blocksize)
+        codes, scales = _quantize(A, code, blocksize)
     else:
         # A compiled graph cannot draw Python's random numbers.
         start = 0 if torch.compiler.is_compiling() else random.randrange(LEAST_RANDOM_NUMBERS)
-        codes, scales = torch.ops.bitsandbytes.quantize_blockwise_stochastic(
-            A, code, blocksize, rand, start
-        )
+        codes, scales = _quantize_stochastic(A, code, blocksize, rand, start)
 
     offset = state2 = None
     if nested:
@@ -192,15 +196,15 @@ def dequantize_blockwise(
     if dtype is None:
         dtype = torch.float32 if out is None or out.dtype not in FLOATS else out.dtype
     if quant_state.nested:
-        op = torch.ops.bitsandbytes.dequantize_blockwise_nested
+        op = _dequantize_nested
         *scales, nested_blocksize = nested_arguments(quant_state, A.device)
         rest = (code, quant_state.blocksize, nested_blocksize, dtype)
     else:
-        op = torch.ops.bitsandbytes.dequantize_blockwise
-        scales = [quant_state.absmax.to(torch.float32)]
+        op = _dequantize
+        scales = [plain_scales(quant_state)]
         rest = (code, quant_state.blocksize, dtype)
     if out is None:
-        return op(A, *scales, *rest)
+        return op.default(A, *scales, *rest)
     if out.shape != A.shape or out.dtype != dtype:
         raise ValueError(
             f"{name}: out must be {dtype} of shape {tuple(A.shape)}, "
@@ -209,5 +213,5 @@ def dequantize_blockwise(
     if out.is_contiguous():
         op.out(A, *scales, *rest, out)
     else:
-        out.copy_(op(A, *scales, *rest))
+        out.copy_(op.default(A, *scales, *rest))
     return out

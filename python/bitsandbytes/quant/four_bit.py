@@ -4,9 +4,16 @@
 import torch
 from torch import Tensor
 
+from .. import _ops  # noqa: F401  (registers the ops)
 from .._checks import FLOATS, check, check_dtype, check_numel
 from .._codes4 import BLOCKSIZES, LEVELS, QUANT_TYPES, STORAGES, levels
-from .scales import NESTED_BLOCKSIZE, nested_arguments, quantize_scales, weight_arguments
+from .scales import (
+    NESTED_BLOCKSIZE,
+    nested_arguments,
+    plain_scales,
+    quantize_scales,
+    weight_arguments,
+)
 from .state import QuantState
 
 __all__ = [
@@ -20,6 +27,10 @@ __all__ = [
     "quantize_fp4",
     "quantize_nf4",
 ]
+
+_quantize = torch.ops.bitsandbytes.quantize_4bit.default
+_dequantize = torch.ops.bitsandbytes.dequantize_4bit
+_dequantize_nested = torch.ops.bitsandbytes.dequantize_4bit_nested
 
 BLOCKSIZE = 64
 
@@ -55,8 +66,13 @@ def get_4bit_type(
         )
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _table(typename, torch.device(device)).clone()
+
+
+def _table(quant_type: str, device: torch.device) -> Tensor:
+    """Returns the shared table of a type. It must not be modified."""
     # Compat: the table has no negative zero, though the codes of fp4 do.
-    return levels(typename, torch.device(device)) + 0.0
+    return levels(quant_type, device, negative_zero=False)
 
 
 def quantize_4bit(
@@ -117,7 +133,7 @@ def quantize_4bit(
             f"got {out.dtype} of shape {tuple(out.shape)}"
         )
 
-    packed, scales = torch.ops.bitsandbytes.quantize_4bit(A, blocksize, quant_type, quant_storage)
+    packed, scales = _quantize(A, blocksize, quant_type, quant_storage)
     offset = state2 = None
     if compress_statistics:
         scales, offset, state2 = quantize_scales(scales, NESTED_BLOCKSIZE)
@@ -125,16 +141,17 @@ def quantize_4bit(
         scales = absmax.copy_(scales.view(absmax.shape))
     if out is not None:
         packed = out.copy_(packed.view(out.shape))
-    return packed, QuantState(
+    state = QuantState(
         absmax=scales,
         shape=A.shape,
-        code=get_4bit_type(quant_type, A.device),
         blocksize=blocksize,
         quant_type=quant_type,
         dtype=A.dtype,
         offset=offset,
         state2=state2,
     )
+    state.share_code(_table(quant_type, A.device))
+    return packed, state
 
 
 def quantize_fp4(
@@ -222,20 +239,20 @@ def dequantize_4bit(
         )
 
     if state.nested:
-        op = torch.ops.bitsandbytes.dequantize_4bit_nested
+        op = _dequantize_nested
         *scales, nested_blocksize = nested_arguments(state, A.device)
         rest = (state.blocksize, nested_blocksize, state.quant_type, state.shape, state.dtype)
     else:
-        op = torch.ops.bitsandbytes.dequantize_4bit
-        scales = [state.absmax.to(torch.float32)]
+        op = _dequantize
+        scales = [plain_scales(state)]
         rest = (state.blocksize, state.quant_type, state.shape, state.dtype)
     if out is None:
-        result = op(A, *scales, *rest)
+        result = op.default(A, *scales, *rest)
     elif out.is_contiguous():
         op.out(A, *scales, *rest, out)
         result = out
     else:
-        result = out.copy_(op(A, *scales, *rest))
+        result = out.copy_(op.default(A, *scales, *rest))
     transposed = A.dim() == 2 and A.shape[0] == 1 and A.shape[1] > 1
     return result.t() if transposed and result.dim() == 2 else result
 
@@ -310,7 +327,7 @@ def gemv_4bit(
             f"got {out.dtype} of shape {tuple(out.shape)}"
         )
     weight, nested = weight_arguments(state, A.device)
-    result = torch.ops.bitsandbytes.gemm_4bit(A, B, *weight, None, *nested)
+    result = torch.ops.bitsandbytes.gemm_4bit.default(A, B, *weight, None, *nested)
     return result if out is None else out.copy_(result)
 
 

@@ -66,7 +66,7 @@ def estimate_quantiles(
             f"{name}: out must be float32 of {QUANTILES} elements, "
             f"got {out.dtype} of shape {tuple(out.shape)}"
         )
-    quantiles = torch.ops.bitsandbytes.estimate_quantiles(A, offset)
+    quantiles = torch.ops.bitsandbytes.estimate_quantiles.default(A, offset)
     if out is not None:
         quantiles = out.copy_(quantiles.view(out.shape))
     if num_quantiles == QUANTILES:

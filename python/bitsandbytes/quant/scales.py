@@ -7,7 +7,7 @@ from torch import Tensor
 from .codes import default_code
 from .state import QuantState
 
-__all__ = ["nested_arguments", "quantize_scales", "weight_arguments"]
+__all__ = ["nested_arguments", "plain_scales", "quantize_scales", "weight_arguments"]
 
 # Scales that share a scale of their own, where an op does not name the number.
 NESTED_BLOCKSIZE = 256
@@ -25,7 +25,9 @@ def quantize_scales(scales: Tensor, blocksize: int) -> tuple[Tensor, Tensor, Qua
     """
     offset = _mean(scales)
     code = default_code("dynamic", scales.device)
-    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise(scales - offset, code, blocksize)
+    codes, absmax = torch.ops.bitsandbytes.quantize_blockwise.default(
+        scales - offset, code, blocksize
+    )
     state = QuantState(absmax, blocksize=blocksize, dtype=torch.float32)
     state.share_code(code)
     return codes, offset, state
@@ -41,6 +43,13 @@ def _mean(scales: Tensor) -> Tensor:
     return (scales.sum(dtype=wide) / max(scales.numel(), 1)).to(torch.float32)
 
 
+def plain_scales(state: QuantState) -> Tensor:
+    """Returns the scales of a state that is not nested, in float32."""
+    absmax = state.absmax
+    # Comparing is ten times as fast as a conversion that has nothing to do.
+    return absmax if absmax.dtype == torch.float32 else absmax.to(torch.float32)
+
+
 def nested_arguments(state: QuantState, device: torch.device) -> tuple:
     """Returns what the ops on quantized scales take for those of `state`.
 
@@ -49,7 +58,6 @@ def nested_arguments(state: QuantState, device: torch.device) -> tuple:
     """
     codes, second, offset = state.absmax, state.state2, state.offset
     code, absmax = second.levels(), second.absmax
-    # Comparing is ten times as fast as a conversion that has nothing to do.
     if codes.dtype != torch.uint8:
         codes = codes.to(torch.uint8)
     if absmax.dtype != torch.float32:
@@ -70,15 +78,13 @@ def weight_arguments(state: QuantState, device: torch.device) -> tuple[tuple, tu
     """
     nested = ()
     if not state.nested:
-        absmax = state.absmax
-        if absmax.dtype != torch.float32:
-            absmax = absmax.to(torch.float32)
+        absmax = plain_scales(state)
     else:
         codes, code, absmax, offset, blocksize = nested_arguments(state, device)
         if blocksize == NESTED_BLOCKSIZE:
             nested = (codes if codes.dim() == 1 else codes.flatten(), code, offset)
         else:
-            decode = torch.ops.bitsandbytes.dequantize_blockwise
+            decode = torch.ops.bitsandbytes.dequantize_blockwise.default
             absmax = decode(codes, absmax, code, blocksize, torch.float32) + offset
     # Ops take a plain tuple faster than its subclass.
     return (tuple(state.shape), absmax, state.blocksize, state.quant_type), nested

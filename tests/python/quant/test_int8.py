@@ -478,6 +478,39 @@ def test_linear_on_each_instruction_set(cpu_isa):
     assert torch.equal(mask, want_mask)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3), (6,), (), (0,)])
+def test_gradient_of_linear_is_the_product_with_the_weight(int8, device, dtype, shape):
+    b, col_stats = codes_and_stats(9, 40, device)
+    grad = torch.randn(*shape, 9, device=device).to(dtype)
+    weight = plain.int8_vectorwise_dequant_dtype(b, col_stats, dtype)
+    got = int8.int8_linear_dgrad(grad, b, col_stats)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, grad @ weight)
+    if grad.dim() > 1:
+        strided = grad.mT.contiguous().mT, b.t().contiguous().t(), col_stats.view(1, 9)
+        torch.testing.assert_close(int8.int8_linear_dgrad(*strided), got)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 7), (3, 0, 7), (3, 5, 0)])
+def test_gradient_of_an_empty_linear_is_zero(int8, device, sizes):
+    rows, n, k = sizes
+    b = torch.ones(n, k, dtype=torch.int8, device=device)
+    grad = int8.int8_linear_dgrad(
+        torch.ones(rows, n, device=device), b, torch.ones(n, device=device)
+    )
+    assert grad.shape == (rows, k)
+    assert (grad == 0).all()
+
+
+def test_gradient_by_parts_of_the_weight_is_that_of_the_whole(device):
+    rows, n, k = 9, 17, 2**20
+    b, col_stats = codes_and_stats(n, k, device)
+    grad = torch.randn(rows, n, device=device)
+    got = ops.int8_linear_dgrad(grad, b, col_stats)
+    torch.testing.assert_close(got, plain.int8_linear_dgrad(grad, b, col_stats))
+
+
 def test_mixed_scaled_mm_without_outliers_is_scaled_mm(int8, device):
     x = torch.randn(3, 40, device=device)
     b, col_stats = codes_and_stats(5, 40, device)
@@ -602,6 +635,12 @@ BAD = [
     ("int8_linear", "bias", (X, B8, COLS, COLS.int())),
     ("int8_linear", "threshold", (X, B8, COLS, None, -1.0)),
     ("int8_linear", "threshold", (X, B8, COLS, None, NAN)),
+    ("int8_linear_dgrad", "grad", (X.double(), B8.t(), COLS)),
+    ("int8_linear_dgrad", "grad", (torch.tensor(1.0), B8, COLS)),
+    ("int8_linear_dgrad", "CB", (X, B8.t().float(), COLS)),
+    ("int8_linear_dgrad", "CB", (X, B8, COLS)),
+    ("int8_linear_dgrad", "SCB", (X, B8.t(), ROWS[:1])),
+    ("int8_linear_dgrad", "SCB", (X, B8.t(), torch.ones(X.shape[-1]).half())),
     ("int8_mixed_scaled_mm", "A", (X.double(), I8, B8, ROWS, COLS)),
     ("int8_mixed_scaled_mm", "A", (X[:1], I8, B8, ROWS, COLS)),
     ("int8_mixed_scaled_mm", "SCA", (X, I8, B8, COLS, COLS)),
