@@ -181,6 +181,7 @@ struct Cpu {
   static int64_t int8_outlier_terms_bytes(int64_t, int64_t, int64_t) { return 0; }
 
   static constexpr bool kInt8Library = false;
+  static constexpr bool kInt8Dgrad = false;
   static constexpr bool kPlainProducts = false;
 
   template <class Arguments>

@@ -17,6 +17,7 @@ struct Emulated : GpuBackend<EmulatedScope> {
   static bool is_fast(const Gemm4bitDgrad& args) { return args.m <= kMostRows; }
   static bool is_fast(const GroupedGemm4bit&) { return true; }
   static bool is_fast(const GroupedGemm4bitDgrad&) { return true; }
+  static constexpr bool kInt8Dgrad = false;  // made by Hopper alone
 
   // There is no vendor: its part is played by the kernel for all shapes.
   static void library_int8_matmul(const Tensor& a, const Tensor& b, const Tensor& out, int64_t m,

@@ -112,6 +112,14 @@ struct GpuBackend {
   static void int8_scaled_matmul(const Int8ScaledMatmul& args, void*, const Scope& scope) {
     gpu::int8_scaled_matmul(args, scope.stream());
   }
+  static constexpr bool kInt8Dgrad = true;
+  static bool is_fast(const Int8LinearDgrad& args) { return gpu::int8_linear_dgrad_is_fast(args); }
+  static int64_t workspace_bytes(const Int8LinearDgrad& args) {
+    return gpu::int8_linear_dgrad_workspace_bytes(args);
+  }
+  static void int8_linear_dgrad(const Int8LinearDgrad& args, void* workspace, const Scope& scope) {
+    gpu::int8_linear_dgrad(args, workspace, scope.stream());
+  }
   static void int8_mm_dequant(const Int8MmDequant& args, const Scope& scope) {
     gpu::int8_mm_dequant(args, scope.stream());
   }

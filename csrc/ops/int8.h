@@ -291,6 +291,44 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   return out;
 }
 
+// The gradient of the layer's input. Plain PyTorch makes it where the backend has no kernel.
+template <class Backend>
+Tensor int8_linear_dgrad(const Tensor& grad, const Tensor& cb, const Tensor& scb) {
+  constexpr const char* op = "int8_linear_dgrad";
+  const DType dtype = check_float(op, "grad", grad);
+  const Matrix matrix = as_matrix(op, "grad", grad);
+  check_dtype(op, "CB", cb, ScalarType::Char);
+  require(cb.dim() == 2 && cb.size(0) == matrix.cols, op, ": CB must be [", matrix.cols,
+          ", K] for grad of shape ", ShapeOf{grad}, ", got ", ShapeOf{cb});
+  check_same_device(op, "CB", cb, "grad", grad);
+  check_dtype(op, "SCB", scb, ScalarType::Float);
+  check_numel(op, "SCB", scb, cb.size(0));
+  check_same_device(op, "SCB", scb, "grad", grad);
+  if constexpr (Backend::kInt8Dgrad) {
+    const Tensor source = in_order(grad);
+    const Tensor weight = in_order(cb);
+    const Tensor stats = in_order(scb);
+    Shape shape = shape_of(grad);
+    shape.back() = cb.size(1);
+    Int8LinearDgrad args{dtype,
+                         source.const_data_ptr(),
+                         static_cast<const int8_t*>(weight.const_data_ptr()),
+                         static_cast<const float*>(stats.const_data_ptr()),
+                         nullptr,
+                         matrix.rows,
+                         cb.size(0),
+                         cb.size(1)};
+    const typename Backend::Scope scope(grad);
+    if (Backend::is_fast(args)) {
+      const Tensor out = new_empty(grad, shape, grad.scalar_type());
+      args.out = out.mutable_data_ptr();
+      run_product<Backend, Int8LinearDgrad>(grad, args, &Backend::int8_linear_dgrad, scope);
+      return out;
+    }
+  }
+  return call_op("bitsandbytes::_int8_linear_dgrad_plain", grad, cb, scb);
+}
+
 // The layer: quantizes the rows of `a` and multiplies, outlier columns in floating point. Returns
 // the mask of those columns beside the result.
 template <class Backend>

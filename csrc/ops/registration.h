@@ -45,6 +45,7 @@ void register_ops(Library& m) {
   m.impl("int8_linear_matmul.out", boxed<&int8_linear_matmul_out<Backend>>);
   m.impl("int8_mm_dequant", boxed<&int8_mm_dequant<Backend>>);
   m.impl("int8_linear", boxed<&int8_linear<Backend>>);
+  m.impl("int8_linear_dgrad", boxed<&int8_linear_dgrad<Backend>>);
   m.impl("int8_scaled_mm", boxed<&int8_scaled_mm<Backend>>);
   m.impl("optimizer_preview_32bit", boxed<&optimizer_preview_32bit<Backend>>);
   m.impl("optimizer_preview_8bit_blockwise", boxed<&optimizer_preview_8bit_blockwise<Backend>>);

@@ -454,6 +454,16 @@ def _(
     return out, A.new_empty((A.shape[-1],), dtype=torch.bool) if threshold > 0 else None
 
 
+@register_fake("int8_linear_dgrad")
+def _(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
+    op = "int8_linear_dgrad"
+    _check(grad.dtype in FLOATS, op, "grad", "float32, float16 or bfloat16", grad.dtype)
+    _check(CB.dtype == torch.int8, op, "CB", "int8", CB.dtype)
+    _check(CB.dim() == 2, op, "CB", "of shape [N, K]", CB.shape)
+    _check(grad.shape[-1] == CB.shape[0], op, "grad", f"[..., {CB.shape[0]}]", grad.shape)
+    return grad.new_empty((*grad.shape[:-1], CB.shape[1]))
+
+
 @register_fake("int8_mixed_scaled_mm")
 def _(
     A: Tensor,

@@ -99,6 +99,8 @@ SCHEMAS = (
     # The layer: quantizes the rows of A. The second result is the mask of outlier columns.
     "int8_linear(Tensor A, Tensor CB, Tensor SCB, Tensor? bias=None, float threshold=0.0) "
     "-> (Tensor, Tensor?)",
+    # The gradient of its input: grad (CB * SCB / 127)
+    "int8_linear_dgrad(Tensor grad, Tensor CB, Tensor SCB) -> Tensor",
     "int8_mixed_scaled_mm(Tensor A, Tensor CA, Tensor CB, Tensor SCA, Tensor SCB, "
     "Tensor? outlier_cols=None, Tensor? bias=None) -> (Tensor, Tensor?)",
     # Optimizers: one call for a whole list of parameters
@@ -147,7 +149,7 @@ _PLAN_SCHEMA = (
 _PLAIN_SCHEMAS = tuple(
     "_" + schema.replace("(", "_plain(", 1)
     for schema in SCHEMAS
-    if schema.startswith(("gemm_4bit", "grouped_gemm_4bit"))
+    if schema.startswith(("gemm_4bit", "grouped_gemm_4bit", "int8_linear_dgrad"))
 )
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")

@@ -363,6 +363,17 @@ def _(device):
     ]
 
 
+@samples("int8_linear_dgrad")
+def _(device):
+    _, b, _, col_stats = _int8(device)
+    grad = torch.randn(2, 3, 5, device=device)
+    return [
+        (grad, b, col_stats),
+        (grad.half()[0, 0], b, col_stats),
+        (grad.bfloat16()[:0], b, col_stats),
+    ]
+
+
 @samples("int8_mixed_scaled_mm")
 def _(device):
     a, b, row_stats, col_stats = _int8(device)

@@ -168,6 +168,7 @@ def test_products_stay_within_their_operands(m, n, k, blocksize):
             (torch.ops.bitsandbytes.grouped_gemm_4bit_dgrad, (grad, packed_2, offs, *rest_2)),
             (torch.ops.bitsandbytes.int8_linear, (a, codes, stats, bias, 0.0)),
             (torch.ops.bitsandbytes.int8_linear, (a, codes, stats, bias, 2.0)),
+            (torch.ops.bitsandbytes.int8_linear_dgrad, (grad, codes, stats)),
         ):
             with_guards = [each_tensor(guarded, x) for x in arguments]
             got, expected = op(*with_guards), op(*arguments)

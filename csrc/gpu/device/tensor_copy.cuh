@@ -170,11 +170,6 @@ __device__ __forceinline__ void add_in_cluster(uint32_t address, uint32_t x) {
   asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(x)
                : "memory");
 }
-__device__ __forceinline__ void store_in_cluster(uint32_t address, const float (&x)[4]) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]),
-               "f"(x[1]), "f"(x[2]), "f"(x[3])
-               : "memory");
-}
 
 // Four 8 x 8 matrices of 16-bit elements, transposed: lane l names row l % 8 of matrix l / 8, and
 // lane 4 g + t gets elements [2t][g] and [2t + 1][g] of each.

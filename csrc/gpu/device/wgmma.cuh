@@ -56,13 +56,6 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(uint32_t tile) {
   constexpr uint32_t kUnused = 1u << 16;  // leading dimension: one atom wide
   return static_cast<uint64_t>(kSwizzle128 | kGroupStride) << 32 | kUnused | (tile & 0x3ffffu) >> 4;
 }
-// Of 16 rows of k, from row 16 s on, of a tile whose inner dimension is M (see
-// WgmmaSharedTransposed).
-__device__ __forceinline__ uint64_t advance_rows_of_k(uint64_t descriptor, int s) {
-  const uint32_t low =
-      static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(s * (16 * kSwizzleRow >> 4));
-  return (descriptor & 0xffffffff00000000u) | low;
-}
 // The address, in the lower word, never carries.
 __device__ __forceinline__ uint64_t advance_k(uint64_t descriptor, int s) {
   const uint32_t low = static_cast<uint32_t>(descriptor) + static_cast<uint32_t>(s * (32 >> 4));
@@ -216,28 +209,6 @@ BNB_WGMMAS_SHARED(64, 32, 32, 33, 34);
 BNB_WGMMAS_SHARED(128, 64, 64, 65, 66);
 BNB_WGMMAS_SHARED(256, 128, 128, 129, 130);
 
-// The same with M as the inner dimension of A: 64 elements of it in rows of 128 bytes, one for each
-// k, with the swizzle of B's tiles.
-template <class T, int kN>
-struct WgmmaSharedTransposed;
-
-#define BNB_WGMMAS_TRANSPOSED(N, COUNT, A, B, ACC)                                           \
-  template <>                                                                                \
-  struct WgmmaSharedTransposed<BFloat16, N> {                                                \
-    BNB_WGMMA_SHARED("k16.f32.bf16.bf16", float, BNB_D, ", 1, 1, 1, 0", N, COUNT, A, B, ACC) \
-  };                                                                                         \
-  template <>                                                                                \
-  struct WgmmaSharedTransposed<Half, N> {                                                    \
-    BNB_WGMMA_SHARED("k16.f32.f16.f16", float, BNB_D, ", 1, 1, 1, 0", N, COUNT, A, B, ACC)   \
-  }
-
-BNB_WGMMAS_TRANSPOSED(16, 8, 8, 9, 10);
-BNB_WGMMAS_TRANSPOSED(32, 16, 16, 17, 18);
-BNB_WGMMAS_TRANSPOSED(64, 32, 32, 33, 34);
-BNB_WGMMAS_TRANSPOSED(128, 64, 64, 65, 66);
-BNB_WGMMAS_TRANSPOSED(256, 128, 128, 129, 130);
-
-#undef BNB_WGMMAS_TRANSPOSED
 #undef BNB_WGMMAS_SHARED
 #undef BNB_WGMMA_SHARED
 #undef BNB_I128

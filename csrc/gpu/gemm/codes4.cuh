@@ -1,158 +1,123 @@
-// Weights of 4-bit codes on their way to the tensor cores, as 16-bit numbers in shared memory.
+// A weight of 4-bit codes on its way to the registers from which the tensor cores multiply.
 // SPDX-License-Identifier: MIT
 //
-// A thread decodes 64 neighbouring elements of a row. They belong to one block of codes, or to two
-// of 32, so there are but 16 different weights: level * scale in float, rounded once, as
-// dequantize_4bit gives them. They are a table in registers, lower and upper bytes apart, from
-// which byte permutations select: that takes no shared memory, whose bandwidth the tensor cores
-// need.
+// What the kernel of wgmma_dgrad.cuh asks of a format of weights. A warp reads codes as matrices of
+// 8 rows (terms) by 8 pairs of bytes, transposed, so that lane 4 g + t has pair g of rows 2 t and
+// 2 t + 1. It needs one byte of each pair, two neighbouring features, and its neighbour the other.
 #pragma once
 
 #include "gpu/device/scales.cuh"
-#include "gpu/device/tensor_copy.cuh"
-#include "gpu/device/wgmma.cuh"
-#include "gpu/gemm/levels.cuh"
+#include "gpu/gemm/wgmma_table.cuh"
 
 namespace bnb::gpu {
 
 #if BNB_HOPPER
 
-// Sixteen weights, found by their codes.
-template <class T>
-class WeightTable {
- public:
-  __device__ __forceinline__ WeightTable(const float (&levels)[kCode4Levels], float scale) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float* const x = levels + 4 * i;
-      const uint32_t first = pack_pair<T>(__fmul_rn(x[0], scale), __fmul_rn(x[1], scale));
-      const uint32_t second = pack_pair<T>(__fmul_rn(x[2], scale), __fmul_rn(x[3], scale));
-      low_[i] = __byte_perm(first, second, 0x6420);
-      high_[i] = __byte_perm(first, second, 0x7531);
-    }
-  }
-
-  // Of eight codes, the upper one of each byte first.
-  __device__ __forceinline__ uint4 find(uint32_t codes) const {
-    const uint32_t within = codes & 0x77777777u;  // which of eight weights
-    // For each, a byte of the first or of the second eight: 0 to 3, or 4 to 7.
-    const uint32_t half = and_or(codes >> 1, 0x44444444u, 0x32103210u);
-    const uint2 x = find_four(within, half);
-    const uint2 y = find_four(within >> 16, half >> 16);
-    return {x.x, x.y, y.x, y.y};
-  }
-
- private:
-  // By the lower 16 bits.
-  __device__ __forceinline__ uint2 find_four(uint32_t within, uint32_t half) const {
-    const uint32_t low =
-        permute(permute(low_[0], low_[1], within), permute(low_[2], low_[3], within), half);
-    const uint32_t high =
-        permute(permute(high_[0], high_[1], within), permute(high_[2], high_[3], within), half);
-    return {permute(low, high, 0x4051), permute(low, high, 0x6273)};
-  }
-
-  // As __byte_perm(), for selectors that need no masking.
-  __device__ __forceinline__ static uint32_t permute(uint32_t x, uint32_t y, uint32_t selector) {
-    uint32_t z;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(z) : "r"(x), "r"(y), "r"(selector));
-    return z;
-  }
-  // (x & y) | z in one instruction.
-  __device__ __forceinline__ static uint32_t and_or(uint32_t x, uint32_t y, uint32_t z) {
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(y), "r"(z));
-    return result;
-  }
-
-  uint32_t low_[4];
-  uint32_t high_[4];
-};
-
-// kWidth: 32 for blocks of 32, 64 for all larger ones.
-template <class T, bool kNested, int kWidth>
-class Decoder4 {
-  static constexpr int kScales = 64 / kWidth;
+// Scales of blocks, divided by the multiple of the levels. kWidth: 32 for blocks of 32, 64 for all
+// larger ones.
+template <bool kNested, int kWidth_>
+class BlockScales {
   using Reader = ScaleReader<kNested>;
 
  public:
-  // What is asked for long before it is needed.
-  struct Ahead {
-    typename Reader::Stored scales[kScales];
-  };
+  static constexpr int kWidth = kWidth_;  // features that a warpgroup reads one scale for
+  using Stored = typename Reader::Stored;
 
-  __device__ __forceinline__ Decoder4(const Scales& scales, const Levels4& levels, int64_t k,
-                                      int log2_block, const float* shared_code)
-      : scale_of_(scales, shared_code), k_(k), log2_block_(log2_block) {
-#pragma unroll
-    for (int i = 0; i < kCode4Levels; ++i) levels_[i] = levels[i];
+  __device__ __forceinline__ BlockScales(const Scales& scales, int64_t k, int log2_block,
+                                         float unit, const float* shared_code)
+      : reader_(scales, shared_code), k_(k), log2_block_(log2_block), unit_(unit) {}
+
+  __device__ __forceinline__ Stored load(int64_t row, int64_t feature) const {
+    return reader_.load((row * k_ + feature) >> log2_block_);
   }
-
-  __device__ __forceinline__ void load(int64_t row, int64_t column, Ahead& ahead) const {
-#pragma unroll
-    for (int i = 0; i < kScales; ++i) {
-      ahead.scales[i] = scale_of_.load((row * k_ + column + i * kWidth) >> log2_block_);
-    }
-  }
-
-  // Calls store(i, x) with 16 bytes of weights for i = 0 to 7. They are zeros unless the elements
-  // are `there`, in the matrix.
-  template <class Store>
-  __device__ __forceinline__ void decode(const uint4 (&codes)[2], const Ahead& ahead, bool there,
-                                         Store&& store) const {
-#pragma unroll
-    for (int i = 0; i < kScales; ++i) {
-      const WeightTable<T> table(levels_, there ? scale_of_.value(ahead.scales[i]) : 0.0f);
-#pragma unroll
-      for (int j = i * 2 / kScales; j < (i + 1) * 2 / kScales; ++j) {
-        store(4 * j, table.find(codes[j].x));
-        store(4 * j + 1, table.find(codes[j].y));
-        store(4 * j + 2, table.find(codes[j].z));
-        store(4 * j + 3, table.find(codes[j].w));
-      }
-    }
+  __device__ __forceinline__ float value(const Stored& stored) const {
+    return __fmul_rn(reader_.value(stored), unit_);
   }
 
  private:
-  Reader scale_of_;
+  Reader reader_;
   int64_t k_;
   int log2_block_;
-  float levels_[kCode4Levels];
+  float unit_;
+};
+
+// Level: how the table at kTableAt holds levels.
+template <class Level, int kTableAt>
+class Decoder4 {
+ public:
+  using Pair = uint32_t;  // levels of two features
+
+  __device__ __forceinline__ Decoder4(uint32_t warp, uint32_t lane) : lane4_(4 * lane) {
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) selectors_[i] = 0x7604u | (2 * i + warp % 2) << 4;
+  }
+
+  // Where the codes of a warp of a warpgroup begin, in chunks of 16 bytes; the first feature of two
+  // of lanes 4 g to 4 g + 3.
+  __device__ __forceinline__ static uint32_t chunk_of(uint32_t warp) { return warp / 2; }
+  __device__ __forceinline__ static uint32_t feature_of(uint32_t warp, uint32_t g) {
+    return warp / 2 * 32 + 4 * g + warp % 2 * 2;
+  }
+
+  // From a word of two rows.
+  __device__ __forceinline__ Pair look_up(uint32_t word, int row) const {
+    const uint32_t at = __byte_perm(word, lane4_, selectors_[row]);
+    Pair pair;
+    asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(pair) : "r"(at), "n"(kTableAt));
+    return pair;
+  }
+  __device__ __forceinline__ static float2 widen(Pair pair, int) { return widen_pair<Level>(pair); }
+
+ private:
+  uint32_t lane4_;
+  uint32_t selectors_[2];
 };
 
 #endif  // BNB_HOPPER
 
-// A weight of 4-bit codes as a kernel's argument: what the kernel of backward products asks of any.
+// A weight of 4-bit codes as a kernel's argument. Level: how a table holds levels.
+template <class Level>
 struct Codes4 {
-  static constexpr int kCodeBytes = 32;  // of 64 elements
-  static constexpr Swizzle kSwizzle = Swizzle::k64;
-  static constexpr int kSharedBytes = kCodeLevels * int{sizeof(float)};
+  static constexpr int kCodeBytes = 32;   // of 64 elements
+  static constexpr int kLeastWidth = 32;  // elements of a row that have one scale
+  static constexpr int kTableBytes = kPairTableBytes;
+  static constexpr int kNestedBytes = kCodeLevels * int{sizeof(float)};
 
   Scales scales;
   Levels4 levels;
+  float multiple;
   int64_t k;
   int log2_block;
 
   explicit Codes4(const Weight4bit& weight)
       : scales(weight.scales),
         levels(weight),
+        multiple(level_multiple<Level>(weight.code)),
         k(weight.k),
         log2_block(log2_of(weight.block_size)) {}
 
 #if BNB_HOPPER
+  template <int kTableAt>
+  using Decoder = Decoder4<Level, kTableAt>;
+
   // Called by all threads of the block, before a barrier.
-  __device__ __forceinline__ void fill(char* shared) const {
-    if (scales.codes != nullptr) {
-      ScaleReader<true>::fill_code(scales, reinterpret_cast<float*>(shared));
-    }
+  template <int kTableAt>
+  __device__ __forceinline__ void fill(float* nested) const {
+    fill_pair_table<Level>(kTableAt, levels, multiple, static_cast<int>(threadIdx.x),
+                           static_cast<int>(blockDim.x));
+    if (scales.codes != nullptr) ScaleReader<true>::fill_code(scales, nested);
   }
 
-  // Calls visit(decoder).
-  template <class T, class Visitor>
-  __device__ __forceinline__ void with_decoder(const char* shared, Visitor&& visit) const {
+  // Which scale of a row 16 features that begin at `feature` of a tile have.
+  __device__ __forceinline__ uint32_t column_of(uint32_t feature) const {
+    return feature / (log2_block == 5 ? 32u : 64u);
+  }
+
+  // Calls visit(scales).
+  template <class Visitor>
+  __device__ __forceinline__ void with_scales(const float* nested, Visitor&& visit) const {
     const auto with = [&]<bool kNested, int kWidth>() {
-      const auto* const code = reinterpret_cast<const float*>(shared);
-      visit(Decoder4<T, kNested, kWidth>(scales, levels, k, log2_block, code));
+      visit(BlockScales<kNested, kWidth>(scales, k, log2_block, 1.0f / multiple, nested));
     };
     if (scales.codes != nullptr) {
       log2_block == 5 ? with.template operator()<true, 32>() : with.template operator()<true, 64>();

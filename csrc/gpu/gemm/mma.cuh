@@ -57,14 +57,17 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   if (levels.table != nullptr) fill_mma_table<T>(memory, levels, multiple, thread, threads);
   MmaCopier<kNested, kQuads> copier(args.weight, shape, place, memory, kMmaTableBytes,
                                     scale_levels);
-  copier.start();
   if constexpr (kNested) {
     for (int i = thread; i < kCodeLevels; i += threads) {
-      scale_levels[i] = args.weight.scales.code[i];
+      start_copy<4>(&scale_levels[i], args.weight.scales.code + i);
     }
+    close_copy_group();
   }
+  // Activations first: every product needs them.
   Multiplier multiplier(args, memory, lane, first_col);
   multiplier.keep(place.of_team * shape.turns, shape.turns);
+  copier.start();
+  if constexpr (kNested) wait_copies<1>();
   __syncthreads();
 
   const uint32_t codes_at = hide_origin(static_cast<uint32_t>(

@@ -105,33 +105,20 @@ class MmaCopier {
     const uint32_t slot = slot_;
     slot_ = both_slots_ - slot;
     wait_copies<0>();
-    if constexpr (!kQuads) store_scales(slot);
+    if constexpr (!kCopied) store_scales(slot);
     sync_warp();
-    if constexpr (kRaw) {
-      const char* const raw = memory_ + slot + kMmaScalesAt + place_.lane / 2 * 4;
-      [[maybe_unused]] const auto codes =
-          *reinterpret_cast<const Pack<uint8_t, 2>*>(raw + place_.lane % 2 * 2);
-      [[maybe_unused]] const float absmax = *reinterpret_cast<const float*>(raw + kMmaRows * 4);
-      stored_[0] = {absmax, codes.values[0]};
-      stored_[1] = {absmax, codes.values[1]};
-    }
     ask(slot_);
-    if constexpr (kRaw) {
-      sync_warp();  // all have read what the scales take the place of
-      store_scales(slot);
-      sync_warp();
-    }
     return slot;
   }
 
  private:
   static constexpr int kRowLanes = kMmaRowBytes / 16;  // that copy a row
   static constexpr int kRowsAtOnce = kWarp / kRowLanes;
-  // Nested scales are copied as 16 words of codes and 16 of absmax.
-  static constexpr bool kRaw = kQuads && kNested;
+  // Other scales come by registers: copies of the few bytes that nested ones are take longer.
+  static constexpr bool kCopied = kQuads && !kNested;
 
-  // Starts the copies of the next unit, if there is one. Without kQuads scales come to registers:
-  // store_scales() puts them into the slot, before the next call.
+  // Starts the copies of the next unit, if there is one. What of its scales comes to registers,
+  // store_scales() puts into the slot, before the next call.
   __device__ __forceinline__ void ask(uint32_t slot) {
     if (item_ < place_.items && unit_ < place_.units) {
       const int left = place_.k - unit_ * kMmaUnit;
@@ -163,8 +150,13 @@ class MmaCopier {
 
   // Of each lane two: those of row lane / 2 for blocks 2 (lane % 2) + {0, 1}.
   __device__ __forceinline__ void store_scales(uint32_t slot) {
-    *reinterpret_cast<Pack<float, 2>*>(memory_ + slot + kMmaScalesAt + place_.lane * 8) = {
-        scale_of_.value(stored_[0]), scale_of_.value(stored_[1])};
+    auto& both =
+        *reinterpret_cast<Pack<float, 2>*>(memory_ + slot + kMmaScalesAt + place_.lane * 8);
+    if constexpr (kQuads) {
+      both = {scale_of_.value(pair_, 0), scale_of_.value(pair_, 1)};
+    } else {
+      both = {scale_of_.value(stored_[0]), scale_of_.value(stored_[1])};
+    }
   }
 
   __device__ __forceinline__ int byte_of_row() const { return place_.lane % kRowLanes * 16; }
@@ -176,24 +168,26 @@ class MmaCopier {
     const auto lane = static_cast<uint32_t>(place_.lane);
     codes_ = weight_.codes + uint64_t{row + lane / kRowLanes} * (k / 2) +
              (unit_ * kMmaRowBytes + byte_of_row());
-    const uint32_t own = row + (kQuads ? lane % kMmaRows : lane / 2);
-    const int block = kQuads ? 0 : place_.lane % 2 * 2;
+    const uint32_t own = row + (kCopied ? lane % kMmaRows : lane / 2);
+    const int block = kCopied ? 0 : place_.lane % 2 * 2;
     scale_ =
         kQuads
             ? static_cast<int64_t>(uint64_t{own} * (k / kMmaBlock)) + (unit_ * kMmaBlocks + block)
             : static_cast<int64_t>(uint64_t{own} * k) + (unit_ * kMmaUnit + block * kMmaBlock);
   }
 
-  __device__ __forceinline__ void ask_for_scales(uint32_t slot, [[maybe_unused]] int left) {
-    char* const to = memory_ + slot + kMmaScalesAt;
-    const Scales& scales = weight_.scales;
-    if constexpr (kRaw) {
-      const void* const from = place_.lane < kMmaRows
-                                   ? static_cast<const void*>(scales.codes + scale_)
-                                   : scales.absmax + (scale_ >> log2_nested_);
-      start_copy<4>(to + place_.lane * 4, from);
+  __device__ __forceinline__ void ask_for_scales([[maybe_unused]] uint32_t slot,
+                                                 [[maybe_unused]] int left) {
+    if constexpr (kCopied) {
+      if (place_.lane < kMmaRows) {
+        start_copy<16>(memory_ + slot + kMmaScalesAt + place_.lane * 16,
+                       weight_.scales.absmax + scale_);
+      }
     } else if constexpr (kQuads) {
-      if (place_.lane < kMmaRows) start_copy<16>(to + place_.lane * 16, scales.absmax + scale_);
+      // As they are: whoever takes the codes apart waits for them.
+      const Scales& scales = weight_.scales;
+      pair_ = {scales.absmax[scale_ >> log2_nested_],
+               *reinterpret_cast<const uint16_t*>(scales.codes + scale_)};
     } else {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -220,6 +214,8 @@ class MmaCopier {
   int turn_ = 0;
   const uint8_t* codes_ = nullptr;  // 16 bytes of the lane's own, of every fourth row
   int64_t scale_ = 0;               // the lane's first scale; without kQuads, the element it is of
+  // Scales on their way: nested ones of quads, which have one absmax, and those without quads.
+  typename ScaleReader<kNested>::StoredFour pair_ = {};
   typename ScaleReader<kNested>::Stored stored_[2] = {};
 };
 

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const int stages = WgmmaWalk(plan, wgmma_walker()).all_stages(wgmma_walker());
   if (copier == 0) {
     prefetch_map(codes);
-    // has_kernels() has looked.
+    // has_wgmma_kernels() has looked.
     if (shared_address(dynamic) != kSharedStart) __trap();
     init_barriers<Shape>();
     // The first codes need not wait for the kernel that orders the tokens.
@@ -216,7 +216,9 @@ __global__ void marker_kernel(int* out) {
 #endif
 }
 
-bool has_kernels() {
+}  // namespace
+
+bool has_wgmma_kernels() {
   if (!is_hopper()) return false;
   int device = 0;
   int reserved = 0;
@@ -226,14 +228,12 @@ bool has_kernels() {
   return built && reserved == kSharedStart;
 }
 
-}  // namespace
-
 bool wgmma_gemm_4bit_serves(const Gemm4bit& args) {
   const Weight4bit& weight = args.weight;
   return args.dtype != DType::kFloat32 && args.m > 0 && weight.n > 0 && weight.k > 0 &&
          weight.k % 64 == 0 && weight.k <= kLongest && weight.n <= kMostRows &&
          weight.block_size >= 64 && is_aligned(weight.codes, 16) && is_aligned(args.a, 4) &&
-         has_kernels();
+         has_wgmma_kernels();
 }
 
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit& args) {
@@ -258,6 +258,7 @@ void wgmma_gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream) {
 
 namespace bnb::gpu {
 
+bool has_wgmma_kernels() { return false; }
 bool wgmma_gemm_4bit_serves(const Gemm4bit&) { return false; }
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit&) { return 0; }
 void wgmma_gemm_4bit(const Gemm4bit&, void*, Stream) {}

@@ -8,6 +8,10 @@
 
 namespace bnb::gpu {
 
+// Whether the build has kernels of sm_90a, and the current device runs them where shared memory
+// begins at the address that they count on.
+bool has_wgmma_kernels();
+
 // Whether the current device and these arguments are ones that the kernel takes: compute capability
 // 9.0 in a build for sm_90a, 16-bit dtype, k a multiple of 64, blocks of at least 64, aligned
 // codes.

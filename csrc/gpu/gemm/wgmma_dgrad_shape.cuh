@@ -6,66 +6,72 @@
 #include "gpu/device/tensor_copy.cuh"
 #include "gpu/device/wgmma.cuh"
 #include "gpu/gemm/wgmma_plan.cuh"
+#include "gpu/gemm/wgmma_table.cuh"
 
 namespace bnb::gpu {
 namespace {
 
-constexpr int kTerms = 64;       // of a stage
-constexpr int kRowBytes = 128;   // 64 grads of a token, or weights of a term
+constexpr int kTerms = 64;       // of a slot
+constexpr int kRowBytes = 128;   // 64 grads of a token, or results
 constexpr int kGroup = 128;      // threads of a warpgroup
 constexpr int kGroupWidth = 64;  // features of a warpgroup that multiplies
 
+// Scales of a row of codes: one for every `width` features, or with 0 for all of them.
+BNB_HD constexpr int scale_columns(int features, int width) {
+  return width > 0 ? features / width : 1;
+}
+
 // Codes: how the weight is stored, see Codes4.
-template <class Codes_, int kTokens_, int kDecoders_, int kCodeStages_, bool kShares_>
+template <class Codes_, int kTokens_>
 struct Shape {
   using Codes = Codes_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kDecoders = kDecoders_;
-  static constexpr int kCodeStages = kCodeStages_;
-  // Blocks that have parts of a tile exchange sums through the workspace.
-  static constexpr bool kShares = kShares_;
   static constexpr int kGroups = 2;
   static constexpr int kFeatures = kGroups * kGroupWidth;
   static constexpr int kWarps = kGroups * kGroup / kWarp;  // that multiply
-  static constexpr int kThreads = (kGroups + kDecoders) * kGroup;
-  // Where sums take many registers, those who decode give some of theirs.
-  static constexpr bool kMovesRegisters = kTokens >= 128;
-  static constexpr int kPairRegisters = kShares ? 176 : 168;  // of those beside two who decode
-  static constexpr int kMultiplyRegisters =
-      kTokens == 256 ? (kDecoders == 2 ? kPairRegisters : 200) : 120;
-  static constexpr int kDecodeRegisters =
-      kTokens == 256 ? (kDecoders == 2 ? 256 - kPairRegisters : 104) : 80;
+  static constexpr int kThreads = (kGroups + 1) * kGroup;
+  // The more slots, the more scales are on their way.
+  static constexpr int kMultiplyRegisters = kTokens > 64 ? 224 : 200;
+  static constexpr int kCopyRegisters = kTokens > 64 ? 56 : 104;
+  static constexpr int kScaleWarps = kTerms / kWarp;  // that bring scales
 
-  // For WgmmaPlan: rows are features, k is terms.
-  static constexpr int kRows = kFeatures;
-  static constexpr int kBlocks = 1;
-  static constexpr int kTokenStage = 0;
-
-  // Shared memory: rings, results on their way out, what decoders share, barriers, flags.
-  static constexpr int kGradBytes = kTokens * kRowBytes;  // of a stage
-  static constexpr int kGroupBytes = kTerms * kRowBytes;  // and weights of a warpgroup
-  static constexpr int kStageBytes = kGradBytes + kGroups * kGroupBytes;
+  // Of a slot: grads, codes, scales.
+  static constexpr int kGradBytes = kTokens * kRowBytes;
   static constexpr int kCodeRow = kGroups * Codes::kCodeBytes;
   static constexpr int kCodeBytes = kTerms * kCodeRow;
+  static constexpr int kScaleColumn = kTerms * int{sizeof(float)};
+  static constexpr int kScaleBytes = scale_columns(kFeatures, Codes::kLeastWidth) * kScaleColumn;
+  static constexpr int kBarrierBytes = 16;
+  static constexpr int kSlotBytes = kGradBytes + kCodeBytes + kScaleBytes;
+  static constexpr Swizzle kCodeSwizzle = kCodeRow == 128 ? Swizzle::k128 : Swizzle::k64;
+
+  // Shared memory by address: rings, results on their way out, what decodes, barriers, flags.
   static constexpr int kOutTokens = kTokens < 128 ? 16 : 32;  // of a copy of results
   static constexpr int kOutBytes = kOutTokens * kRowBytes;    // of a warpgroup
-  static constexpr int kBarrierBytes = 16;                    // of a stage in either ring
-  // Two blocks that have a tile may exchange sums within a cluster.
-  static constexpr bool kPairs = !kShares && kTokens >= 128;
+  static constexpr int kMostShared = 228 * 1024;
+  static constexpr int kOtherBytes =
+      kSharedStart + kGroups * kOutBytes + Codes::kTableBytes + Codes::kNestedBytes + 64;
+  static constexpr int kMostSlots = (kMostShared - kOtherBytes) / (kSlotBytes + kBarrierBytes);
+  static constexpr int kSlots = kMostSlots < 8 ? 4 : 8;
+  static constexpr int kGradsAt = kSharedStart;
+  static constexpr int kCodesAt = kGradsAt + kSlots * kGradBytes;
+  static constexpr int kOutAt = kCodesAt + kSlots * kCodeBytes;
+  static constexpr int kTableAt = kOutAt + kGroups * kOutBytes;
+  static constexpr int kScalesAt = kTableAt + Codes::kTableBytes;
+  static constexpr int kNestedAt = kScalesAt + kSlots * kScaleBytes;
+  static constexpr int kBarriersAt = kNestedAt + Codes::kNestedBytes;
+  static constexpr int kFlagsAt = kBarriersAt + kSlots * kBarrierBytes;
+  static constexpr int kEnd = kFlagsAt + 64;
+  static_assert(kGradBytes % 1024 == 0 && kCodeBytes % 1024 == 0 && kEnd <= kMostShared);
+
+  // For WgmmaPlan: rows are features, k is terms. A stage fills all slots, so that code knows which
+  // one is in hand.
+  static constexpr int kRows = kFeatures;
+  static constexpr int kBlocks = kSlots;
+  static constexpr int kTokenStage = 0;
+
   // How many blocks may exchange sums.
-  static constexpr int kMostParts = kShares ? kTokens / kOutTokens : kPairs ? 2 : 1;
-  static constexpr int kMostBytes = 227 * 1024;
-  static constexpr int kOtherBytes = kDecoders * kCodeStages * (kCodeBytes + kBarrierBytes) +
-                                     kGroups * kOutBytes + Codes::kSharedBytes + 16;
-  static constexpr int kStages = (kMostBytes - kOtherBytes) / (kStageBytes + kBarrierBytes);
-  static constexpr int kCodes = kStages * kStageBytes;
-  static constexpr int kOut = kCodes + kDecoders * kCodeStages * kCodeBytes;
-  static constexpr int kDecoding = kOut + kGroups * kOutBytes;
-  static constexpr int kBarriers = kDecoding + Codes::kSharedBytes;
-  static constexpr int kCodeBarriers = kBarriers + kStages * kBarrierBytes;
-  static constexpr int kFlags = kCodeBarriers + kDecoders * kCodeStages * kBarrierBytes;
-  static constexpr int kBytes = kFlags + 16;
-  static_assert(kStageBytes % 1024 == 0 && kCodeBytes % 1024 == 0 && kDecoders <= kStages);
+  static constexpr int kMostParts = kTokens / kOutTokens;
 };
 
 // What the kernel does.
@@ -113,26 +119,6 @@ class Walk {
  private:
   WgmmaWalk walk_;
   int feature_tiles_;
-};
-
-// The stages that a warpgroup decodes, of all that the block of threads has.
-template <class S>
-class Turns : public Walk<S> {
- public:
-  __device__ __forceinline__ Turns(const DgradTask<typename S::Codes>& task, int turn)
-      : Walk<S>(task), stage(turn - S::kDecoders) {}
-
-  __device__ __forceinline__ bool next() {
-    stage += S::kDecoders;
-    while (stage >= this->end()) {
-      const int over = stage - this->end();
-      if (!Walk<S>::next()) return false;
-      stage = this->begin() + over;
-    }
-    return true;
-  }
-
-  int stage;
 };
 
 #endif  // BNB_HOPPER

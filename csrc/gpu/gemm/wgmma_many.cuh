@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const bool copies = thread == Shape::kWarps * kWarp;
   if (copies) {
     prefetch_map(codes);
-    // has_kernels() has looked.
+    // has_wgmma_kernels() has looked.
     if (shared_address(dynamic) != kSharedStart) __trap();
     TokenRing<Shape>::init(Shape::kWarps);
     CodeRing<Shape>::init(Shape::kWarps);

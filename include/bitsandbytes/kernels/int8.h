@@ -81,6 +81,19 @@ struct Int8ScaledMatmul {
   bool follows_quantization = false;
 };
 
+// The gradient of the layer's input: out = grad (codes * stats / 127), with the weight rounded to
+// dtype.
+struct Int8LinearDgrad {
+  DType dtype;
+  const void* grad;     // [m, n] of dtype
+  const int8_t* codes;  // [n, k]
+  const float* stats;   // [n]
+  void* out;            // [m, k] of dtype
+  int64_t m;
+  int64_t n;
+  int64_t k;
+};
+
 namespace gpu {
 
 // row_stats[i] = max |a[i, :]| without outliers; out = round(a * (127 / row_stats)), zero in every
@@ -104,6 +117,12 @@ void int8_scale_product(const Int8ScaledMatmul& args, const int32_t* product, St
 
 // out = a * row_stats * col_stats / 127^2 + bias, rounded once to dtype.
 void int8_mm_dequant(const Int8MmDequant& args, Stream stream);
+
+// Whether there is a kernel for these arguments on the current device; the memory that it works in;
+// and that kernel.
+bool int8_linear_dgrad_is_fast(const Int8LinearDgrad& args);
+int64_t int8_linear_dgrad_workspace_bytes(const Int8LinearDgrad& args);
+void int8_linear_dgrad(const Int8LinearDgrad& args, void* workspace, Stream stream);
 
 }  // namespace gpu
 }  // namespace bnb

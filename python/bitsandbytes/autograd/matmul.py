@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _int8_linear = torch.ops.bitsandbytes.int8_linear.default
+_int8_linear_dgrad = torch.ops.bitsandbytes.int8_linear_dgrad.default
 
 
 class _RemovedField:
@@ -150,33 +151,12 @@ def dequantized(CB: Tensor, SCB: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize.dtype(CB, SCB, dtype)
 
 
-# The weight that a backward has at a time: so many bytes, unless a product with less than so many
-# results would keep a GPU less busy.
-PART_BYTES = 2**26
-PART_RESULTS = 2**23
-
-
 def times_dequantized(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
-    """Returns ``grad @ W`` with W, of codes ``[N, K]``, in the dtype of `grad`.
-
-    The whole of W takes more memory than the codes do, so for many rows it is made some columns at
-    a time.
-    """
-    N, K = CB.shape
+    """Returns ``grad @ W`` with W, of codes ``[N, K]``, in the dtype of `grad`."""
     differentiated = torch.is_grad_enabled() and grad.requires_grad
-    if torch.compiler.is_compiling() or differentiated or grad.numel() == 0:
+    if differentiated or grad.dtype not in FLOATS:
         return grad @ dequantized(CB, SCB, grad.dtype)
-    flat = grad.reshape(-1, N)
-    rows = flat.shape[0]
-    most = max(PART_BYTES // (N * grad.element_size()), PART_RESULTS // rows, 1)
-    if most >= K:
-        return grad @ dequantized(CB, SCB, grad.dtype)
-    columns = 64 * math.ceil(K / math.ceil(K / most) / 64)
-    result = flat.new_empty(rows, K)
-    for start in range(0, K, columns):
-        part = slice(start, start + columns)
-        torch.mm(flat, dequantized(CB[:, part], SCB, grad.dtype), out=result[:, part])
-    return result.view(*grad.shape[:-1], K)
+    return _int8_linear_dgrad(grad, CB, SCB)
 
 
 def narrowed(tensor: Tensor) -> Tensor:

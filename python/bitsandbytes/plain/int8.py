@@ -30,6 +30,10 @@ UNIT = 1.0 / CODE_MAX
 PRODUCT_UNIT = 1.0 / (CODE_MAX * CODE_MAX)
 # A product of two int8 numbers is at most 2^14, so sums of 2^10 of them are exact in float32.
 EXACT_TERMS = 1024
+# The dequantized weight that int8_linear_dgrad has at a time: so many bytes, unless a product with
+# less than so many results would keep a GPU less busy.
+PART_BYTES = 2**26
+PART_RESULTS = 2**23
 
 
 def _rows(shape: torch.Size) -> int:
@@ -267,6 +271,38 @@ def int8_linear(
         correction = _summed(values, CB, torch.float32).mul_(SCB.flatten() * UNIT)
         result += correction.view(result.shape)
     return _finish(result, bias, A.dtype), outlier_mask
+
+
+@register_kernel("_int8_linear_dgrad_plain", "default")
+@register_kernel("int8_linear_dgrad", "default")
+@torch.no_grad()
+def int8_linear_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
+    op = "int8_linear_dgrad"
+    check_dtype(op, "grad", grad, *FLOATS)
+    check(grad.dim() >= 1, op, "grad", "of at least one dimension", "a scalar")
+    check_dtype(op, "CB", CB, torch.int8)
+    check_device(op, "CB", CB, "grad", grad)
+    if CB.dim() != 2 or CB.shape[0] != grad.shape[-1]:
+        expected = f"[{grad.shape[-1]}, K] for grad of shape {list(grad.shape)}"
+        check(False, op, "CB", expected, list(CB.shape))
+    check_dtype(op, "SCB", SCB, torch.float32)
+    check_device(op, "SCB", SCB, "grad", grad)
+    check_numel(op, "SCB", SCB, CB.shape[0], "rows of CB")
+
+    N, K = CB.shape
+    rows = grad.reshape(_rows(grad.shape), N)
+    result = grad.new_empty(rows.shape[0], K)
+    if result.numel() == 0:
+        return result.view(*grad.shape[:-1], K)
+    # The whole weight takes more memory than the codes do, so it is made some columns at a time.
+    most = PART_BYTES // max(N * grad.element_size(), 1)
+    most = max(most, PART_RESULTS // rows.shape[0], 1)
+    columns = K if most >= K else 64 * math.ceil(K / math.ceil(K / most) / 64)
+    dequantize = torch.ops.bitsandbytes.int8_vectorwise_dequant.dtype
+    for start in range(0, K, columns):
+        part = slice(start, start + columns)
+        torch.mm(rows, dequantize(CB[:, part], SCB, grad.dtype), out=result[:, part])
+    return result.view(*grad.shape[:-1], K)
 
 
 @register_kernel("int8_mixed_scaled_mm", "default")

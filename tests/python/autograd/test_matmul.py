@@ -2,7 +2,6 @@
 """The product with an int8 weight, its gradients, and what it keeps between calls."""
 
 import copy
-import importlib
 import pickle
 import warnings
 
@@ -16,6 +15,7 @@ import bitsandbytes as bnb
 from bitsandbytes.autograd import _functions
 from bitsandbytes.autograd.matmul import GlobalOutlierPooler
 from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_quant
+from bitsandbytes.plain import int8 as plain
 from reference import linear as reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -195,21 +195,44 @@ def test_gradients_match_specification(device, dtype, threshold, training):
     assert_near(bias.grad, want_bias, torch.float32, 40, np.abs(numpy(grad)).sum(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "k", "rows"),
+    [
+        # Rows and columns that fill no tile, and no multiple of what a copy takes.
+        (72, 80, (1, 20, 40)),
+        (264, 272, (64, 100, 300)),
+        (9, 64, (40,)),
+        (72, 72, (40,)),
+        # Tiles that two, four and eight blocks of threads of 132 share evenly.
+        (264, 4096, (50, 100, 256, 500)),
+    ],
+)
+def test_gradient_in_tiles(device, n, k, rows, dtype):
+    weight = torch.randn(n, k, device=device)
+    codes, stats, _ = int8_vectorwise_quant(weight)
+    values = reference.dequantize(codes.cpu().numpy(), numpy(stats))
+    for m in rows:
+        grad = torch.randn(m, n, device=device).to(dtype)
+        result = torch.ops.bitsandbytes.int8_linear_dgrad(grad, codes, stats)
+        sums = n * 2.0 ** (SIGNIFICAND[dtype] - 24)
+        size = np.abs(numpy(grad)) @ np.abs(values)
+        assert_near(result, numpy(grad) @ values, dtype, 2 + sums, size)
+        assert torch.equal(result, torch.ops.bitsandbytes.int8_linear_dgrad(grad, codes, stats))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_by_parts_of_the_weight_is_that_of_the_whole(device, dtype, monkeypatch):
-    products = importlib.import_module("bitsandbytes.autograd.matmul")  # not the function
     weight = torch.randn(9, 300, device=device)
     state = frozen(weight)
     a = torch.randn(2, 3, 300, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(2, 3, 9, device=device, dtype=dtype)
     (want,) = torch.autograd.grad(bnb.matmul(a, weight, state=state), a, grad)
     shapes = []
-    dequantized = products.dequantized
-    monkeypatch.setattr(products, "PART_BYTES", 9 * 100 * dtype.itemsize)
-    monkeypatch.setattr(products, "PART_RESULTS", 6 * 90)
-    monkeypatch.setattr(
-        products, "dequantized", lambda *args: shapes.append(args[0].shape) or dequantized(*args)
-    )
+    mm = torch.mm
+    monkeypatch.setattr(plain, "PART_BYTES", 9 * 100 * dtype.itemsize)
+    monkeypatch.setattr(plain, "PART_RESULTS", 6 * 90)
+    monkeypatch.setattr(torch, "mm", lambda x, y, out: shapes.append(y.shape) or mm(x, y, out=out))
     (got,) = torch.autograd.grad(bnb.matmul(a, weight, state=state), a, grad)
     assert shapes == [(9, 128), (9, 128), (9, 44)]
     assert got.dtype == dtype
