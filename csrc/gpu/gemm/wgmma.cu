@@ -184,10 +184,17 @@ decltype(auto) with_shape(const Gemm4bit& args, int multiprocessors, Visitor&& v
   return visit.template operator()<Tokens256>();
 }
 
+template <class Shape>
+WgmmaPlan plan_of(const Gemm4bit& args, int multiprocessors) {
+  // Stages that take as long as it takes to store the sums of a part and to add them.
+  constexpr int kSplitting = kMany<Shape> ? 3 : 0;
+  return WgmmaPlan::make<Shape>(args.m, args.weight.n, args.weight.k, multiprocessors, kSplitting);
+}
+
 template <class T, class Shape>
 void launch_wgmma(const Gemm4bit& args, char* workspace, Stream stream) {
   const Weight4bit& weight = args.weight;
-  const auto plan = WgmmaPlan::make<Shape>(args.m, weight.n, weight.k, multiprocessors());
+  const WgmmaPlan plan = plan_of<Shape>(args, multiprocessors());
   if (const int64_t chunks = plan.sums_at / 16; chunks > 0) {
     launch_early("order_tokens_kernel", &order_tokens_kernel,
                  resident_grid(ceil_div(chunks, kOrderThreads)), kOrderThreads, 0, stream,
@@ -241,9 +248,7 @@ bool wgmma_gemm_4bit_serves(const Gemm4bit& args) {
 
 int64_t wgmma_gemm_4bit_workspace_bytes(const Gemm4bit& args) {
   const int count = multiprocessors();
-  return with_shape(args, count, [&]<class Shape>() {
-    return WgmmaPlan::make<Shape>(args.m, args.weight.n, args.weight.k, count).bytes;
-  });
+  return with_shape(args, count, [&]<class Shape>() { return plan_of<Shape>(args, count).bytes; });
 }
 
 void wgmma_gemm_4bit(const Gemm4bit& args, void* workspace, Stream stream) {

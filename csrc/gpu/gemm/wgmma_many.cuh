@@ -293,15 +293,35 @@ struct ManyMultiplier {
       wgmma_wait<0>();
       wgmma_hold(sums);
       release();
-      const auto unit_of_tile = static_cast<int>(out.warp);
-      if (begin > 0) {
-        out.leave_part(unit_of_tile, sums);
-        out.tell(unit_of_tile);
-      } else {
-        if (end < out.plan.stages) out.add_parts(tile, unit_of_tile, sums);
-        out.store(place, unit_of_tile, sums, 1.0f);
+      finish(place, tile, begin, end);
+    }
+  }
+
+  // Stages `begin` to `end` of a tile have been summed up.
+  __device__ __forceinline__ void finish(const WgmmaTile& place, int tile, int begin, int end) {
+    const auto unit = static_cast<int>(out.warp);
+    if constexpr (!Tokens::kGrouped) {
+      const int parts = out.plan.parts();
+      if (parts == 2) return share<2>(place, unit);
+      if (parts == 4) return share<4>(place, unit);
+      if constexpr (Shape::kTokens % 128 == 0) {
+        if (parts == 8) return share<8>(place, unit);
       }
     }
+    if (begin > 0) {
+      out.leave_part(unit, sums);
+      out.tell(unit);
+    } else {
+      if (end < out.plan.stages) out.add_parts(tile, unit, sums);
+      out.store(place, unit, sums, 1.0f);
+    }
+  }
+  // One of kParts blocks that have parts of the tile.
+  template <int kParts>
+  __device__ __forceinline__ void share(const WgmmaTile& place, int unit) {
+    constexpr int kTokens = Shape::kTokens / kParts;
+    out.template exchange<kParts>(unit, sums);
+    out.template store<kTokens / 2>(place, unit, sums, 1.0f, wgmma_walker() % kParts * kTokens);
   }
 
   // Products with some quarters of the tokens, a group of their own from fence to commit: between

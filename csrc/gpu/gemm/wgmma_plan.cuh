@@ -11,7 +11,8 @@
 //
 // Warps that have part of a split tile but not its beginning store their sums, which is the first
 // thing that their block does. The warp that has the beginning, the last thing that its block does,
-// adds them to its own in the order of k.
+// adds them to its own in the order of k. Where every block has one part and no more, kernels may
+// let those of a tile exchange sums instead, so that each makes some of the results.
 #pragma once
 
 #include <cstdint>
@@ -37,16 +38,22 @@ struct WgmmaPlan {
   int64_t flags_at;
   int64_t bytes;
 
+  // splitting: the stages in the time that it takes to pass on sums.
   template <class Shape>
-  static WgmmaPlan make(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  static WgmmaPlan make(int64_t m, int64_t n, int64_t k, int multiprocessors, int splitting = 0) {
     WgmmaPlan plan{};
     plan.token_tiles = static_cast<int>(ceil_div(m, Shape::kTokens));
     plan.stages = static_cast<int>(ceil_div(k, 64 * Shape::kBlocks));
     const int tiles = static_cast<int>(ceil_div(n, Shape::kRows)) * plan.token_tiles;
     plan.blocks = multiprocessors;
-    // If nearly all multiprocessors suffice for equal parts of tiles, no block has two tiles.
+    // If nearly all multiprocessors suffice for equal parts of tiles, or what the others would save
+    // is lost by splitting, no block has two tiles.
     const int even = multiprocessors / tiles * tiles;
-    if (even >= multiprocessors * 15 / 16) plan.blocks = even;
+    const int64_t all_stages = int64_t{tiles} * plan.stages;
+    if (even >= multiprocessors * 15 / 16 ||
+        all_stages * (multiprocessors - even) <= int64_t{splitting} * even * multiprocessors) {
+      plan.blocks = even;
+    }
     plan.divide(tiles);
     if (plan.whole == 0) plan.blocks = plan.splitters;
     plan.lay_out<Shape>(int64_t{plan.token_tiles} * Shape::kTokens);
@@ -78,7 +85,14 @@ struct WgmmaPlan {
   void lay_out(int64_t rows) {
     sums_at = rows * stages * (Shape::kTokenStage / Shape::kTokens);
     flags_at = sums_at + int64_t{splitters} * Shape::kRows * Shape::kTokens * 4;
-    bytes = flags_at + int64_t{splitters} * (Shape::kRows / 16) * 8;
+    const int flags = parts() > 1 ? parts() : 1;  // of a unit
+    bytes = flags_at + int64_t{splitters} * (Shape::kRows / 16) * flags * 8;
+  }
+
+  // Of every tile, if all blocks have a part of one and no more; otherwise 0.
+  BNB_HD int parts() const {
+    const bool even = whole == 0 && split > 0 && splitters == blocks && blocks % split == 0;
+    return even ? blocks / split : 0;
   }
 
   // The first stage on the line of split tiles that a block of threads takes.

@@ -77,17 +77,36 @@ struct WgmmaSums {
         *flag_of(block, unit) = 0;  // a graph may use the number again
       }
       __syncwarp();
-      const float4* part = part_of(block, unit);
+      add<kSums>(part_of(block, unit), sums);
+    }
+  }
+  // Adds the first sums, several loads under way at a time.
+  template <int kCount>
+  __device__ __forceinline__ static void add(const float4* from, Sums& sums) {
+    constexpr int kTogether = kCount % 32 == 0 ? 8 : kCount / 4;
 #pragma unroll
-      for (int i = 0; i < kSums / 4; ++i) {
-        const float4 x = __ldcg(part + i * kWarp);
-        float* to = sums + 4 * i;
-        to[0] = __fadd_rn(to[0], x.x);
-        to[1] = __fadd_rn(to[1], x.y);
-        to[2] = __fadd_rn(to[2], x.z);
-        to[3] = __fadd_rn(to[3], x.w);
+    for (int begin = 0; begin < kCount / 4; begin += kTogether) {
+      float4 x[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) x[i] = load_now(from + (begin + i) * kWarp);
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        float* to = sums + 4 * (begin + i);
+        to[0] = __fadd_rn(to[0], x[i].x);
+        to[1] = __fadd_rn(to[1], x[i].y);
+        to[2] = __fadd_rn(to[2], x[i].z);
+        to[3] = __fadd_rn(to[3], x[i].w);
       }
     }
+  }
+  // In the order of the program, which the compiler would spread out.
+  __device__ __forceinline__ static float4 load_now(const float4* from) {
+    float4 x;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
   }
 
   // Where all tokens meet the same weight.
@@ -96,14 +115,16 @@ struct WgmmaSums {
   }
 
   // Shape::scratch() names shared memory of the warp for sixteen rows of a token.
-  // Stores sums times `factor`, plus the bias, of sixteen rows for sixteen tokens at a time.
+  // Stores the first kCount sums, those of token `begin` of the tile and of more, times `factor`,
+  // plus the bias, of sixteen rows for sixteen tokens at a time.
+  template <int kCount = kSums>
   __device__ __forceinline__ void store(const WgmmaTile& tile, int unit, const Sums& sums,
-                                        float factor) const {
+                                        float factor, int begin = 0) const {
     const TokenTile& tokens = tile.tokens;
     const int64_t n = args.weight.n;
     const int64_t first = tile.row + 16 * unit;
     if (first >= n) return;
-    const int64_t first_token = tokens.first;
+    const int64_t first_token = tokens.first + begin;
     const bool wide = n % 8 == 0 && is_aligned(args.out, 16);
     float bias[2] = {0.0f, 0.0f};
     if (args.bias != nullptr) {
@@ -117,7 +138,7 @@ struct WgmmaSums {
     const int64_t row = first + lane % 2 * 8;
     T* out = static_cast<T*>(args.out) + (first_token + lane / 2) * n + row;
 #pragma unroll
-    for (int i = 0; i < kSums / 8; ++i) {
+    for (int i = 0; i < kCount / 8; ++i) {
       if (first_token + 16 * i >= tokens.end) break;
       uint32_t words[4];
 #pragma unroll
@@ -142,6 +163,52 @@ struct WgmmaSums {
           }
         }
       }
+    }
+  }
+
+  // Exchanges sums with the other blocks that have parts of the tile, kParts in all: each gets
+  // those of its share of the tokens, the first ones of `sums` then: its own plus the others' in
+  // order.
+  template <int kParts>
+  __device__ __forceinline__ void exchange(int unit, Sums& sums) const {
+    constexpr int kShare = kSums / kParts;
+    const int own = wgmma_walker() % kParts;
+    // Of what block `from` has for block `to`.
+    const auto index = [&](int from, int to) {
+      return (int64_t{wgmma_walker() - own + from} * kParts + to) * kUnits + unit;
+    };
+    auto* const parts = reinterpret_cast<float4*>(workspace + plan.sums_at) + lane;
+    auto* const flags = reinterpret_cast<unsigned long long*>(workspace + plan.flags_at);
+#pragma unroll
+    for (int to = 0; to < kParts; ++to) {
+      if (to == own) continue;
+#pragma unroll
+      for (int i = 0; i < kShare / 4; ++i) {
+        const float* x = sums + to * kShare + 4 * i;
+        __stcg(parts + (index(own, to) * (kShare / 4) + i) * kWarp,
+               make_float4(x[0], x[1], x[2], x[3]));
+      }
+    }
+    __syncwarp();
+    const int other = static_cast<int>(lane);
+    if (other < kParts && other != own) {
+      set_flag(flags + index(own, other), number);
+      unsigned long long* const flag = flags + index(other, own);
+      wait_for_flag(flag, number);
+      *flag = 0;  // a graph may use the number again
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+#pragma unroll
+      for (int part = 1; part < kParts; ++part) {
+        if (part == own) sums[i] = sums[part * kShare + i];
+      }
+    }
+#pragma unroll 1
+    for (int from = 0; from < kParts; ++from) {
+      if (from == own) continue;
+      add<kShare>(parts + index(from, own) * (kShare / 4) * kWarp, sums);
     }
   }
 };

@@ -125,5 +125,18 @@ TEST(GroupedTokens, PlacesDoNotOverlap) {
   }
 }
 
+TEST(WgmmaPlan, SharesTilesAmongBlocksThatHaveOneEach) {
+  const auto plan = [](int64_t n, int64_t k, int splitting) {
+    return WgmmaPlan::make<Shape<128, 128, 4>>(128, n, k, 132, splitting);
+  };
+  EXPECT_EQ(plan(4096, 4096, 0).parts(), 4);
+  EXPECT_EQ(plan(8192, 4096, 0).parts(), 2);
+  EXPECT_EQ(plan(128, 2048, 0).parts(), 8);
+  // By splitting 112 tiles a block saves 2.4 stages of 16, and 4.8 of 32.
+  EXPECT_EQ(plan(14336, 4096, 0).parts(), 0);
+  EXPECT_EQ(plan(14336, 4096, 3).split, 0);
+  EXPECT_EQ(plan(14336, 8192, 3).split, 112);
+}
+
 }  // namespace
 }  // namespace bnb::gpu

@@ -134,7 +134,17 @@ def test_products_of_many_rows_on_every_instruction_set(cpu_isa, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain scales", "nested scales"])
 @pytest.mark.parametrize(
-    ("n", "k", "blocksize"), [(72, 256, 64), (35, 192, 64), (8, 128, 128), (390, 1088, 64)]
+    ("n", "k", "blocksize"),
+    [
+        (72, 256, 64),
+        (35, 192, 64),
+        (8, 128, 128),
+        (390, 1088, 64),
+        # of which two, four, and eight of a GPU's blocks of threads have parts
+        (136, 512, 64),
+        (72, 1024, 64),
+        (40, 2048, 128),
+    ],
 )
 def test_products_of_many_rows(device, gpu_kernels, n, k, blocksize, nested, dtype):
     """Every number of rows for which a GPU has a kernel of its own, and one more."""
