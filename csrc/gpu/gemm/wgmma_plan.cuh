@@ -134,12 +134,6 @@ class WgmmaWalk {
     return true;
   }
 
-  // Stages of all steps together.
-  BNB_HD int all_stages(int block) const {
-    const int wholes = block < plan_.whole ? (plan_.whole - block - 1) / plan_.blocks + 1 : 0;
-    return wholes * plan_.stages + plan_.first_of(block + 1) - plan_.first_of(block);
-  }
-
   int tile = 0;
   int begin = 0;
   int end = 0;

@@ -30,10 +30,8 @@ void check_plan(const WgmmaPlan& plan, int multiprocessors) {
   std::set<int> waits;  // blocks that have the beginning of such a tile
   for (int block = 0; block < plan.blocks; ++block) {
     WgmmaWalk walk(plan, block);
-    int stages = 0;
     while (walk.next()) {
       ASSERT_LT(walk.begin, walk.end);
-      stages += walk.end - walk.begin;
       for (int stage = walk.begin; stage < walk.end; ++stage) stages_of[walk.tile].insert(stage);
       // Others wait for what begins within a tile, which is done before what a block waits for.
       if (walk.begin > 0) {
@@ -45,7 +43,6 @@ void check_plan(const WgmmaPlan& plan, int multiprocessors) {
         blocks_of[walk.tile].insert(block);
       }
     }
-    ASSERT_EQ(walk.all_stages(block), stages);
   }
   // Every stage of every tile is taken once.
   ASSERT_EQ(static_cast<int>(stages_of.size()), plan.whole + plan.split);
