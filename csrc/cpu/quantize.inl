@@ -75,6 +75,8 @@ template <class T>
 void dequantize_range(const DequantizeBlockwise& args, const Code& code, int64_t first,
                       int64_t last) {
   constexpr int64_t kRun = 512;  // levels between the lookup and the multiplication
+  // Multiplied in a round: processors foresee the end of a loop of few rounds.
+  constexpr int64_t kTogether = 4 * kLanes;
   T* out = static_cast<T*>(args.out);
   alignas(64) float levels[kRun];
   int64_t i = first;
@@ -86,9 +88,14 @@ void dequantize_range(const DequantizeBlockwise& args, const Code& code, int64_t
     for (; i < end; i += kRun) {
       const int64_t n = end - i < kRun ? end - i : kRun;
       decode(code, args.a + i, levels, n);
-      for_each_vector(0, n, [&](int64_t j, int64_t count) {
+      const auto multiply = [&](int64_t j, int64_t count) {
         store_some(out + i + j, load_some(levels + j, count) * scale, count);
-      });
+      };
+      int64_t j = 0;
+      for (; j + kTogether <= n; j += kTogether) {
+        for (int64_t k = 0; k < kTogether; k += kLanes) multiply(j + k, kLanes);
+      }
+      for_each_vector(j, n, multiply);
     }
     i = end;
   }
