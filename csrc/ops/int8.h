@@ -292,6 +292,21 @@ Tensor int8_scaled_mm(const Tensor& a, const Tensor& b, const Tensor& row_stats,
   return out;
 }
 
+// Checks the weight [N, K] of a layer, and its statistics. `dim`: that of the weight which is as
+// long as a row of `other`.
+inline void check_layer_weight(const char* op, const Tensor& cb, const Tensor& scb,
+                               const char* other_name, const Tensor& other, int64_t dim) {
+  const int64_t length = other.size(other.dim() - 1);
+  check_dtype(op, "CB", cb, ScalarType::Char);
+  require(cb.dim() == 2 && cb.size(dim) == length, op, ": CB must be [", dim == 0 ? "" : "N, ",
+          length, dim == 0 ? ", K" : "", "] for ", other_name, " of shape ", ShapeOf{other},
+          ", got ", ShapeOf{cb});
+  check_same_device(op, "CB", cb, other_name, other);
+  check_dtype(op, "SCB", scb, ScalarType::Float);
+  check_numel(op, "SCB", scb, cb.size(0));
+  check_same_device(op, "SCB", scb, other_name, other);
+}
+
 // The layer: quantizes the rows of `a` and multiplies, outlier columns in floating point. Returns
 // the mask of those columns beside the result.
 template <class Backend>
@@ -302,13 +317,7 @@ std::tuple<Tensor, std::optional<Tensor>> int8_linear(const Tensor& a, const Ten
   constexpr const char* op = "int8_linear";
   const DType dtype = check_float(op, "A", a);
   const Matrix matrix = as_matrix(op, "A", a);
-  check_dtype(op, "CB", cb, ScalarType::Char);
-  require(cb.dim() == 2 && cb.size(1) == matrix.cols, op, ": CB must be [N, ", matrix.cols,
-          "] for A of shape ", ShapeOf{a}, ", got ", ShapeOf{cb});
-  check_same_device(op, "CB", cb, "A", a);
-  check_dtype(op, "SCB", scb, ScalarType::Float);
-  check_numel(op, "SCB", scb, cb.size(0));
-  check_same_device(op, "SCB", scb, "A", a);
+  check_layer_weight(op, cb, scb, "A", a, 1);
   if (bias.has_value()) {
     check_float(op, "bias", *bias);
     check_numel(op, "bias", *bias, cb.size(0));
@@ -376,13 +385,7 @@ Tensor int8_linear_dgrad(const Tensor& grad, const Tensor& cb, const Tensor& scb
   constexpr const char* op = "int8_linear_dgrad";
   const DType dtype = check_float(op, "grad", grad);
   const Matrix matrix = as_matrix(op, "grad", grad);
-  check_dtype(op, "CB", cb, ScalarType::Char);
-  require(cb.dim() == 2 && cb.size(0) == matrix.cols, op, ": CB must be [", matrix.cols,
-          ", K] for grad of shape ", ShapeOf{grad}, ", got ", ShapeOf{cb});
-  check_same_device(op, "CB", cb, "grad", grad);
-  check_dtype(op, "SCB", scb, ScalarType::Float);
-  check_numel(op, "SCB", scb, cb.size(0));
-  check_same_device(op, "SCB", scb, "grad", grad);
+  check_layer_weight(op, cb, scb, "grad", grad, 0);
   const int64_t n = matrix.cols;
   const int64_t k = cb.size(1);
   Shape shape = shape_of(grad);

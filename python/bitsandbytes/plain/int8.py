@@ -79,6 +79,20 @@ def int8_vectorwise_quant(
     return codes, row_stats, None if outlier_mask is None else outlier_mask.nonzero().flatten()
 
 
+def _check_layer(op: str, name: str, other: Tensor, CB: Tensor, SCB: Tensor, dim: int) -> None:
+    """Checks operands of a layer; dimension `dim` of the weight is as long as rows of `other`."""
+    check_dtype(op, name, other, *FLOATS)
+    check(other.dim() >= 1, op, name, "of at least one dimension", "a scalar")
+    check_dtype(op, "CB", CB, torch.int8)
+    check_device(op, "CB", CB, name, other)
+    if CB.dim() != 2 or CB.shape[dim] != other.shape[-1]:
+        shape = f"[N, {other.shape[-1]}]" if dim else f"[{other.shape[-1]}, K]"
+        check(False, op, "CB", f"{shape} for {name} of shape {list(other.shape)}", list(CB.shape))
+    check_dtype(op, "SCB", SCB, torch.float32)
+    check_device(op, "SCB", SCB, name, other)
+    check_numel(op, "SCB", SCB, CB.shape[0], "rows of CB")
+
+
 def _quantized_rows(A: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns codes, statistics, and with a threshold the mask of the outlier columns."""
     rows, columns = _rows(A.shape), A.shape[-1]
@@ -243,16 +257,7 @@ def int8_linear(
     threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     op = "int8_linear"
-    check_dtype(op, "A", A, *FLOATS)
-    check(A.dim() >= 1, op, "A", "of at least one dimension", "a scalar")
-    check_dtype(op, "CB", CB, torch.int8)
-    check_device(op, "CB", CB, "A", A)
-    if CB.dim() != 2 or CB.shape[1] != A.shape[-1]:
-        expected = f"[N, {A.shape[-1]}] for A of shape {list(A.shape)}"
-        check(False, op, "CB", expected, list(CB.shape))
-    check_dtype(op, "SCB", SCB, torch.float32)
-    check_device(op, "SCB", SCB, "A", A)
-    check_numel(op, "SCB", SCB, CB.shape[0], "rows of CB")
+    _check_layer(op, "A", A, CB, SCB, 1)
     if bias is not None:
         check_dtype(op, "bias", bias, *FLOATS)
         check_device(op, "bias", bias, "A", A)
@@ -273,16 +278,7 @@ def int8_linear(
 @torch.no_grad()
 def int8_linear_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
     op = "int8_linear_dgrad"
-    check_dtype(op, "grad", grad, *FLOATS)
-    check(grad.dim() >= 1, op, "grad", "of at least one dimension", "a scalar")
-    check_dtype(op, "CB", CB, torch.int8)
-    check_device(op, "CB", CB, "grad", grad)
-    if CB.dim() != 2 or CB.shape[0] != grad.shape[-1]:
-        expected = f"[{grad.shape[-1]}, K] for grad of shape {list(grad.shape)}"
-        check(False, op, "CB", expected, list(CB.shape))
-    check_dtype(op, "SCB", SCB, torch.float32)
-    check_device(op, "SCB", SCB, "grad", grad)
-    check_numel(op, "SCB", SCB, CB.shape[0], "rows of CB")
+    _check_layer(op, "grad", grad, CB, SCB, 0)
     return grad @ int8_vectorwise_dequant_dtype(CB, SCB, grad.dtype)
 
 
