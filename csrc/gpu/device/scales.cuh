@@ -48,22 +48,6 @@ class ScaleReader {
     }
   }
 
-  // Of blocks b and b + 1, where b is even, in one access. Nested scales: codes' blocks have an
-  // even size.
-  __device__ __forceinline__ void load_pair(int64_t block, Stored& first, Stored& second) const {
-    if constexpr (kNested) {
-      [[maybe_unused]] const auto codes =
-          *reinterpret_cast<const Pack<uint8_t, 2>*>(scales_.codes + block);
-      first = {absmax_of_code(block), codes.values[0]};
-      second = {first.absmax, codes.values[1]};
-    } else {
-      const auto* const pair = reinterpret_cast<const Pack<float, 2>*>(scales_.absmax + block);
-      [[maybe_unused]] const Pack<float, 2> both = *pair;
-      first = {both.values[0], 0};
-      second = {both.values[1], 0};
-    }
-  }
-
   __device__ __forceinline__ float value(Stored stored) const {
     if constexpr (kNested) {
       return __fadd_rn(__fmul_rn(code_[stored.code], stored.absmax), offset_);

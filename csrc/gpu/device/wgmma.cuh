@@ -364,11 +364,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, i
 
 // ---- Shared memory by address -----------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
-  uint32_t x;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
-}
 __device__ __forceinline__ uint2 load_shared2(uint32_t address) {
   uint2 x;
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address) : "memory");
