@@ -104,6 +104,9 @@ def _check_step(
     for i, param in enumerate(params):
         check_dtype(op, f"params[{i}]", param, params[0].dtype)
         check_device(op, f"params[{i}]", param, "params[0]", params[0])
+        expanded = any(n > 1 and m == 0 for n, m in zip(param.shape, param.stride(), strict=True))
+        shape = f"an expanded tensor of shape {list(param.shape)}"
+        check(not expanded, op, f"params[{i}]", "with memory for each element", shape)
         _check_member(op, f"grads[{i}]", grads[i], param, params[0].dtype)
         for k, tensors in enumerate(states[: state_tensors(rule)]):
             where = f"state{k + 1}[{i}]"
