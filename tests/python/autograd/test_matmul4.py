@@ -56,6 +56,18 @@ def test_signature():
     assert _functions.matmul_4bit is bnb.matmul_4bit is bnb.autograd.matmul_4bit
 
 
+def test_public_name_of_the_function(device):
+    packed, state = packed_weight(device)
+    A, bias = torch.randn(3, 40, device=device), torch.randn(9, device=device)
+    out = torch.empty(3, 9, device=device)
+    apply = _functions.MatMul4Bit.apply
+    assert apply(A, packed.t(), out, bias, state) is out
+    assert torch.equal(out, bnb.matmul_4bit(A, packed, state, bias=bias))
+    A.requires_grad_()
+    apply(A, packed, None, None, state).sum().backward()
+    assert (A.grad - dequantize_4bit(packed, state).sum(0)).abs().max() < 1e-5
+
+
 # --- values -------------------------------------------------------------------------------------
 
 
