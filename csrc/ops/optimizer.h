@@ -155,7 +155,8 @@ class StepTensors {
         }
       }
       require(!is_expanded(param), op, ": params[", i,
-              "] must have memory for each element, got an expanded tensor of shape ", ShapeOf{param});
+              "] must have memory for each element, got an expanded tensor of shape ",
+              ShapeOf{param});
       check_order(op, "params", i, param);
       check_order(op, "grads", i, in.grads[i]);
     }
