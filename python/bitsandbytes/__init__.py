@@ -26,10 +26,12 @@ from .autograd._functions import (
     mm_cublas,
 )
 from .autograd.grouped4 import grouped_matmul_4bit
+from .cextension import COMPILED_WITH_CUDA
 from .nn import modules
 from .optim import adam
 
 __all__ = [
+    "COMPILED_WITH_CUDA",
     "MatmulLtState",
     "__version__",
     "adam",

@@ -12,8 +12,16 @@ from ..plain.states import BLOCK
 from ..quant.codes import default_code
 from . import sharding
 from .engine import Optimizer8bit
+from .overrides import GlobalOptimManager
 
-__all__ = ["MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "warn_ignored"]
+__all__ = [
+    "GlobalOptimManager",
+    "MockArgs",
+    "Optimizer1State",
+    "Optimizer2State",
+    "Optimizer8bit",
+    "warn_ignored",
+]
 
 
 class MockArgs:
