@@ -125,6 +125,25 @@ def test_parts_of_a_floating_point_format_must_add_up(arguments):
         F.create_fp8_map(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("create", "arguments"),
+    [
+        (F.create_dynamic_map, {"total_bits": 0}),
+        (F.create_dynamic_map, {"total_bits": 2**40}),
+        (F.create_linear_map, {"total_bits": 9}),
+        (F.create_linear_map, {"total_bits": -1}),
+        (F.create_fp8_map, {"exponent_bits": 2**40, "total_bits": 2**40 + 3}),
+        (F.create_fp8_map, {"exponent_bits": -1, "precision_bits": 8}),
+        (F.create_fp8_map, {"exponent_bits": 0, "precision_bits": 0, "total_bits": 1}),
+        (F.create_normal_map, {"offset": 0.5}),
+        (F.create_normal_map, {"offset": 1.0}),
+    ],
+)
+def test_bits_and_offsets_of_no_map(create, arguments):
+    with pytest.raises((AssertionError, ValueError), match=rf"^{create.__name__}: .* got "):
+        create(**arguments)
+
+
 def test_normal_map_is_nf4():
     code = F.create_normal_map()
     assert_table(code)
@@ -187,6 +206,7 @@ def test_unsigned_map_of_other_exponents_is_refused(exponents):
 
 
 def test_exponents_without_cells_add_nothing():
+    assert torch.equal(F.create_dynamic_map(True, 2**40), F.create_dynamic_map())
     assert torch.equal(F.create_dynamic_map(True, 7, 4), F.create_dynamic_map(True, 4, 4))
 
 
