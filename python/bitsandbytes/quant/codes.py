@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check
+from .._tables import shared_table
 
 __all__ = [
     "create_dynamic_map",
@@ -240,11 +241,11 @@ def default_code(name: str, device: torch.device) -> Tensor:
         name: ``"dynamic"`` (signed) or ``"udynamic"`` (unsigned).
         device: Where the table is needed; each device gets its copy once.
     """
-    key = (name, device)
-    code = _on_device.get(key)
-    if code is None:
-        if name not in name2qmap:
-            name2qmap[name] = create_dynamic_map(signed=name == "dynamic")
-        code = name2qmap[name].to(device, copy=True)
-        _on_device[key] = code
-    return code
+
+    def make() -> Tensor:
+        return create_dynamic_map(signed=name == "dynamic")
+
+    def make_there() -> Tensor:
+        return shared_table(name2qmap, name, make).to(device, copy=True)
+
+    return shared_table(_on_device, (name, device), make_there)
