@@ -147,6 +147,19 @@ def test_changed_arguments(name):
     assert raised > 0, "every change was to its liking"
 
 
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_none_in_place_of_a_tensor(name):
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.bitsandbytes, packet), overload or "default")
+    args, kwargs = SAMPLES[name]("cpu")[0]
+    arguments = dict(zip([a.name for a in op._schema.arguments], args, strict=False)) | kwargs
+    for argument in op._schema.arguments:
+        if str(argument.type) == "Tensor":
+            with pytest.raises((RuntimeError, ValueError, AttributeError, TypeError)) as error:
+                op(**arguments | {argument.name: None})
+            assert ".h" not in str(error.value), argument.name
+
+
 @pytest.mark.parametrize("blocksize", [32, 64, 256])
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (24, 192), (40, 1088), (33, 256), (3, 65)])
 @pytest.mark.parametrize("m", [1, 7, 9, 40])
