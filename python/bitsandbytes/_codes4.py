@@ -8,7 +8,7 @@ for lookup only. The numbers of `nf4` and `fp4` are those of ``include/bitsandby
 import torch
 from torch import Tensor
 
-from ._tables import shared_table
+from ._tables import new_table, usable
 
 __all__ = ["BLOCKSIZES", "LEVELS", "QUANT_TYPES", "STORAGES", "levels", "thresholds"]
 
@@ -98,6 +98,10 @@ def levels(name: str, device: torch.device, negative_zero: bool = True) -> Tenso
         device: Where the table is needed; each device gets its copy once.
         negative_zero: Whether a level of zero keeps its sign, which the codes of `fp4` have.
     """
+    key = (name, device, negative_zero)
+    table = _cache.get(key)
+    if usable(table):
+        return table
 
     def make() -> Tensor:
         numbers = LEVELS[name] if negative_zero else [x + 0.0 for x in LEVELS[name]]
@@ -105,7 +109,7 @@ def levels(name: str, device: torch.device, negative_zero: bool = True) -> Tenso
         # The copy of so small a table is staged before the call returns: nothing waits for it.
         return table.to(device, non_blocking=True)
 
-    return shared_table(_cache, (name, device, negative_zero), make)
+    return new_table(_cache, key, make)
 
 
 def thresholds(name: str, device: torch.device) -> Tensor:

@@ -7,25 +7,26 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-__all__ = ["shared_table"]
+__all__ = ["new_table", "usable"]
 
 
-def shared_table(cache: dict, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-    """Returns the tensor that `cache` holds for `key`, or the one that `make` gives.
+def usable(table: Tensor | None) -> bool:
+    """Whether a table that was looked up is there and may be used: not among fake tensors."""
+    if table is None:
+        return False
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return True
+    return detect_fake_mode() is None
 
-    That one is kept, unless it is the stand-in of a tracer or of FakeTensorMode, which would be of
-    no use to others; nor do these take a tensor from the cache. It must not be modified.
+
+def new_table(cache: dict, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+    """Returns the table that `make` gives, which `cache` keeps. It must not be modified.
+
+    Stand-ins of tracers and of FakeTensorMode are not kept: they would be of no use to others.
     """
-    table = cache.get(key)
-    compiling = torch.compiler.is_compiling()
-    if table is None or (not compiling and _in_fake_mode()):
-        # Not as an inference tensor, because training may come later.
-        with torch.inference_mode(False):
-            table = make()
-        if type(table) is Tensor and not compiling:
-            cache[key] = table
+    # Not as an inference tensor, because training may come later.
+    with torch.inference_mode(False):
+        table = make()
+    if type(table) is Tensor and not torch.compiler.is_compiling():
+        cache[key] = table
     return table
-
-
-def _in_fake_mode() -> bool:
-    return torch._C._len_torch_dispatch_stack() > 0 and detect_fake_mode() is not None

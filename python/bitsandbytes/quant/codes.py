@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check
-from .._tables import shared_table
+from .._tables import new_table, usable
 
 __all__ = [
     "create_dynamic_map",
@@ -241,11 +241,15 @@ def default_code(name: str, device: torch.device) -> Tensor:
         name: ``"dynamic"`` (signed) or ``"udynamic"`` (unsigned).
         device: Where the table is needed; each device gets its copy once.
     """
+    key = (name, device)
+    code = _on_device.get(key)
+    if usable(code):
+        return code
 
     def make() -> Tensor:
-        return create_dynamic_map(signed=name == "dynamic")
+        code = name2qmap.get(name)
+        if not usable(code):
+            code = new_table(name2qmap, name, lambda: create_dynamic_map(name == "dynamic"))
+        return code.to(device, copy=True)
 
-    def make_there() -> Tensor:
-        return shared_table(name2qmap, name, make).to(device, copy=True)
-
-    return shared_table(_on_device, (name, device), make_there)
+    return new_table(_on_device, key, make)
