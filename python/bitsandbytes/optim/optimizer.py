@@ -77,6 +77,8 @@ class _StateOptimizer(Optimizer8bit):
         ):
             if not value >= 0.0:
                 raise ValueError(f"{name}: {argument} must be zero or positive, got {value}")
+        if not isinstance(betas, abc.Sized) or len(betas) < 2:
+            raise ValueError(f"{name}: betas must be at least two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name}: betas[{i}] must lie in [0, 1), got {beta}")
