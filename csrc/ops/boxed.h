@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -41,12 +42,15 @@ void put(StableIValue* stack, const Result& result) {
   stack[0] = torch::stable::detail::from<Result>(result);
 }
 
-// Torch lets None through where an op takes a tensor.
+// Torch lets None through where an op takes a tensor, and tensors without memory.
 template <class T>
 void check_given(const T& value, size_t position) {
-  if constexpr (std::is_same_v<T, Tensor>) {
-    require(value.defined(), "an op of bitsandbytes must be given a tensor as argument ",
-            static_cast<int64_t>(position), ", got None");
+  if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
+    if (value.has_value()) check_given(*value, position);
+  } else if constexpr (std::is_same_v<T, Tensor>) {
+    const bool given = value.defined();
+    require(given && has_memory(value), "an op of bitsandbytes must be given a tensor as argument ",
+            static_cast<int64_t>(position), ", got ", given ? "an empty storage" : "None");
   }
 }
 
