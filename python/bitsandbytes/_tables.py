@@ -19,14 +19,17 @@ def usable(table: Tensor | None) -> bool:
     return detect_fake_mode() is None
 
 
-def new_table(cache: dict, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+def new_table(
+    cache: dict, key: Hashable, make: Callable[[], Tensor], traced: bool = False
+) -> Tensor:
     """Returns the table that `make` gives, which `cache` keeps. It must not be modified.
 
     Stand-ins of tracers and of FakeTensorMode are not kept: they would be of no use to others.
+    `traced`: what torch.compile makes of a call is kept all the same, once it has run.
     """
     # Not as an inference tensor, because training may come later.
     with torch.inference_mode(False):
         table = make()
-    if type(table) is Tensor and not torch.compiler.is_compiling():
+    if type(table) is Tensor and (traced or not torch.compiler.is_compiling()):
         cache[key] = table
     return table

@@ -249,7 +249,7 @@ def default_code(name: str, device: torch.device) -> Tensor:
     def make() -> Tensor:
         code = name2qmap.get(name)
         if not usable(code):
-            code = new_table(name2qmap, name, lambda: create_dynamic_map(name == "dynamic"))
+            code = new_table(name2qmap, name, lambda: create_dynamic_map(name == "dynamic"), True)
         return code.to(device, copy=True)
 
-    return new_table(_on_device, key, make)
+    return new_table(_on_device, key, make, traced=True)
