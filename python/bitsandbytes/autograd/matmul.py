@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import AUTOCAST_DEVICES, FLOATS, check, check_device, check_output
+from .._checks import AUTOCAST_DEVICES, FLOATS, check, check_device, check_output, check_shape
 
 __all__ = [
     "GlobalOutlierPooler",
@@ -172,7 +172,9 @@ def _product(
     Without a threshold (None, not 0) the activations are not quantized.
     """
     if threshold is None:
-        bias = None if bias is None else bias.to(A.dtype)
+        if bias is not None:
+            check_shape("matmul", "bias", bias, CB.shape[:1])
+            bias = bias.to(A.dtype)
         return F.linear(A, dequantized(CB, SCB, A.dtype), bias), None
     bias = None if bias is None else narrowed(bias)
     out, outlier_mask = _int8_linear(narrowed(A), CB, SCB, bias, threshold)

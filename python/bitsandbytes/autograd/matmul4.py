@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import FLOATS, check, check_output
+from .._checks import FLOATS, check, check_output, check_shape
 from .._precision import full_precision
 from ..plain.grouped_gemm_4bit import group_of_rows
 from ..quant.four_bit import dequantize_4bit
@@ -118,6 +118,8 @@ def _product_dequantized(A: Tensor, B: Tensor, bias: Tensor | None, state: Quant
                 DeprecationWarning,
                 stacklevel=3,
             )
+    if bias is not None:
+        check_shape(name, "bias", bias, (shape[1 if turned else 0],))
     wide = A.dtype if A.dtype in FLOATS else torch.float32
     state = QuantState(
         *(state.absmax, state.shape, state.levels(), state.blocksize, state.quant_type, wide),

@@ -56,6 +56,15 @@ def test_signature():
     assert _functions.matmul_4bit is bnb.matmul_4bit is bnb.autograd.matmul_4bit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bias_of_another_shape(device, dtype):
+    packed, state = packed_weight(device)
+    A = torch.randn(3, 40, device=device, dtype=dtype)
+    for shape in ((1,), (3,), (3, 9), ()):
+        with pytest.raises((ValueError, RuntimeError), match=r"bias must "):
+            bnb.matmul_4bit(A, packed, state, bias=A.new_zeros(shape))
+
+
 def test_public_name_of_the_function(device):
     packed, state = packed_weight(device)
     A, bias = torch.randn(3, 40, device=device), torch.randn(9, device=device)
