@@ -80,6 +80,7 @@ class TensorReader {
       PyErr_Clear();
       return false;
     }
+    if (out.data == nullptr && numel(out) > 0) return false;  // which the op has a sentence for
     out.data = static_cast<char*>(out.data) + out.byte_offset;
     // Views that stand for the negative of their memory have gaps, as they are imaginary parts of
     // complex numbers, except where they hold one number.

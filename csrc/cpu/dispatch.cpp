@@ -37,6 +37,23 @@ Code prepare_code(const float* levels) {
   return code;
 }
 
+void prepare_search(const float* levels, bool buckets, bool bounded, SearchedCode& code) {
+  for (int k = 0; k < kCodeThresholds; ++k) {
+    code.thresholds[k] = code_threshold(levels[k], levels[k + 1], k);
+  }
+  const Thresholds8 thresholds{code.thresholds};
+  code.front_apart = false;
+  code.bounded = bounded;
+  for (int k = 0; k < kCodeThresholds; ++k) {
+    code.front_apart = code.front_apart || thresholds.is_front(k);
+    const float threshold = code.thresholds[k];
+    // All numbers from 1 on are then one, and all down from -1.
+    const bool inside = is_nan(threshold) || magnitude(threshold) < 1.0f;
+    buckets = buckets && (bounded || inside) && (thresholds.is_front(k) || thresholds.ascends(k));
+  }
+  code.buckets = buckets && thresholds.fill(0, Thresholds8::kBuckets, code.entries);
+}
+
 namespace {
 
 // A table is only asked for where it is supported: its file is compiled for its instruction set.

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bitsandbytes/code/buckets8.h"
 #include "bitsandbytes/code/code.h"
 #include "bitsandbytes/kernels/gemm_4bit.h"
 #include "bitsandbytes/kernels/int8.h"
@@ -15,6 +16,15 @@
 
 namespace bnb::cpu {
 
+// What encodes a table of ascending levels that is none of the dynamic maps.
+struct SearchedCode {
+  float thresholds[kCodeThresholds];
+  bool buckets;      // serve it; otherwise it is searched
+  bool front_apart;  // but not numbers next to zero
+  bool bounded;      // elements are: those that no scale was found for are not
+  uint32_t entries[2 * Thresholds8::kBuckets];
+};
+
 // A table of levels with how it is encoded.
 struct Code {
   const float* levels;  // [256]
@@ -23,6 +33,9 @@ struct Code {
 };
 
 Code prepare_code(const float* levels);
+// `buckets`: try them, which takes time to fill them. They know numbers up to 1 only; `bounded`:
+// there are no others.
+void prepare_search(const float* levels, bool buckets, bool bounded, SearchedCode& code);
 
 // Rows of a weight that are one piece of work, and columns of a 4-bit one for the backward pass.
 inline constexpr int64_t kGemmPanel = 64;
@@ -37,8 +50,9 @@ struct ProductSpace {
 // Work is given as half-open ranges so that callers choose the threads.
 struct Kernels {
   const char* isa;
-  void (*quantize_blockwise)(const QuantizeBlockwise&, const Code&, int64_t first_block,
-                             int64_t last_block);
+  // `searched`: for codes of kind kTable.
+  void (*quantize_blockwise)(const QuantizeBlockwise&, const Code&, const SearchedCode& searched,
+                             int64_t first_block, int64_t last_block);
   void (*dequantize_blockwise)(const DequantizeBlockwise&, const Code&, int64_t first,
                                int64_t last);
   void (*quantize_4bit)(const Quantize4bit&, int64_t first_block, int64_t last_block);

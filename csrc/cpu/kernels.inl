@@ -66,10 +66,10 @@ void by_step(const OptimizerStep& args, StateFormat format, const Body& body) {
 
 // ---- The table ----------------------------------------------------------------------------------
 
-void quantize_blockwise(const QuantizeBlockwise& args, const Code& code, int64_t first_block,
-                        int64_t last_block) {
+void quantize_blockwise(const QuantizeBlockwise& args, const Code& code,
+                        const SearchedCode& searched, int64_t first_block, int64_t last_block) {
   by_dtype(args.dtype, [&](auto type) {
-    quantize_blocks<typename decltype(type)::type>(args, code, first_block, last_block);
+    quantize_blocks<typename decltype(type)::type>(args, code, searched, first_block, last_block);
   });
 }
 

@@ -1,4 +1,5 @@
-// Sorts the levels of tables that are not ascending, and gives the results their codes back.
+// Prepares tables: sorts levels that are not ascending, and gives the results their codes back;
+// makes buckets for those that are none of the dynamic maps.
 // SPDX-License-Identifier: MIT
 #include "cpu/quantize.h"
 
@@ -6,6 +7,12 @@
 #include <numeric>
 
 namespace bnb::cpu {
+namespace {
+
+// Elements from which filling the buckets takes less time than they save.
+constexpr int64_t kWorthBuckets = 1 << 13;
+
+}  // namespace
 
 Quantizer::Quantizer(const QuantizeBlockwise& args) : args_(args), kernels_(kernels()) {
   const float* levels = args.code;
@@ -21,10 +28,13 @@ Quantizer::Quantizer(const QuantizeBlockwise& args) : args_(args), kernels_(kern
   code_ = prepare_code(args_.code);
   // The dynamic maps' own encode knows numbers up to 1 only.
   if (args_.absmax == nullptr) code_.kind = CodeKind::kTable;
+  if (code_.kind == CodeKind::kTable) {
+    prepare_search(args_.code, args_.n >= kWorthBuckets, args_.absmax != nullptr, searched_);
+  }
 }
 
 void Quantizer::run(int64_t first_block, int64_t last_block) const {
-  kernels_.quantize_blockwise(args_, code_, first_block, last_block);
+  kernels_.quantize_blockwise(args_, code_, searched_, first_block, last_block);
   if (!reordered_) return;
   uint8_t* const end = args_.out + std::min(last_block * args_.block_size, args_.n);
   for (uint8_t* out = args_.out + first_block * args_.block_size; out < end; ++out) {

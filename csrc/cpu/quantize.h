@@ -24,6 +24,7 @@ class Quantizer {
   float levels_[kCodeLevels];   // ascending
   uint8_t codes_[kCodeLevels];  // of them, in the caller's table
   Code code_;
+  SearchedCode searched_;
 };
 
 }  // namespace bnb::cpu

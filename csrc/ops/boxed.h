@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #pragma once
 
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -41,6 +42,18 @@ void put(StableIValue* stack, const Result& result) {
   stack[0] = torch::stable::detail::from<Result>(result);
 }
 
+// Torch lets None through where an op takes a tensor, and tensors without memory.
+template <class T>
+void check_given(const T& value, size_t position) {
+  if constexpr (std::is_same_v<T, std::optional<Tensor>>) {
+    if (value.has_value()) check_given(*value, position);
+  } else if constexpr (std::is_same_v<T, Tensor>) {
+    const bool given = value.defined();
+    require(given && has_memory(value), "an op of bitsandbytes must be given a tensor as argument ",
+            static_cast<int64_t>(position), ", got ", given ? "an empty storage" : "None");
+  }
+}
+
 template <auto function>
 struct Boxed;
 
@@ -52,6 +65,9 @@ struct Boxed<function> {
     const auto values = [&]<size_t... i>(std::index_sequence<i...>) {
       return std::tuple<std::remove_cvref_t<Parameters>...>{
           take<std::remove_cvref_t<Parameters>>(stack[i])...};
+    }(std::index_sequence_for<Parameters...>{});
+    [&]<size_t... i>(std::index_sequence<i...>) {
+      (check_given(std::get<i>(values), i + 1), ...);
     }(std::index_sequence_for<Parameters...>{});
     if constexpr (std::is_void_v<Result>) {
       std::apply(function, values);

@@ -30,6 +30,16 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
+// True when elements of `t` are one element in memory, as after an expansion.
+inline bool is_expanded(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  const auto strides = t.strides();
+  for (size_t i = 0; i < strides.size(); ++i) {
+    if (strides[i] == 0 && t.size(static_cast<int64_t>(i)) > 1) return true;
+  }
+  return false;
+}
+
 inline bool same_shape(const Tensor& t, const Tensor& other) {
   const auto a = t.sizes();
   const auto b = other.sizes();

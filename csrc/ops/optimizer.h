@@ -41,6 +41,7 @@ inline void check_member(const char* op, const char* list, size_t i, const Tenso
           "] must be on the device of its parameter (", DeviceOf{param}, "), got ", DeviceOf{t});
   require(t.numel() == rows * param.numel(), op, ": ", list, "[", i, "] must have ",
           rows * param.numel(), " elements, got ", t.numel());
+  require(has_memory(t), op, ": ", list, "[", i, "] must have memory, got an empty storage");
 }
 
 inline void check_length(const char* op, const char* list, const Tensors& tensors,
@@ -139,6 +140,7 @@ class StepTensors {
       require(param.scalar_type() == type && param.device() == first.device(), op, ": params[", i,
               "] must have dtype and device of params[0] (", type, ", ", DeviceOf{first}, "), got ",
               param.scalar_type(), ", ", DeviceOf{param});
+      require(has_memory(param), op, ": params[", i, "] must have memory, got an empty storage");
       check_member(op, "grads", i, in.grads[i], param, type);
       for (int k = 0; k < state_tensors(states_); ++k) {
         const char* list = k == 0 ? "state1" : "state2";
@@ -154,6 +156,9 @@ class StepTensors {
                   ", got ", ShapeOf{state}, " with other strides");
         }
       }
+      require(!is_expanded(param), op, ": params[", i,
+              "] must have memory for each element, got an expanded tensor of shape ",
+              ShapeOf{param});
       check_order(op, "params", i, param);
       check_order(op, "grads", i, in.grads[i]);
     }
@@ -341,6 +346,7 @@ class BlockScales {
                 op, ": ", list, "[", i, "] must be a contiguous float32 tensor of ", blocks,
                 " elements (one per ", kOptimizerBlock, ") on the device of its parameter, got ",
                 t.scalar_type(), " of shape ", ShapeOf{t});
+        require(has_memory(t), op, ": ", list, "[", i, "] must have memory, got an empty storage");
       }
     }
   }

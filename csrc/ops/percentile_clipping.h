@@ -24,6 +24,7 @@ inline void check_histories(const char* op, const Tensors& gnorm_vec, const Tens
             op, ": gnorm_vec[", i, "] must be a contiguous float32 tensor of ", kNormHistory,
             " elements on the device of its gradient, got ", history.scalar_type(), " of shape ",
             ShapeOf{history});
+    require(has_memory(history), op, ": gnorm_vec[", i, "] must have memory, got an empty storage");
   }
 }
 
@@ -57,6 +58,7 @@ Tensor percentile_clipping_step(const Tensors& grads, const Tensors& gnorm_vec, 
     require(grads[i].scalar_type() == first.scalar_type() && grads[i].device() == first.device(),
             op, ": grads[", i, "] must have dtype and device of grads[0] (", first.scalar_type(),
             ", ", DeviceOf{first}, "), got ", grads[i].scalar_type(), ", ", DeviceOf{grads[i]});
+    require(has_memory(grads[i]), op, ": grads[", i, "] must have memory, got an empty storage");
   }
   check_histories(op, gnorm_vec, grads);
   const typename Backend::Scope scope(first);

@@ -62,6 +62,13 @@ struct DtypeOf {
   const Tensor& tensor;
 };
 
+// False when the memory of `t` was taken away, as FSDP does with parameters that it has gathered.
+inline bool has_memory(const Tensor& t) {
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  return bytes > 0 || t.numel() == 0;
+}
+
 inline void append(std::string& text, const Shape& part) {
   text += '[';
   for (size_t i = 0; i < part.size(); ++i) {

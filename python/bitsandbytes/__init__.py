@@ -11,6 +11,8 @@
 ``python -m bitsandbytes`` shows what is installed and checks it.
 """
 
+from importlib.metadata import entry_points
+
 from . import _ops as _ops
 from . import utils
 from ._version import __version__
@@ -26,10 +28,12 @@ from .autograd._functions import (
     mm_cublas,
 )
 from .autograd.grouped4 import grouped_matmul_4bit
+from .cextension import COMPILED_WITH_CUDA
 from .nn import modules
 from .optim import adam
 
 __all__ = [
+    "COMPILED_WITH_CUDA",
     "MatmulLtState",
     "__version__",
     "adam",
@@ -49,6 +53,20 @@ __all__ = [
     "supported_torch_devices",
     "utils",
 ]
+
+
+def _import_backends() -> None:
+    """Calls the entry points of other packages that bring kernels for further devices."""
+    for backend in entry_points(group="bitsandbytes.backends"):
+        try:
+            backend.load()()
+        except Exception as error:
+            raise RuntimeError(
+                f"bitsandbytes: the backend {backend.name} ({backend.value}) does not load: {error}"
+            ) from error
+
+
+_import_backends()
 
 # Asked for by transformers, accelerate and diffusers.
 features = {"multi_backend"}

@@ -17,7 +17,9 @@ __all__ = [
     "check_device",
     "check_dtype",
     "check_numel",
+    "check_output",
     "check_shape",
+    "check_written",
     "warn_user",
 ]
 
@@ -68,6 +70,42 @@ def check_device(op: str, argument: str, tensor: Tensor, other: str, reference: 
     if tensor.device != reference.device:
         expected = f"on the device of {other} ({reference.device})"
         check(False, op, argument, expected, tensor.device)
+
+
+def check_written(op: str, argument: str, tensor: Tensor) -> None:
+    """Raises ValueError if elements of a tensor that is to be written are one in memory."""
+    if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+        shape = f"an expanded tensor of shape {list(tensor.shape)}"
+        check(False, op, argument, "with memory for each element", shape)
+
+
+def check_output(
+    op: str,
+    argument: str,
+    out: Tensor | None,
+    size: Sequence[int] | int,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raises ValueError unless `out`, where it is given, can take a result.
+
+    Args:
+        op: Function that the result is of.
+        argument: Name of `out` there.
+        out: Tensor of the caller's.
+        size: Shape of the result, or how many elements it has where `out` may have any shape.
+        dtype: dtype of the result; None where it is converted to that of `out`.
+    """
+    if out is None:
+        return
+    by_shape = not isinstance(size, int)
+    fits = tuple(out.shape) == tuple(size) if by_shape else out.numel() == size
+    if not fits or (dtype is not None and out.dtype != dtype):
+        expected = f"of shape {list(size)}" if by_shape else f"of {size} elements"
+        got = f"shape {list(out.shape)}"
+        if dtype is not None:
+            expected, got = f"{dtype} {expected}", f"{out.dtype} of {got}"
+        check(False, op, argument, expected, got)
+    check_written(op, argument, out)
 
 
 def warn_user(message: str) -> None:

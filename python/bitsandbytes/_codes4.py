@@ -8,6 +8,8 @@ for lookup only. The numbers of `nf4` and `fp4` are those of ``include/bitsandby
 import torch
 from torch import Tensor
 
+from ._tables import new_table, usable
+
 __all__ = ["BLOCKSIZES", "LEVELS", "QUANT_TYPES", "STORAGES", "levels", "thresholds"]
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -98,14 +100,16 @@ def levels(name: str, device: torch.device, negative_zero: bool = True) -> Tenso
     """
     key = (name, device, negative_zero)
     table = _cache.get(key)
-    if table is None:
+    if usable(table):
+        return table
+
+    def make() -> Tensor:
         numbers = LEVELS[name] if negative_zero else [x + 0.0 for x in LEVELS[name]]
         table = torch.tensor(numbers, dtype=torch.float32, device="cpu")
         # The copy of so small a table is staged before the call returns: nothing waits for it.
-        table = table.to(device, non_blocking=True)
-        if type(table) is Tensor and not torch.compiler.is_compiling():  # no tracer's stand-in
-            _cache[key] = table
-    return table
+        return table.to(device, non_blocking=True)
+
+    return new_table(_cache, key, make)
 
 
 def thresholds(name: str, device: torch.device) -> Tensor:

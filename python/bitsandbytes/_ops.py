@@ -159,14 +159,15 @@ for _schema in (*SCHEMAS, *_PLAIN_SCHEMAS, _PLAN_SCHEMA):
 
 def register_fake(name: str):
     """Returns a decorator that registers the shape rule of op `name` for tracing."""
-    return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_definitions)
+    return torch.library.register_fake(f"{NAMESPACE}::{_own(name)}", lib=_definitions)
 
 
 def register_kernel(name: str, device: str):
     """Returns a decorator that registers a kernel of op `name` for one dispatch key.
 
     Args:
-        name: Op and overload, such as ``"quantize_blockwise"`` or ``"dequantize_blockwise.out"``.
+        name: Op and overload, such as ``"quantize_blockwise"`` or ``"dequantize_blockwise.out"``;
+            ``"bitsandbytes::"`` may stand before it, as packages with backends write it.
         device: A device type (``"cpu"``, ``"cuda"`` ...) or ``"default"`` for the implementation
             that serves every device without a kernel of its own.
     """
@@ -174,10 +175,14 @@ def register_kernel(name: str, device: str):
     key = special.get(device, device.upper())
 
     def register(function):
-        _definitions.impl(name, function, key)
+        _definitions.impl(_own(name), function, key)
         return function
 
     return register
+
+
+def _own(name: str) -> str:
+    return name.removeprefix(f"{NAMESPACE}::")
 
 
 from . import _fake, plain  # noqa: E402, F401  (they register themselves with the names above)

@@ -16,7 +16,8 @@ import torch
 
 from . import _library
 
-__all__ = ["HIP_ENVIRONMENT", "NativeLibrary", "lib"]  # and BNB_BACKEND, ROCM_GPU_ARCH, see below
+# And BNB_BACKEND, ROCM_GPU_ARCH, see below.
+__all__ = ["COMPILED_WITH_CUDA", "HIP_ENVIRONMENT", "NativeLibrary", "lib"]
 
 HIP_ENVIRONMENT = torch.version.hip is not None
 
@@ -95,6 +96,7 @@ class NativeLibrary:
 
 
 lib = NativeLibrary()
+COMPILED_WITH_CUDA = lib.compiled_with_cuda
 
 
 def __getattr__(name: str) -> str:

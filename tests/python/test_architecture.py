@@ -129,7 +129,7 @@ def test_reference_imports_numpy_only(path):
 # Package part -> parts that it may import, besides the modules that stand beside it.
 LAYERS = {
     "plain": {"_checks", "_codes4", "_ops", "_precision"},
-    "quant": {"_checks", "_codes4", "_ops", "_precision", "utils"},
+    "quant": {"_checks", "_codes4", "_ops", "_precision", "_tables", "utils"},
     "optim": {"_checks", "_library", "_ops", "paged", "plain", "quant"},
     "autograd": {"_checks", "_ops", "_precision", "functional", "plain", "quant", "utils"},
     "nn": {"_checks", "_ops", "autograd", "functional", "optim", "outliers", "quant", "utils"},

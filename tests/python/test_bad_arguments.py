@@ -147,6 +147,50 @@ def test_changed_arguments(name):
     assert raised > 0, "every change was to its liking"
 
 
+@pytest.mark.parametrize("name", sorted(SAMPLES))
+def test_none_in_place_of_a_tensor(name):
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.bitsandbytes, packet), overload or "default")
+    args, kwargs = SAMPLES[name]("cpu")[0]
+    arguments = dict(zip([a.name for a in op._schema.arguments], args, strict=False)) | kwargs
+    for argument in op._schema.arguments:
+        if str(argument.type) == "Tensor":
+            with pytest.raises((RuntimeError, ValueError, AttributeError, TypeError)) as error:
+                op(**arguments | {argument.name: None})
+            assert ".h" not in str(error.value), argument.name
+
+
+def tensors_of(value) -> list[Tensor]:
+    found: list[Tensor] = []
+    each_tensor(lambda t: found.append(t) or t, value)
+    return found
+
+
+def is_native(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"bitsandbytes::{name}", "CPU")
+
+
+@pytest.mark.parametrize("name", sorted(filter(is_native, SAMPLES)))
+def test_tensors_whose_memory_was_taken_away(name):
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.bitsandbytes, packet), overload or "default")
+
+    def arguments() -> tuple[list, dict]:
+        args, kwargs = SAMPLES[name]("cpu")[0]
+        return [each_tensor(Tensor.clone, x) for x in args], {
+            key: each_tensor(Tensor.clone, x) for key, x in kwargs.items()
+        }
+
+    args, kwargs = arguments()
+    for i in range(len(tensors_of([*args, *kwargs.values()]))):
+        args, kwargs = arguments()
+        taken = tensors_of([*args, *kwargs.values()])[i]
+        if taken.numel() > 0:
+            taken.untyped_storage().resize_(0)
+            with pytest.raises(RuntimeError, match="empty storage"):
+                op(*args, **kwargs)
+
+
 @pytest.mark.parametrize("blocksize", [32, 64, 256])
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (24, 192), (40, 1088), (33, 256), (3, 65)])
 @pytest.mark.parametrize("m", [1, 7, 9, 40])

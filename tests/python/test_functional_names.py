@@ -197,6 +197,7 @@ def test_symbols_exist_and_say_what_to_do_when_called():
 
 
 def test_facts_of_the_backend():
+    assert cextension.COMPILED_WITH_CUDA is bnb.COMPILED_WITH_CUDA is F.lib.compiled_with_cuda
     assert cextension.HIP_ENVIRONMENT is (torch.version.hip is not None)
     assert cextension.BNB_BACKEND in ("CPU", "CUDA", "ROCm", "XPU")
     assert (cextension.BNB_BACKEND in ("CUDA", "ROCm")) >= torch.cuda.is_available()

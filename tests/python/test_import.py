@@ -137,6 +137,38 @@ def test_works_without_native_code(hide):
     )
 
 
+BACKEND = """
+from bitsandbytes._ops import register_fake, register_kernel
+
+def load():
+    register_kernel("bitsandbytes::quantize_4bit", "mps")(lambda *args: None)
+
+def fail():
+    raise OSError("no such device")
+"""
+
+
+@pytest.mark.parametrize("function", ["load", "fail"])
+def test_entry_points_of_backends_are_called(tmp_path, function):
+    (tmp_path / "of_somebody.py").write_text(BACKEND)
+    facts = tmp_path / "of_somebody-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: of-somebody\nVersion: 1.0\n")
+    entry = f"[bitsandbytes.backends]\nsomebodys = of_somebody:{function}\n"
+    (facts / "entry_points.txt").write_text(entry)
+    code = """
+import torch, bitsandbytes
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+assert has("bitsandbytes::quantize_4bit", "MPS")
+"""
+    process = run(code, PYTHONPATH=str(tmp_path))
+    if function == "load":
+        check(process)
+    else:
+        assert "RuntimeError: bitsandbytes: the backend somebodys" in process.stderr
+        assert "no such device" in process.stderr
+
+
 def test_says_what_is_loaded():
     for library in _library.libraries.values():
         assert library.loaded == (library.reason == "loaded")

@@ -1,15 +1,9 @@
-// Encode of an 8-bit code with any levels: by one table access where the levels allow, and by
-// search.
-//
-// Buckets are those of the dynamic maps (dynamic8.h): the upper half of the bits of |s| names one
-// so narrow that it mostly holds at most one threshold, and its entry is chosen so that adding the
-// bits gives the code, with a carry into it exactly when they have reached the threshold. Here they
-// are made at run time, from any thresholds of which no bucket holds two. Those of negative numbers
-// lie in front of the others, and give the code's complement, which grows with |s| too.
+// Encode of an 8-bit code with any levels: by buckets (code/buckets8.h) where the levels allow, and
+// by search.
 // SPDX-License-Identifier: MIT
 #pragma once
 
-#include "bitsandbytes/code/dynamic8.h"
+#include "bitsandbytes/code/buckets8.h"
 #include "gpu/device/tile.cuh"
 #include "gpu/device/vector_io.cuh"
 #include "gpu/runtime/runtime.cuh"
@@ -27,8 +21,8 @@ enum class Buckets8 : int {
 // An 8-bit code in shared memory. Its codes are numbers of levels in ascending order until
 // restore(), which gives them those that the caller knows.
 struct Encode8 {
-  using Layout = detail::BucketLayout<24>;
-  static constexpr int kBuckets = Layout::kBuckets;  // of either sign
+  using Layout = Thresholds8::Layout;
+  static constexpr int kBuckets = Thresholds8::kBuckets;
 
   float bounded_levels[kCodeLevels + 2];  // ascending, between two numbers beyond all others
   float thresholds[kCodeThresholds];
@@ -136,13 +130,8 @@ struct Encode8 {
   }
 
  private:
-  // No lambda: nvcc lets no lambda of a kernel into functions of the host.
-  struct ThresholdOf {
-    const float* thresholds;
-    BNB_HD float operator()(int k) const { return thresholds[k]; }
-  };
   __device__ __forceinline__ uint32_t search(float s) const {
-    return static_cast<uint32_t>(search_code(ThresholdOf{thresholds}, s));
+    return static_cast<uint32_t>(Thresholds8{thresholds}.search(s));
   }
 
   // 0xff for each of elements 4 w to 4 w + 3 whose sign bit is set.
@@ -173,62 +162,16 @@ struct Encode8 {
     __syncthreads();
   }
 
-  // Bits of threshold k, which is above zero, or more than any bucket's where there is none.
-  __device__ uint32_t bits_above(int k) const {
-    return k < kCodeThresholds ? float_bits(thresholds[k]) : 0xffffffffu;
-  }
-  // The least magnitude, as bits, for which -|s| is below threshold k, which is below zero.
-  __device__ uint32_t bits_below(int k) const {
-    return k >= 0 ? magnitude_bits(thresholds[k]) + 1 : 0xffffffffu;
-  }
-
   // Called by all threads of the block, each of which fills a run of neighbouring buckets.
   __device__ void fill_buckets() {
     constexpr int kRun = static_cast<int>(ceil_div(kBuckets, kTileThreads));
-    constexpr uint32_t kOrigin = static_cast<uint32_t>(Layout::kOrigin);
+    const Thresholds8 all{thresholds};
     const int mine = static_cast<int>(threadIdx.x);
-    // Code = number of thresholds <= s needs them to ascend. Front buckets take all numbers up to
-    // kOrigin for that number, or zero: no threshold may lie between.
-    bool fine = true;
-    bool is_zero = false;
-    if (mine < kCodeThresholds) {
-      const float threshold = thresholds[mine];
-      const uint32_t bits = magnitude_bits(threshold);
-      is_zero = bits == 0;
-      fine = is_zero || bits > kOrigin;
-      if (mine + 1 < kCodeThresholds) {
-        const float next = thresholds[mine + 1];
-        fine = fine && (threshold < next || is_nan(next));
-      }
-    }
-
-    int bucket = mine * kRun;
-    const uint32_t start = kOrigin + static_cast<uint32_t>(bucket) * Layout::kWidth;
-    int above = static_cast<int>(search(bucket == 0 ? 0.0f : bits_float(start)));
-    int below = static_cast<int>(search(-bits_float(start)));
-    for (const int end = min(bucket + kRun, kBuckets); bucket < end; ++bucket) {
-      const uint32_t first = kOrigin + static_cast<uint32_t>(bucket) * Layout::kWidth;
-      const uint32_t next = first + Layout::kWidth;
-      const int32_t u = bucket * Layout::kWidth;
-      // Above zero `above` thresholds are <= s at the bucket's start, and one more from the next
-      // threshold on; below zero `below` are, and one less.
-      const bool rises = bits_above(above) < next;
-      const bool falls = bits_below(below - 1) < next;
-      fine = fine && !(rises && bits_above(above + 1) < next) &&
-             !(falls && bits_below(below - 2) < next);
-      const auto entry_of = [&](int code, bool crosses, uint32_t threshold) {
-        return detail::entry<Layout>(code, code + static_cast<int>(crosses), u,
-                                     static_cast<int32_t>(threshold - first));
-      };
-      entries[kBuckets + bucket] = entry_of(above, rises, bits_above(above));
-      entries[kBuckets - 1 - bucket] =
-          entry_of(kCodeLevels - 1 - below, falls, bits_below(below - 1));
-      above += static_cast<int>(rises);
-      below -= static_cast<int>(falls);
-      // Thresholds at the next bucket's first number.
-      above += static_cast<int>(bits_above(above) == next);
-      below -= static_cast<int>(bits_below(below - 1) == next);
-    }
+    const bool is_zero = mine < kCodeThresholds && all.is_zero(mine);
+    const bool suits =
+        mine >= kCodeThresholds || ((is_zero || !all.is_front(mine)) && all.ascends(mine));
+    const int first = mine * kRun;
+    const bool fine = all.fill(first, min(first + kRun, kBuckets), entries) && suits;
     const bool all_fine = block_all(fine);
     const bool zero_apart = !block_all(!is_zero);
     if (mine == 0) {

@@ -12,7 +12,7 @@ from .._checks import FLOATS, OFFSETS, check, check_device, check_dtype, check_s
 from ..plain.grouped_gemm_4bit import bias_of_rows
 from ..quant.scales import weight_arguments
 from ..quant.state import QuantState
-from .matmul4 import MatMul4Bit, product_4bit
+from .matmul4 import Product4bit, product_4bit
 
 __all__ = ["grouped_matmul_4bit"]
 
@@ -92,7 +92,7 @@ def grouped_matmul_4bit(
     of_weight, nested = weight_arguments(quant_state, A.device)
     fused = None if transposed else bias
     wanted = A.requires_grad or (fused is not None and fused.requires_grad)
-    product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else product_4bit
+    product = Product4bit.apply if wanted and torch.is_grad_enabled() else product_4bit
     result = product(A, fused, (B, *of_weight, *nested), transposed, offs)
     if bias is not None and transposed:
         # The product of the backward pass has no bias.

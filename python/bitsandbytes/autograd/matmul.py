@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import AUTOCAST_DEVICES, FLOATS, check, check_device
+from .._checks import AUTOCAST_DEVICES, FLOATS, check, check_device, check_output, check_shape
 
 __all__ = [
     "GlobalOutlierPooler",
-    "MatMul8bitLt",
     "MatmulLtState",
+    "Product8bit",
     "dequantized",
     "matmul",
     "narrowed",
@@ -172,7 +172,9 @@ def _product(
     Without a threshold (None, not 0) the activations are not quantized.
     """
     if threshold is None:
-        bias = None if bias is None else bias.to(A.dtype)
+        if bias is not None:
+            check_shape("matmul", "bias", bias, CB.shape[:1])
+            bias = bias.to(A.dtype)
         return F.linear(A, dequantized(CB, SCB, A.dtype), bias), None
     bias = None if bias is None else narrowed(bias)
     out, outlier_mask = _int8_linear(narrowed(A), CB, SCB, bias, threshold)
@@ -180,7 +182,7 @@ def _product(
     return out if out.dtype == A.dtype else out.to(A.dtype), outlier_mask
 
 
-class MatMul8bitLt(torch.autograd.Function):
+class Product8bit(torch.autograd.Function):
     """Differentiable form of the product; `B` is the weight that `CB` and `SCB` stand for, or None.
 
     Without a `B` there is no gradient of a weight.
@@ -307,6 +309,9 @@ def matmul(
         expected = f"[N, {A.shape[-1]}] for A of shape {list(A.shape)}"
         check(False, "matmul", "the weight", expected, list(CB.shape))
 
+    if out is not None:
+        check_output("matmul", "out", out, (*A.shape[:-1], CB.shape[0]))
+
     dense = state.is_training and kind in ("cpu", "xpu")
     limit = None if dense else state.threshold
     trained = B.requires_grad
@@ -314,7 +319,7 @@ def matmul(
         A.requires_grad or trained or (bias is not None and bias.requires_grad)
     ):
         weight = B if trained else None
-        result, outlier_mask = MatMul8bitLt.apply(A, weight, bias, CB, SCB, limit)
+        result, outlier_mask = Product8bit.apply(A, weight, bias, CB, SCB, limit)
     else:
         result, outlier_mask = _product(A, bias, CB, SCB, limit)
     state._idx, state._outlier_mask = None, outlier_mask

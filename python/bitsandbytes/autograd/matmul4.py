@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import FLOATS, check
+from .._checks import FLOATS, check, check_output, check_shape
 from .._precision import full_precision
 from ..plain.grouped_gemm_4bit import group_of_rows
 from ..quant.four_bit import dequantize_4bit
 from ..quant.scales import weight_arguments
 from ..quant.state import QuantState
 
-__all__ = ["MatMul4Bit", "matmul_4bit", "product_4bit"]
+__all__ = ["Product4bit", "matmul_4bit", "product_4bit"]
 
 _gemm_4bit = torch.ops.bitsandbytes.gemm_4bit.default
 _gemm_4bit_dgrad = torch.ops.bitsandbytes.gemm_4bit_dgrad.default
@@ -29,7 +29,7 @@ _grouped_gemm_4bit = torch.ops.bitsandbytes.grouped_gemm_4bit.default
 _grouped_gemm_4bit_dgrad = torch.ops.bitsandbytes.grouped_gemm_4bit_dgrad.default
 
 
-class MatMul4Bit(torch.autograd.Function):
+class Product4bit(torch.autograd.Function):
     """Differentiable product with the weight of shape ``[N, K]`` that `packed` stands for.
 
     `backwards` False: ``[..., K]`` to ``[..., N]``, plus the bias. True: ``[..., N]`` to
@@ -56,7 +56,7 @@ class MatMul4Bit(torch.autograd.Function):
         if needs_A:
             weight = (packed, shape, scales, blocksize, quant_type, *nested)
             # Gradients of gradients, which hardly anybody wants, are recorded like the first.
-            product = MatMul4Bit.apply if torch.is_grad_enabled() else product_4bit
+            product = Product4bit.apply if torch.is_grad_enabled() else product_4bit
             grad_A = product(grad, None, weight, not backwards, offs)
         if needs_bias:
             flat = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
@@ -78,7 +78,7 @@ def product_4bit(
 
     `weight`: what the ops take for it, from packed codes to the parts of nested scales. Every
     argument takes its time on the way to a kernel, so what is not there is not passed. `offs`: as
-    for :class:`MatMul4Bit`.
+    for :class:`Product4bit`.
     """
     if offs is not None:
         packed, *rest = weight
@@ -118,6 +118,8 @@ def _product_dequantized(A: Tensor, B: Tensor, bias: Tensor | None, state: Quant
                 DeprecationWarning,
                 stacklevel=3,
             )
+    if bias is not None:
+        check_shape(name, "bias", bias, (shape[1 if turned else 0],))
     wide = A.dtype if A.dtype in FLOATS else torch.float32
     state = QuantState(
         *(state.absmax, state.shape, state.levels(), state.blocksize, state.quant_type, wide),
@@ -192,6 +194,9 @@ def matmul_4bit(
                 with torch._C.DisableTorchFunctionSubclass():
                     B = B.detach()
             wanted = A.requires_grad or (bias is not None and bias.requires_grad)
-            product = MatMul4Bit.apply if wanted and torch.is_grad_enabled() else product_4bit
+            product = Product4bit.apply if wanted and torch.is_grad_enabled() else product_4bit
             result = product(A, bias, (B, *of_weight, *nested), False)
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return result
+    check_output("matmul_4bit", "out", out, result.shape)
+    return out.copy_(result)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import check_output
 from ..quant.integer import exact_product
 from ..quant.vectorwise import vectorwise_mm_dequant, vectorwise_quant
 
@@ -47,6 +48,7 @@ class MatMul8bit(torch.autograd.Function):
         result = _product(A, B, quant_type, precision[0])
         if out is None:
             return result
+        check_output("matmul_cublas", "out", out, result.shape)
         ctx.mark_dirty(out)
         return out.copy_(result)
 

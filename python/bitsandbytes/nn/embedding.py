@@ -9,9 +9,10 @@ https://arxiv.org/abs/2110.02861. Embedding gradients of rare tokens are sparse 
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_dtype
 from ..optim.overrides import GlobalOptimManager
 
-__all__ = ["Embedding", "StableEmbedding"]
+__all__ = ["Embedding", "StableEmbedding", "row_numbers"]
 
 
 class _Embedding32(nn.Embedding):
@@ -133,3 +134,17 @@ class StableEmbedding(_Embedding32):
         """Looks up and normalises the rows `input` (integers of any shape)."""
         rows = super().forward(input)
         return self.norm(rows.to(self.norm.weight.dtype)).to(self.weight.dtype)
+
+
+def row_numbers(layer: str, input: Tensor, count: int) -> Tensor:
+    """Returns the numbers `input` of rows of a table of `count` rows, flat and int64.
+
+    A number of no row is what it is for :class:`torch.nn.Embedding`: an IndexError on the CPU, an
+    assertion of the device elsewhere.
+    """
+    check_dtype(layer, "input", input, torch.int32, torch.int64)
+    rows = input.reshape(-1)
+    # Chosen from so many zeros, which take no memory: whatever chooses checks the range, on the
+    # device and without waiting for it.
+    zeros = torch.zeros(1, dtype=torch.int64, device=rows.device).expand(count)
+    return zeros.index_select(0, rows) + rows

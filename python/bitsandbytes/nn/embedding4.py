@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..quant.scales import NESTED_BLOCKSIZE, weight_arguments
 from ..quant.state import QuantState
+from .embedding import row_numbers
 from .module4 import Module4bit, logger
 from .params4 import Params4bit
 
@@ -81,8 +82,9 @@ class Embedding4bit(Module4bit, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Returns the rows `input` (integers of any shape), ``[..., embedding_dim]``."""
         packed, state = self._packed_weight(input.device)
-        rows = dequantize_rows(packed, state, input.reshape(-1), self.dtype)
-        return rows.view(*input.shape, self.embedding_dim)
+        rows = row_numbers(type(self).__name__, input, self.num_embeddings)
+        values = dequantize_rows(packed, state, rows, self.dtype)
+        return values.view(*input.shape, self.embedding_dim)
 
 
 def dequantize_rows(packed: Tensor, state: QuantState, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,14 +93,14 @@ def dequantize_rows(packed: Tensor, state: QuantState, rows: Tensor, dtype: torc
     Args:
         packed: Packed codes of the matrix ``[N, K]``.
         state: State of the codes.
-        rows: Integers ``[n]`` from 0 to N - 1.
+        rows: int64 ``[n]``, from 0 to N - 1.
         dtype: dtype of the result.
 
     Returns:
         ``[n, K]``, the same numbers that dequantizing the whole matrix gives.
     """
     columns, blocksize = state.shape[1], state.blocksize
-    first = rows.long() * columns
+    first = rows * columns
     # As many whole blocks as a row may touch; they begin at a byte.
     aligned = columns % blocksize == 0
     count = columns // blocksize if aligned else (columns - 2) // blocksize + 2

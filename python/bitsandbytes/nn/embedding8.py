@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.matmul import MatmulLtState, dequantized
+from .embedding import row_numbers
 from .module8 import Module8bit
 from .params import Int8Params
 
@@ -64,6 +65,9 @@ class Embedding8bit(Module8bit, nn.Embedding):
                 f"Embedding8bit: the table is not quantized, its dtype is {self.weight.dtype}; "
                 "move the layer to a device first, as in layer.to(device)"
             )
-        rows = input.reshape(-1).long()
-        values = dequantized(self.weight.data[rows], stats[rows], self.dtype)
+        if self.state.SCB is not stats:
+            # Where torch.export finds them: it puts a plain parameter in the place of the weight.
+            self.state.CB, self.state.SCB = self.weight.data, stats
+        rows = row_numbers(type(self).__name__, input, self.num_embeddings)
+        values = dequantized(self.weight.detach()[rows], stats[rows], self.dtype)
         return values.view(*input.shape, self.embedding_dim)

@@ -4,9 +4,10 @@
 import torch
 from torch import Tensor, nn
 
+from .._checks import check
 from ..autograd.matmul4 import matmul_4bit
 from .module4 import Module4bit, logger
-from .params import own_tensor
+from .params import cast_bias, own_tensor
 from .params4 import Params4bit
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4"]
@@ -106,10 +107,10 @@ class Linear4bit(Module4bit, nn.Linear):
         dtype = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = own_tensor(self, "bias")
         if bias is not None and bias.dtype != dtype and not torch.compiler.is_compiling():
-            # Compat: the bias follows the compute dtype for good.
-            bias.data = bias.data.to(dtype)
+            cast_bias(self, bias, dtype)
         if x.dtype == dtype:
             return matmul_4bit(x, weight, state, bias=bias)
+        check(x.is_floating_point(), type(self).__name__, "x", "floating point", x.dtype)
         return matmul_4bit(x.to(dtype), weight, state, bias=bias).to(x.dtype)
 
 

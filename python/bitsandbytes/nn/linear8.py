@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..autograd.matmul import MatmulLtState, matmul
 from .module8 import Module8bit
-from .params import Int8Params, own_tensor
+from .params import Int8Params, cast_bias, own_tensor
 
 __all__ = ["Linear8bitLt"]
 
@@ -79,8 +79,7 @@ class Linear8bitLt(Module8bit, nn.Linear):
         weight, bias = own_tensor(self, "weight"), own_tensor(self, "bias")
         self._sync_state(weight)
         if bias is not None and bias.dtype != x.dtype:
-            # Compat: the bias follows the activations for good.
-            bias.data = bias.data.to(x.dtype)
+            cast_bias(self, bias, x.dtype)
         out = matmul(x, weight, bias=bias, state=state)
         if not state.has_fp16_weights and weight.dtype != torch.int8:
             weight.data = state.CB

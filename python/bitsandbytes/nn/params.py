@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import check
+from .._checks import FLOATS, check
 
-__all__ = ["Int8Params", "device_of", "own_tensor", "without_parameter"]
+__all__ = ["Int8Params", "cast_bias", "device_of", "own_tensor", "without_parameter"]
 
 
 class Int8Params(nn.Parameter):
@@ -154,6 +154,14 @@ def own_tensor(module: nn.Module, name: str) -> Tensor | None:
     """
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+def cast_bias(layer: nn.Module, bias: Tensor, dtype: torch.dtype) -> None:
+    """Compat: the bias of a layer follows the dtype of its products, for good."""
+    dtypes = (*FLOATS, torch.float64)
+    expected = "float16, bfloat16, float32 or float64"
+    check(dtype in dtypes, type(layer).__name__, "x", expected, dtype)
+    bias.data = bias.data.to(dtype)
 
 
 def device_of(kind: str, device: torch.device | str | int | None) -> torch.device:

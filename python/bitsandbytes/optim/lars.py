@@ -176,6 +176,8 @@ class PytorchLARS(torch.optim.Optimizer):
         for group in self.param_groups:
             if any(map(sharding.is_flattened, group["params"])):
                 sharding.refuse_bounds(group)
+            if any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"]):
+                raise RuntimeError("PytorchLARS.step: gradients must be dense, got a sparse one")
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -203,7 +205,8 @@ class PytorchLARS(torch.optim.Optimizer):
     def _bound(max_unorm: float, p: Tensor, update: Tensor) -> Tensor | float:
         if max_unorm <= 0.0:
             return 1.0
-        bound = max_unorm * torch.linalg.vector_norm(p, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(update, dtype=torch.float32)
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        bound = max_unorm * torch.linalg.vector_norm(p, dtype=dtype)
+        norm = torch.linalg.vector_norm(update, dtype=dtype)
         # On the device: a comparison in Python would wait for it.
         return torch.where((bound > 0) & (norm > bound), bound / norm, 1.0).to(update.dtype)

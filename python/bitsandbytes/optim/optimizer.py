@@ -12,8 +12,16 @@ from ..plain.states import BLOCK
 from ..quant.codes import default_code
 from . import sharding
 from .engine import Optimizer8bit
+from .overrides import GlobalOptimManager
 
-__all__ = ["MockArgs", "Optimizer1State", "Optimizer2State", "Optimizer8bit", "warn_ignored"]
+__all__ = [
+    "GlobalOptimManager",
+    "MockArgs",
+    "Optimizer1State",
+    "Optimizer2State",
+    "Optimizer8bit",
+    "warn_ignored",
+]
 
 
 class MockArgs:
@@ -69,6 +77,8 @@ class _StateOptimizer(Optimizer8bit):
         ):
             if not value >= 0.0:
                 raise ValueError(f"{name}: {argument} must be zero or positive, got {value}")
+        if not isinstance(betas, abc.Sized) or len(betas) < 2:
+            raise ValueError(f"{name}: betas must be at least two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"{name}: betas[{i}] must lie in [0, 1), got {beta}")

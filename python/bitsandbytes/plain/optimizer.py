@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check, check_device, check_dtype, check_numel
+from .._checks import FLOATS, check, check_device, check_dtype, check_numel, check_written
 from .._ops import register_kernel
 from .quantize import LEVELS
 from .rounding import round_stochastic, rounding_bits
@@ -104,6 +104,7 @@ def _check_step(
     for i, param in enumerate(params):
         check_dtype(op, f"params[{i}]", param, params[0].dtype)
         check_device(op, f"params[{i}]", param, "params[0]", params[0])
+        check_written(op, f"params[{i}]", param)
         _check_member(op, f"grads[{i}]", grads[i], param, params[0].dtype)
         for k, tensors in enumerate(states[: state_tensors(rule)]):
             where = f"state{k + 1}[{i}]"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import FLOATS
+from .._checks import FLOATS, check_output
 from .codes import default_code
 from .scales import nested_arguments, plain_scales, quantize_scales
 from .state import QuantState
@@ -97,14 +97,8 @@ def quantize_blockwise(
         raise ValueError(f"{name}: blocksize must be positive, got {blocksize}")
     if A.dtype not in FLOATS:
         raise ValueError(f"{name}: A must be float32, float16 or bfloat16, got {A.dtype}")
-    if out is not None and (out.dtype != torch.uint8 or out.shape != A.shape):
-        raise ValueError(
-            f"{name}: out must be uint8 of shape {tuple(A.shape)}, "
-            f"got {out.dtype} of shape {tuple(out.shape)}"
-        )
-    blocks = -(-A.numel() // blocksize)
-    if absmax is not None and absmax.numel() != blocks:
-        raise ValueError(f"{name}: absmax must have {blocks} elements, got {absmax.numel()}")
+    check_output(name, "out", out, A.shape, torch.uint8)
+    check_output(name, "absmax", absmax, -(-A.numel() // blocksize))
     if rand is not None and rand.numel() < LEAST_RANDOM_NUMBERS:
         raise AssertionError(
             f"{name}: rand must have at least {LEAST_RANDOM_NUMBERS} elements, got {rand.numel()}"
@@ -205,11 +199,7 @@ def dequantize_blockwise(
         rest = (code, quant_state.blocksize, dtype)
     if out is None:
         return op.default(A, *scales, *rest)
-    if out.shape != A.shape or out.dtype != dtype:
-        raise ValueError(
-            f"{name}: out must be {dtype} of shape {tuple(A.shape)}, "
-            f"got {out.dtype} of shape {tuple(out.shape)}"
-        )
+    check_output(name, "out", out, A.shape, dtype)
     if out.is_contiguous():
         op.out(A, *scales, *rest, out)
     else:

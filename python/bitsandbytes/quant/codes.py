@@ -13,6 +13,9 @@ import struct
 import torch
 from torch import Tensor
 
+from .._checks import check
+from .._tables import new_table, usable
+
 __all__ = [
     "create_dynamic_map",
     "create_fp8_map",
@@ -55,6 +58,10 @@ def _midpoints(cells: int, scale: float) -> list[float]:
     ]
 
 
+def _check_bits(name: str, total_bits: int) -> None:
+    assert 1 <= total_bits <= 8, f"{name}: total_bits must be 1 to 8, got {total_bits}"
+
+
 def create_dynamic_map(
     signed: bool = True,
     max_exponent_bits: int = 7,
@@ -69,7 +76,7 @@ def create_dynamic_map(
 
     Args:
         signed: Levels in [-1, 1] instead of [0, 1].
-        max_exponent_bits: Number of decades, 1 to `total_bits`.
+        max_exponent_bits: Number of decades, of which at most `total_bits` have levels.
         total_bits: Bits of a code; fewer than 8 pad the table with zeros to 256 entries.
         n: Name of `max_exponent_bits` in bitsandbytes 0.0.24.
 
@@ -83,11 +90,12 @@ def create_dynamic_map(
         >>> create_dynamic_map()[[0, 127, 128, 255]]
         tensor([-9.9297e-01,  0.0000e+00,  5.5000e-07,  1.0000e+00])
     """
+    _check_bits("create_dynamic_map", total_bits)
     legacy = n is not None
     exponents = n if n is not None else max_exponent_bits
     fraction_bits = total_bits - 1
     levels: list[float] = []
-    for i in range(exponents):
+    for i in range(max(exponents - total_bits, 0), exponents):
         power = i + fraction_bits - exponents + (0 if signed else 1)
         cells = 2**power if power >= 0 else 0
         if cells:
@@ -119,10 +127,14 @@ def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool =
     Returns:
         float32 tensor of 256 levels on the CPU.
 
+    Raises:
+        AssertionError: `total_bits` is not 1 to 8.
+
     Example:
         >>> create_linear_map()[[0, 127, 255]]
         tensor([-1.,  0.,  1.])
     """
+    _check_bits("create_linear_map", total_bits)
     count = 2**total_bits
     if signed and (add_zero or total_bits < 8):
         count -= 1
@@ -163,6 +175,11 @@ def create_fp8_map(
         >>> create_fp8_map()[[0, 1, 255]]
         tensor([-1.0000, -0.8571,  1.0000])
     """
+    _check_bits("create_fp8_map", total_bits)
+    assert min(exponent_bits, precision_bits) >= 0 < exponent_bits + precision_bits, (
+        "create_fp8_map: exponent_bits and precision_bits must be 0 or more and not both 0, "
+        f"got {exponent_bits} and {precision_bits}"
+    )
     assert exponent_bits + precision_bits + signed == total_bits, (
         f"create_fp8_map: exponent_bits + precision_bits must be {total_bits - signed} "
         f"(total_bits={total_bits}, signed={signed}), got {exponent_bits} + {precision_bits}"
@@ -194,10 +211,14 @@ def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -
         float32 tensor of 256 levels in [-1, 1], ascending, on the CPU: seven negative levels,
         zeros, and the positive ones.
 
+    Raises:
+        ValueError: `offset` is not above 0.5 and below 1.
+
     Example:
         >>> create_normal_map()[[0, 1, 7, 255]]
         tensor([-1.0000, -0.6962,  0.0000,  1.0000])
     """
+    check(0.5 < offset < 1, "create_normal_map", "offset", "above 0.5 and below 1", offset)
     inverse_cdf = statistics.NormalDist().inv_cdf
 
     def quantiles(count: int) -> list[float]:
@@ -222,9 +243,13 @@ def default_code(name: str, device: torch.device) -> Tensor:
     """
     key = (name, device)
     code = _on_device.get(key)
-    if code is None:
-        if name not in name2qmap:
-            name2qmap[name] = create_dynamic_map(signed=name == "dynamic")
-        code = name2qmap[name].to(device, copy=True)
-        _on_device[key] = code
-    return code
+    if usable(code):
+        return code
+
+    def make() -> Tensor:
+        code = name2qmap.get(name)
+        if not usable(code):
+            code = new_table(name2qmap, name, lambda: create_dynamic_map(name == "dynamic"), True)
+        return code.to(device, copy=True)
+
+    return new_table(_on_device, key, make, traced=True)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """int8 quantization of a matrix by rows and by columns at once, for both directions of training."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import FLOATS, check, check_dtype
+from .._checks import FLOATS, check, check_dtype, check_output
 from .sparse import COOSparseTensor
 
 __all__ = ["double_quant", "get_colrow_absmax", "get_row_absmax", "int8_double_quant"]
@@ -93,12 +95,19 @@ def double_quant(
         values = A.masked_fill(mask, 0)
         outliers = _elements(A.reshape(-1, A.shape[-1]), mask.reshape(-1, A.shape[-1]))
     results = torch.ops.bitsandbytes.int8_double_quant.default(values)[:4]
-    buffers = (out_row, out_col, row_stats, col_stats)
-    filled = [
-        result if buffer is None else buffer.copy_(result.view(buffer.shape))
-        for result, buffer in zip(results, buffers, strict=True)
-    ]
+    names = ("out_row", "out_col", "row_stats", "col_stats")
+    filled = _filled("double_quant", names, (out_row, out_col, row_stats, col_stats), results)
     return *filled, outliers
+
+
+def _filled(name: str, arguments: Sequence[str], buffers, results) -> list[Tensor]:
+    """Returns the results, in the buffers that there are for them."""
+    for argument, buffer, result in zip(arguments, buffers, results, strict=True):
+        check_output(name, argument, buffer, result.numel())
+    return [
+        result if buffer is None else buffer.copy_(result.view(buffer.shape))
+        for buffer, result in zip(buffers, results, strict=True)
+    ]
 
 
 def _elements(A: Tensor, mask: Tensor) -> COOSparseTensor | None:
@@ -144,10 +153,8 @@ def get_colrow_absmax(
         magnitudes.masked_fill_(mask, 0)
     magnitudes = magnitudes.reshape(-1, A.shape[-1]).float()
     results = (magnitudes.amax(1), magnitudes.amax(0))
-    rows, cols = (
-        result if buffer is None else buffer.copy_(result.view(buffer.shape))
-        for result, buffer in zip(results, (row_stats, col_stats), strict=True)
-    )
+    names = ("row_stats", "col_stats")
+    rows, cols = _filled("get_colrow_absmax", names, (row_stats, col_stats), results)
     return rows, cols, mask
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import FLOATS, check, check_dtype, check_numel
+from .._checks import FLOATS, check, check_dtype, check_numel, check_output
 from .._codes4 import BLOCKSIZES, LEVELS, QUANT_TYPES, STORAGES, levels
 from .scales import (
     NESTED_BLOCKSIZE,
@@ -123,15 +123,9 @@ def quantize_4bit(
         raise ValueError(
             f"{name}: quant_storage must be an integer or floating-point dtype, got {quant_storage}"
         )
-    blocks = -(-A.numel() // blocksize)
-    if absmax is not None and absmax.numel() != blocks:
-        raise ValueError(f"{name}: absmax must have {blocks} elements, got {absmax.numel()}")
+    check_output(name, "absmax", absmax, -(-A.numel() // blocksize))
     elements = -(-((A.numel() + 1) // 2) // quant_storage.itemsize)
-    if out is not None and (out.dtype != quant_storage or out.numel() != elements):
-        raise ValueError(
-            f"{name}: out must be {quant_storage} of {elements} elements, "
-            f"got {out.dtype} of shape {tuple(out.shape)}"
-        )
+    check_output(name, "out", out, elements, quant_storage)
 
     packed, scales = _quantize(A, blocksize, quant_type, quant_storage)
     offset = state2 = None
@@ -232,11 +226,7 @@ def dequantize_4bit(
         quant_state = QuantState.from_list(quant_state)
     state = quant_state
     _check(name, state.blocksize, state.quant_type, "dtype", state.dtype)
-    if out is not None and (out.shape != state.shape or out.dtype != state.dtype):
-        raise ValueError(
-            f"{name}: out must be {state.dtype} of shape {tuple(state.shape)}, "
-            f"got {out.dtype} of shape {tuple(out.shape)}"
-        )
+    check_output(name, "out", out, state.shape, state.dtype)
 
     if state.nested:
         op = _dequantize_nested
@@ -320,12 +310,7 @@ def gemv_4bit(
         state = QuantState.from_list(state)
     if len(state.shape) != 2:
         raise ValueError(f"{name}: state must be of a matrix [N, K], got {tuple(state.shape)}")
-    shape = (*A.shape[:-1], state.shape[0])
-    if out is not None and (out.shape != shape or out.dtype != A.dtype):
-        raise ValueError(
-            f"{name}: out must be {A.dtype} of shape {shape}, "
-            f"got {out.dtype} of shape {tuple(out.shape)}"
-        )
+    check_output(name, "out", out, (*A.shape[:-1], state.shape[0]), A.dtype)
     weight, nested = weight_arguments(state, A.device)
     result = torch.ops.bitsandbytes.gemm_4bit.default(A, B, *weight, None, *nested)
     return result if out is None else out.copy_(result)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
-from .._checks import check
+from .._checks import check, check_written
 
 __all__ = [
     "int8_linear_matmul",
@@ -152,5 +152,6 @@ def int8_mm_dequant(
         f"a floating-point tensor of shape {list(A.shape)}",
         f"{out.dtype} of shape {list(out.shape)}",
     )
+    check_written("int8_mm_dequant", "out", out)
     dtype = torch.float32 if out.dtype == torch.float64 else out.dtype
     return out.copy_(op(A, row_stats, col_stats, dtype, bias))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops  # noqa: F401  (registers the ops)
+from .._checks import check_output
 
 __all__ = ["batched_igemm", "check_matmul", "igemm"]
 
@@ -57,8 +58,7 @@ def _check(
             f"got {list(b.shape)}"
         )
     shape = (*a.shape[:-1], b.shape[-1])
-    if out is not None and tuple(out.shape) != shape:
-        raise ValueError(f"{name}: out must be of shape {list(shape)}, got {list(out.shape)}")
+    check_output(name, "out", out, shape)
     return shape
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import check_output
 from .int8 import int8_linear_matmul, int8_mm_dequant
 
 __all__ = [
@@ -178,6 +179,7 @@ def transform(
         state[0], A.dtype, A.device, to_order, state[1], transpose
     )
     _store(values.t() if transpose else values, buffer, to_order)
+    check_output("transform", "out", out, buffer.numel())
     if out is None:
         return buffer, new_state
     return out.copy_(buffer.view(out.shape)), new_state
@@ -238,6 +240,7 @@ def igemmlt(
     order = Sout[1] if Sout is not None else ("row" if SA[1] == "row" else "col32")
     buffer, state = get_transform_buffer(shape, dtype, A.device, order)
     _store(product, buffer, order)
+    check_output("igemmlt", "out", out, buffer.numel())
     if out is None:
         return buffer, state
     return out.copy_(buffer.view(out.shape)), state

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS
+from .._checks import FLOATS, check_output
 
 __all__ = ["create_quantile_map", "estimate_quantiles", "histogram_scatter_add_2d"]
 
@@ -61,11 +61,7 @@ def estimate_quantiles(
         offset = 1 / (2 * num_quantiles)
     if not 0 <= offset <= 0.5:
         raise ValueError(f"{name}: offset must be 0 to 0.5, got {offset}")
-    if out is not None and (out.dtype != torch.float32 or out.numel() != QUANTILES):
-        raise ValueError(
-            f"{name}: out must be float32 of {QUANTILES} elements, "
-            f"got {out.dtype} of shape {tuple(out.shape)}"
-        )
+    check_output(name, "out", out, QUANTILES, torch.float32)
     quantiles = torch.ops.bitsandbytes.estimate_quantiles.default(A, offset)
     if out is not None:
         quantiles = out.copy_(quantiles.view(out.shape))

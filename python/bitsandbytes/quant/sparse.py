@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS, check, check_dtype, check_numel, check_shape
+from .._checks import FLOATS, check, check_dtype, check_numel, check_output
 from .._precision import full_precision
 from .vectorwise import CODE_MAX
 
@@ -196,7 +196,7 @@ def spmm_coo(cooA: COOSparseTensor | Tensor, B: Tensor, out: Tensor | None = Non
     product = _product("spmm_coo", cooA, B)
     if out is None:
         return product.to(B.dtype)
-    check_shape("spmm_coo", "out", out, product.shape)
+    check_output("spmm_coo", "out", out, product.shape)
     return out.copy_(product)
 
 
@@ -239,5 +239,5 @@ def spmm_coo_very_sparse(
         product *= dequant_stats.flatten() / CODE_MAX
     if out is None:
         return product.to(values.dtype)
-    check_shape(name, "out", out, product.shape)
+    check_output(name, "out", out, product.shape)
     return out.copy_(product.add_(out))

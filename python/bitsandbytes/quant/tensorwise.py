@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import FLOATS
+from .._checks import FLOATS, check_output
 from .codes import default_code
 
 __all__ = ["dequantize", "dequantize_no_absmax", "quantize", "quantize_no_absmax"]
@@ -35,7 +35,7 @@ def quantize_no_absmax(A: Tensor, code: Tensor, out: Tensor | None = None) -> Te
     name = "quantize_no_absmax"
     if A.dtype not in FLOATS:
         raise ValueError(f"{name}: A must be float32, float16 or bfloat16, got {A.dtype}")
-    _check_out(name, out, A, torch.uint8)
+    check_output(name, "out", out, A.shape, torch.uint8)
     codes = torch.ops.bitsandbytes.quantize_no_absmax(A, code.to(A.device))
     return codes if out is None else out.copy_(codes)
 
@@ -62,7 +62,7 @@ def dequantize_no_absmax(A: Tensor, code: Tensor, out: Tensor | None = None) -> 
     name = "dequantize_no_absmax"
     if A.dtype != torch.uint8:
         raise ValueError(f"{name}: A must be uint8, got {A.dtype}")
-    _check_out(name, out, A, torch.float32)
+    check_output(name, "out", out, A.shape, torch.float32)
     blocksize = max(A.numel(), 1)  # one block, whose scale is 1
     scale = torch.ones(min(A.numel(), 1), device=A.device)
     levels = torch.ops.bitsandbytes.dequantize_blockwise(
@@ -95,7 +95,7 @@ def quantize(
     """
     if A.dtype not in FLOATS:
         raise ValueError(f"quantize: A must be float32, float16 or bfloat16, got {A.dtype}")
-    _check_out("quantize", out, A, torch.uint8)
+    check_output("quantize", "out", out, A.shape, torch.uint8)
     code = default_code("dynamic", A.device).clone() if code is None else code.to(A.device)
     values = A.float()
     absmax = values.abs().amax() if A.numel() else values.new_zeros(())
@@ -139,13 +139,10 @@ def dequantize(
         absmax, code = quant_state
     if absmax is None:
         raise AssertionError("dequantize: quant_state or absmax must be given, got neither")
+    check_output("dequantize", "out", out, A.shape, torch.float32)
     code = default_code("dynamic", A.device) if code is None else code
-    return dequantize_no_absmax(A, code, out) * absmax.to(A.device)
-
-
-def _check_out(name: str, out: Tensor | None, A: Tensor, dtype: torch.dtype) -> None:
-    if out is not None and (out.dtype != dtype or out.shape != A.shape):
-        raise ValueError(
-            f"{name}: out must be {dtype} of shape {tuple(A.shape)}, "
-            f"got {out.dtype} of shape {tuple(out.shape)}"
-        )
+    levels = dequantize_no_absmax(A, code)
+    result = levels * absmax.to(A.device)
+    if out is not None:
+        out.copy_(levels)
+    return result

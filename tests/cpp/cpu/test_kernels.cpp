@@ -8,6 +8,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bitsandbytes/blocks.h"
@@ -28,6 +29,9 @@ TYPED_TEST(FloatKernel, QuantizeBlockwise) {
   const CodeTable linear = linear_levels();
   for (const CodeTable* levels : {&kSigned, &kUnsigned, &linear}) {
     const Code code = prepare_code(levels->values);
+    SearchedCode searched;
+    prepare_search(levels->values, true, true, searched);
+    ASSERT_TRUE(searched.buckets);
     for (const int64_t n : kSizes) {
       for (const int64_t block : kBlockSizes) {
         for (const bool special : {false, true}) {
@@ -39,8 +43,8 @@ TYPED_TEST(FloatKernel, QuantizeBlockwise) {
             const QuantizeBlockwise args{kDTypeOf<T>,   a.data(), levels->values, out.data(),
                                          absmax.data(), n,        block};
             const int64_t middle = blocks / 2;
-            k.quantize_blockwise(args, code, 0, middle);
-            k.quantize_blockwise(args, code, middle, blocks);
+            k.quantize_blockwise(args, code, searched, 0, middle);
+            k.quantize_blockwise(args, code, searched, middle, blocks);
             return std::vector<Bytes>{out.bytes(), absmax.bytes()};
           });
         }
@@ -49,34 +53,82 @@ TYPED_TEST(FloatKernel, QuantizeBlockwise) {
   }
 }
 
+// Levels between -1 and 1, closer together near zero; `offset` moves all but the ends.
+CodeTable curved_levels(float offset) {
+  CodeTable t{};
+  for (int k = 0; k < kCodeLevels; ++k) {
+    const float x = static_cast<float>(2 * k - (kCodeLevels - 1)) / (kCodeLevels - 1);
+    t[k] = x * std::fabs(x) + (k > 0 && k < kCodeLevels - 1 ? offset : 0.0f);
+  }
+  return t;
+}
+
 TYPED_TEST(FloatKernel, QuantizeBlockwiseFollowsTheDefinition) {
   using T = TypeParam;
   constexpr int64_t n = 1000;
   constexpr int64_t block = 100;
-  const std::vector<T> values = numbers<T>(n, 3, true);
-  const Code code = prepare_code(kSigned.values);
-  const ThresholdTable thresholds = make_thresholds(kSigned);
-  const auto threshold = [&](int k) { return thresholds[k]; };
-  std::vector<uint8_t> expected(n);
-  std::vector<float> scales(n / block, 0.0f);
-  for (int64_t i = 0; i < n; ++i) {
-    scales[i / block] = absmax_of(scales[i / block], to_float(values[i]));
+  std::vector<T> values = numbers<T>(n / 2, 3, true);
+  for (const T x : numbers<T>(n / 2, 4)) values.push_back(x);  // blocks of finite numbers
+  const float small[] = {0.0f, -0.0f, 1e-6f, -1e-6f, 1e-8f, -1e-8f, 1e-20f, -1e-20f, 1e-44f};
+  for (size_t i = 0; i < values.size(); i += 5) {
+    values[i] = from_float<T>(small[i / 5 % std::size(small)]);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const float inverse = 1.0f / scales[i / block];
-    const float x = to_float(values[i]) * inverse;
-    expected[i] = is_nan(x) ? 0 : static_cast<uint8_t>(search_code(threshold, x));
-  }
-  for (const std::string& isa : available_isas()) {
-    ASSERT_TRUE(set_isa(isa));
-    std::vector<uint8_t> out(n);
-    std::vector<float> absmax(n / block);
-    kernels().quantize_blockwise(
-        {kDTypeOf<T>, values.data(), kSigned.values, out.data(), absmax.data(), n, block}, code, 0,
-        n / block);
-    for (int64_t i = 0; i < n; ++i) ASSERT_EQ(out[i], expected[i]) << isa << " " << i;
-    for (int64_t b = 0; b < n / block; ++b) {
-      ASSERT_TRUE(absmax[b] == scales[b] || (is_nan(absmax[b]) && is_nan(scales[b]))) << isa;
+  CodeTable short_table = linear_levels();
+  std::fill(short_table.values + 100, short_table.values + kCodeLevels,
+            std::numeric_limits<float>::quiet_NaN());
+  CodeTable crowded = linear_levels();  // two thresholds in a bucket
+  crowded[200] = crowded[199] + 1e-4f;
+  crowded[201] = crowded[199] + 2e-4f;
+  CodeTable padded = linear_levels();  // zero many times
+  std::fill(padded.values + 100, padded.values + 156, 0.0f);
+  CodeTable tiny = curved_levels(0.0f);  // levels next to zero
+  tiny[127] = -1e-20f;
+  tiny[128] = 1e-44f;
+  tiny[129] = 1e-30f;
+  struct Case {
+    CodeTable levels;
+    bool buckets;
+  };
+  const Case cases[] = {{kSigned, true},
+                        {kUnsigned, true},
+                        {linear_levels(), true},
+                        {curved_levels(0.0f), true},
+                        {curved_levels(1e-4f), true},
+                        {short_table, true},
+                        {padded, true},
+                        {tiny, true},
+                        {crowded, false}};
+  for (const Case& c : cases) {
+    for (const auto& [buckets, scaled] : {std::pair{false, true}, {true, true}, {true, false}}) {
+      Code code = prepare_code(c.levels.values);
+      code.kind = buckets ? CodeKind::kTable : code.kind;
+      SearchedCode searched;
+      prepare_search(c.levels.values, buckets, scaled, searched);
+      ASSERT_EQ(searched.buckets, c.buckets && buckets);
+      const ThresholdTable thresholds = make_thresholds(c.levels);
+      const auto threshold = [&](int k) { return thresholds[k]; };
+      std::vector<uint8_t> expected(n);
+      std::vector<float> scales(n / block, 0.0f);
+      for (int64_t i = 0; i < n; ++i) {
+        scales[i / block] = absmax_of(scales[i / block], to_float(values[i]));
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const float inverse = scaled ? 1.0f / scales[i / block] : 1.0f;
+        const float x = to_float(values[i]) * inverse;
+        expected[i] = is_nan(x) ? 0 : static_cast<uint8_t>(search_code(threshold, x));
+      }
+      for (const std::string& isa : available_isas()) {
+        ASSERT_TRUE(set_isa(isa));
+        std::vector<uint8_t> out(n);
+        std::vector<float> absmax(n / block);
+        kernels().quantize_blockwise({kDTypeOf<T>, values.data(), c.levels.values, out.data(),
+                                      scaled ? absmax.data() : nullptr, n, block},
+                                     code, searched, 0, n / block);
+        for (int64_t i = 0; i < n; ++i) ASSERT_EQ(out[i], expected[i]) << isa << " " << i;
+        for (int64_t b = 0; scaled && b < n / block; ++b) {
+          ASSERT_TRUE(absmax[b] == scales[b] || (is_nan(absmax[b]) && is_nan(scales[b]))) << isa;
+        }
+      }
     }
   }
 }

@@ -160,6 +160,21 @@ def test_out(device):
     assert torch.equal(out, bnb.matmul(a, weight, state=frozen(weight)))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_bias_of_another_shape(device, training):
+    a, weight = torch.randn(3, 8, device=device), torch.randn(4, 8, device=device)
+    for shape in ((1,), (3,), (3, 4), ()):
+        with pytest.raises((ValueError, RuntimeError), match=r"bias must "):
+            bnb.matmul(a, weight, state=frozen(weight, training), bias=a.new_zeros(shape))
+
+
+def test_public_name_of_the_function(device):
+    A, B, bias = (torch.randn(n, device=device) for n in ((3, 16), (5, 16), (5,)))
+    out, state = torch.empty(3, 5, device=device), bnb.MatmulLtState()
+    assert _functions.MatMul8bitLt.apply(A, B, out, bias, state) is out
+    assert torch.equal(out, bnb.matmul(A, B, bias=bias)) and state.CB.shape == B.shape
+
+
 def test_default_state_is_that_of_a_trained_weight(device):
     a, weight = torch.randn(3, 8, device=device), torch.randn(4, 8, device=device)
     out = bnb.matmul(a, weight, threshold=6.0)

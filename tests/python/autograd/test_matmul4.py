@@ -56,6 +56,27 @@ def test_signature():
     assert _functions.matmul_4bit is bnb.matmul_4bit is bnb.autograd.matmul_4bit
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bias_of_another_shape(device, dtype):
+    packed, state = packed_weight(device)
+    A = torch.randn(3, 40, device=device, dtype=dtype)
+    for shape in ((1,), (3,), (3, 9), ()):
+        with pytest.raises((ValueError, RuntimeError), match=r"bias must "):
+            bnb.matmul_4bit(A, packed, state, bias=A.new_zeros(shape))
+
+
+def test_public_name_of_the_function(device):
+    packed, state = packed_weight(device)
+    A, bias = torch.randn(3, 40, device=device), torch.randn(9, device=device)
+    out = torch.empty(3, 9, device=device)
+    apply = _functions.MatMul4Bit.apply
+    assert apply(A, packed.t(), out, bias, state) is out
+    assert torch.equal(out, bnb.matmul_4bit(A, packed, state, bias=bias))
+    A.requires_grad_()
+    apply(A, packed, None, None, state).sum().backward()
+    assert (A.grad - dequantize_4bit(packed, state).sum(0)).abs().max() < 1e-5
+
+
 # --- values -------------------------------------------------------------------------------------
 
 

@@ -84,7 +84,8 @@ def test_nothing_else_is_dequantized(device, dim):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
             if isinstance(result, torch.Tensor) and result.data_ptr() != layer.weight.data_ptr():
-                sizes.append(result.numel())
+                # In memory: a view of one number for all rows has one.
+                sizes.append(result.untyped_storage().nbytes() // result.itemsize)
             return result
 
     with Watch():
@@ -148,3 +149,15 @@ def test_compiles_into_one_graph(device, compile_fresh):
         index = torch.tensor([[3, 9]], device=device)
         compiled = compile_fresh(layer, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(index), layer(index))
+
+
+@pytest.mark.parametrize("dim", [64, 50])
+@pytest.mark.parametrize("cls", [*CLASSES, bnb.nn.Embedding8bit])
+def test_numbers_of_no_row_are_errors(cls, dim):
+    layer = cls(10, dim).to("cpu")
+    for number in (10, 1000, -1, 2**62):
+        with pytest.raises(IndexError, match="out of range"):
+            layer(torch.tensor([3, number]))
+    for dtype in (torch.float32, torch.bool, torch.uint8):
+        with pytest.raises(ValueError, match=rf"^{cls.__name__}: input must be int32 or int64"):
+            layer(torch.ones(2, dtype=dtype))

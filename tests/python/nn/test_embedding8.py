@@ -82,3 +82,27 @@ def test_copies_and_moves_keep_the_table(device):
     for other in (model[0], copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(index), want) and other.weight.dtype == torch.int8
     assert torch.equal(layer.cpu()(index.cpu()), want.cpu())
+
+
+def test_exported(device):
+    layer = Embedding8bit(20, 8).to(device)
+    index = torch.tensor([[3, 19]], device=device)
+    want = layer(index)
+    for strict in (False, True):
+        program = torch.export.export(layer, (index,), strict=strict)
+        assert torch.equal(program.module()(index), want)
+
+
+def test_statistics_are_those_of_the_present_weight(device):
+    layer, other = Embedding8bit(20, 8).to(device), Embedding8bit(20, 8).to(device)
+    index = torch.arange(20, device=device)
+    assert not torch.equal(layer(index), other(index))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(index), other(index))
+    layer = layer.cpu().to(device)
+    other = Embedding8bit(20, 8).to(device)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(index), other(index))
+    layer.weight = copy.deepcopy(Embedding8bit(20, 8).to(device).weight)
+    codes, stats = layer.weight.data, layer.weight.SCB
+    torch.testing.assert_close(layer(index), codes.float() * stats[:, None] / 127)

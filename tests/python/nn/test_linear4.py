@@ -280,6 +280,17 @@ def test_bias_of_another_dtype_than_compute(device):
     assert layer.bias.tolist() == [1.0] * 96 and layer.bias.grad.tolist() == [5.0] * 96
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_refused_input_leaves_the_bias_alone(device, compute_dtype, dtype):
+    layer = quantized(device, compute_dtype=compute_dtype).requires_grad_(False)
+    bias = layer.bias.clone()
+    with pytest.raises(ValueError, match=rf"^{type(layer).__name__}: x must be .*, got {dtype}"):
+        layer(inputs(device).to(dtype))
+    assert torch.equal(layer.bias.to(bias.dtype), bias.to(layer.bias.dtype).to(bias.dtype))
+    assert layer.bias.dtype == (compute_dtype or bias.dtype)
+
+
 def test_autocast_leaves_the_layer_alone(device):
     layer = quantized(device)
     with torch.autocast(device, torch.bfloat16):

@@ -161,6 +161,15 @@ def test_bias_follows_the_activations():
     assert layer.bias.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_a_refused_input_leaves_the_bias_alone(dtype):
+    layer = quantized().requires_grad_(False)
+    bias = layer.bias.clone()
+    with pytest.raises(ValueError, match=rf"^Linear8bitLt: x must be .*, got {dtype}"):
+        layer(inputs("cpu").to(dtype))
+    assert torch.equal(layer.bias, bias)
+
+
 def test_init_8bit_state(device):
     layer = quantized(device)
     codes, stats = layer.weight.CB, layer.weight.SCB

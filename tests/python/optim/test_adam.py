@@ -861,6 +861,7 @@ BOTH = {
     "grads: size": swap("grads", 1, lambda x: x[:39]),
     "grads: dtype": swap("grads", 1, lambda x: x.half()),
     "params: dtype": swap("params", 1, lambda x: x.half()),
+    "params: expanded": swap("params", 1, lambda x: x[:1].expand(x.shape)),
     "params: float64": lambda a: a.update(
         params=[x.double() for x in a["params"]], grads=[x.double() for x in a["grads"]]
     ),

@@ -280,6 +280,8 @@ def test_bad_setting_gets_a_sentence(name, kwargs, argument):
         ("Adagrad8bit", {"optim_bits": 32}, "optim_bits must be 8"),
         *[(n, {"betas": (0.9, 0.99)}, "three") for n in NAMES if "AdEMAMix" in n],
         *[(n, {"block_wise": False}, "block_wise") for n in NAMES if "AdEMAMix" in n],
+        *[(n, {"betas": (0.9,)}, "two numbers") for n in ("Adam8bit", "LAMB", "Lion32bit")],
+        ("AdamW", {"betas": 0.9}, "two numbers"),
     ],
 )
 def test_what_the_class_refuses(name, kwargs, message):

@@ -23,6 +23,10 @@ def manager():
     instance.module_weight_config_triple.extend(kept)
 
 
+def test_import_paths():
+    assert bnb.optim.optimizer.GlobalOptimManager is GlobalOptimManager
+
+
 def parameter(*shape, device="cpu"):
     return nn.Parameter(torch.randn(shape or (5000,)).to(device))
 

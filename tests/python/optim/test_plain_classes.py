@@ -53,6 +53,24 @@ def test_lars_follows_its_description(device, momentum, extra, max_unorm):
     assert set(opt.state[p]) == ({"momentum_buffer"} if momentum else set())
 
 
+def test_lars_takes_sixty_four_bits(device):
+    p = torch.nn.Parameter(torch.randn(50, dtype=torch.float64, device=device))
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "max_unorm": 0.02}
+    p.grad = torch.randn_like(p)
+    want = lars(p.detach(), [p.grad], **settings, dampening=0, nesterov=False)
+    PytorchLARS([p], **settings).step()
+    torch.testing.assert_close(p.detach(), want, rtol=1e-14, atol=0)
+
+
+def test_lars_names_sparse_gradients_before_it_steps(device):
+    first, second = parameter(4, device=device), parameter(4, 4, device=device)
+    first.grad, second.grad = torch.ones_like(first), torch.eye(4, device=device).to_sparse()
+    before = first.detach().clone()
+    with pytest.raises(RuntimeError, match=r"^PytorchLARS.step: gradients must be dense"):
+        PytorchLARS([first, second]).step()
+    assert torch.equal(first, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("momentum", [0, 0.9])
 def test_lars_takes_sixteen_bits(dtype, momentum):

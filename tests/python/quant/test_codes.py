@@ -7,9 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import bitsandbytes as bnb
 import bitsandbytes.functional as F
-from bitsandbytes import _library
+from bitsandbytes import _codes4, _library
+from bitsandbytes.quant import codes
 from bitsandbytes.quant.codes import default_code
 from reference import codes as reference
 
@@ -125,6 +128,25 @@ def test_parts_of_a_floating_point_format_must_add_up(arguments):
         F.create_fp8_map(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("create", "arguments"),
+    [
+        (F.create_dynamic_map, {"total_bits": 0}),
+        (F.create_dynamic_map, {"total_bits": 2**40}),
+        (F.create_linear_map, {"total_bits": 9}),
+        (F.create_linear_map, {"total_bits": -1}),
+        (F.create_fp8_map, {"exponent_bits": 2**40, "total_bits": 2**40 + 3}),
+        (F.create_fp8_map, {"exponent_bits": -1, "precision_bits": 8}),
+        (F.create_fp8_map, {"exponent_bits": 0, "precision_bits": 0, "total_bits": 1}),
+        (F.create_normal_map, {"offset": 0.5}),
+        (F.create_normal_map, {"offset": 1.0}),
+    ],
+)
+def test_bits_and_offsets_of_no_map(create, arguments):
+    with pytest.raises((AssertionError, ValueError), match=rf"^{create.__name__}: .* got "):
+        create(**arguments)
+
+
 def test_normal_map_is_nf4():
     code = F.create_normal_map()
     assert_table(code)
@@ -187,6 +209,7 @@ def test_unsigned_map_of_other_exponents_is_refused(exponents):
 
 
 def test_exponents_without_cells_add_nothing():
+    assert torch.equal(F.create_dynamic_map(True, 2**40), F.create_dynamic_map())
     assert torch.equal(F.create_dynamic_map(True, 7, 4), F.create_dynamic_map(True, 4, 4))
 
 
@@ -245,3 +268,35 @@ def test_name2qmap_is_filled_by_the_first_use():
     F.quantize_blockwise(torch.ones(3))
     assert sha256(F.name2qmap["dynamic"]) == SIGNED
     assert F.name2qmap["dynamic"].device.type == "cpu"
+
+
+@pytest.fixture
+def no_tables(monkeypatch):
+    """As in a process that has used no table yet."""
+    monkeypatch.setattr(codes, "name2qmap", {})
+    monkeypatch.setattr(codes, "_on_device", {})
+    monkeypatch.setattr(_codes4, "_cache", {})
+
+
+def use_tables(device):
+    x = torch.randn(8, 64, device=device)
+    F.dequantize_blockwise(*F.quantize_blockwise(x))
+    packed, state = F.quantize_4bit(x, compress_statistics=True)
+    return F.dequantize_4bit(packed, state), state
+
+
+def test_tables_of_fake_tensors_are_not_shared(device, no_tables):
+    for _ in range(2):  # before real ones are there, and after
+        with FakeTensorMode():
+            out, state = use_tables(device)
+        assert isinstance(out, FakeTensor) and isinstance(state.state2.code, FakeTensor)
+        assert type(use_tables(device)[0]) is torch.Tensor
+
+
+def test_tables_first_used_for_inference_serve_training(device, no_tables):
+    with torch.inference_mode():
+        use_tables(device)
+    layer = bnb.nn.LinearNF4(64, 8).to(device)
+    x = torch.randn(3, 64, device=device, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.abs().sum() > 0

@@ -413,7 +413,7 @@ def test_functional_gemv_errors():
     with pytest.raises(ValueError, match=r"state must be of a matrix \[N, K\], got \(480,\)"):
         F.gemv_4bit(a, packed, state=flat)
     for out in (torch.zeros(2, 4), torch.zeros(2, 5).half()):
-        with pytest.raises(ValueError, match=r"out must be torch.float32 of shape \(2, 5\), got"):
+        with pytest.raises(ValueError, match=r"out must be torch.float32 of shape \[2, 5\], got"):
             F.gemv_4bit(a, packed, out, state=state)
 
 

@@ -59,7 +59,7 @@ def test_positions_of_0_0_24_to_0_38():
 
 
 def test_a_float_tensor_by_keyword_is_still_no_output():
-    with pytest.raises(ValueError, match=r"out must be uint8"):
+    with pytest.raises(ValueError, match=r"out must be torch.uint8"):
         F.quantize_blockwise(A, out=torch.zeros(9, 700))
 
 
